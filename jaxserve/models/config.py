@@ -153,7 +153,8 @@ def read_rope(hf):
         raise ValueError(f"rope_type {kind} needs a factor of 1 or more, found {factor!r}")
     rope = {"theta": theta, "kind": kind, "factor": float(factor), "original": int(original)}
     if kind == "llama3":
-        rope |= {"low_factor": float(found["low_freq_factor"]), "high_factor": float(found["high_freq_factor"])}
+        rope |= {"low_factor": float(need(found, "low_freq_factor", float))}
+        rope |= {"high_factor": float(need(found, "high_freq_factor", float))}
     if kind == "yarn":
         attention = found.get("attention_factor")
         rope |= {

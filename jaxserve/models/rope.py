@@ -1,7 +1,7 @@
 """Rotary position embeddings: frequencies of each kind, angles, and the rotation of queries and keys.
 
 T tokens, H head dim.  A head's first and second half are the two coordinates of H/2 planes (Hugging Face's order).
-Frequencies are computed in float64 on the host; angles and the rotation itself are float32 whatever the model computes in.
+Frequencies are computed in float64 on the host; angles and the rotation are float32 whatever the model computes in.
 """
 
 import math
@@ -24,23 +24,25 @@ def table(rope, head_dim):
 
 
 def dynamic(rope, head_dim, rope_len):
-    """Inverse frequencies of "dynamic" [..., H/2] for the lengths [...] that fixed each request's base.
+    """Inverse frequencies of "dynamic" [R, H/2] for the lengths [R] that fixed each request's base.
 
     The NTK base theta * (factor * length / original - factor + 1)^(H/(H-2)) is applied as a change of the exact table:
     a float32 power of theta itself would be off by 1e-6, which is 0.04 rad at position 40,000.
     """
     inv_freq, _ = table(rope, head_dim)
-    length = jnp.maximum(rope_len, rope.original).astype(jnp.float32)[..., None]
-    stretch = rope.factor * length / rope.original - (rope.factor - 1)
-    return inv_freq * jnp.exp(jnp.log(stretch) * jnp.asarray(-np.arange(0, head_dim, 2) / (head_dim - 2), jnp.float32))
+    length = jnp.maximum(rope_len, rope.original).astype(jnp.float32)
+    stretch = jnp.log(rope.factor * length / rope.original - (rope.factor - 1))
+    exponent = (-np.arange(0, head_dim, 2) / (head_dim - 2)).astype(np.float32)
+    return inv_freq[None] * jnp.exp(stretch[:, None] * exponent[None])
 
 
-def cos_sin(rope, head_dim, position, rope_len=None):
-    """cos and sin float32[T, H/2] of positions [T]; rope_len [T] (a token's request's length) only for "dynamic"."""
-    inv_freq, scale = table(rope, head_dim)
-    if rope.kind == "dynamic":
-        inv_freq = dynamic(rope, head_dim, rope_len)
-    angle = position.astype(jnp.float32)[:, None] * inv_freq
+def rotation(cfg, spans):
+    """cos and sin float32[T, H/2] of a step's tokens; `spans` is the step's Spans (cache.py)."""
+    inv_freq, scale = table(cfg.rope, cfg.head_dim)
+    inv_freq = inv_freq[None]
+    if cfg.rope.kind == "dynamic":
+        inv_freq = dynamic(cfg.rope, cfg.head_dim, spans.rope_len)[spans.row]
+    angle = spans.position.astype(jnp.float32)[:, None] * inv_freq
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
@@ -53,7 +55,7 @@ def rotate(x, cos, sin):
 
 
 def _llama3(rope, inv_freq):
-    """Long wavelengths are divided by the factor, short ones kept, those between blended (Llama 3.1's reference code)."""
+    """Long wavelengths are divided by the factor, short ones kept, those between blended (Llama 3.1)."""
     turns = rope.original * inv_freq / (2 * math.pi)  # in the original context
     keep = np.clip((turns - rope.low_factor) / (rope.high_factor - rope.low_factor), 0, 1)
     return inv_freq * (keep + (1 - keep) / rope.factor)
