@@ -7,7 +7,7 @@ what cannot happen is asserted.
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class SamplingParams:
         return (self.temperature == 0 or self.top_k == 1) and not self.tables and self.logprobs is None
 
 
-class Output(NamedTuple):
+@dataclass(slots=True)  # made for every token: frozen would take five times as long
+class Output:
     """One token of the answer, or its end without a token (abort, error, no room for any).  The last has `finish`.
 
     A stop id is delivered like any token, with finish "stop"; whoever prints leaves it out.

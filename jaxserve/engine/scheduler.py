@@ -1,0 +1,284 @@
+"""Decides what the next step computes.  Touches no device.
+
+The order of arrival rules.  Requests run in that order, and wait in that order; the youngest gives its pages up when an
+older one lacks one, and returns to the front of the queue.  Nobody is admitted while another still reads its prompt, so
+of the running requests only the last can be in the middle of it; this also makes the n answers to one prompt wait for
+the first, whose pages they share.
+
+A plan may be made while the step before is still in flight: then the newest token of a request is known to the device
+only, and is recorded by `commit` after the next plan.  Pages and lanes are given away at once even so, because the
+device works off steps in the order of the plans: whoever gets a page writes it after the last step that reads it for
+its former owner.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import repeat
+
+from jaxserve.engine.pages import PagePool
+from jaxserve.engine.request import Output, Request
+
+
+@dataclass(slots=True)  # made for every row of every step: frozen would take five times as long
+class Chunk:
+    """Positions start..stop of one request."""
+
+    request: Request
+    start: int
+    stop: int
+    emits: bool  # reaches the end of what there is, so its last position is sampled
+    unknown: bool  # the token of its last position is still in flight: the newest of the lane
+    grew: bool  # request.pages is longer than at its last chunk, or all new
+
+
+class Scheduler:
+    """`lanes` requests run at once, `budget` tokens go into a step.
+
+    Not thread-safe: everything but `check` is called by the thread that owns the device.
+    """
+
+    def __init__(
+        self, pool: PagePool, lanes: int, budget: int, *, session_len: int | None = None, prefix_caching: bool = True
+    ):
+        if lanes < 1 or budget < 1:
+            raise ValueError(f"a step needs at least one row and one token, not {lanes} rows and {budget} tokens")
+        self.pool, self.budget, self.session_len, self.prefix_caching = pool, budget, session_len, prefix_caching
+        # With more lanes than tokens in a step the youngest streams would stand still.
+        self.lanes = list(range(min(lanes, budget)))[::-1]  # free ones
+        self.running: dict[Request, None] = {}  # oldest first
+        self.waiting: OrderedDict[Request, None] = OrderedDict()  # oldest first
+        self.watermark = max(1, (pool.count - 1) // 100)
+        self._refused: tuple[Request | None, int] = (None, 0)  # head of the queue, free pages that it needs
+        self.preemptions = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody runs or waits.  A step in flight may still have to be committed."""
+        return not self.running and not self.waiting
+
+    def stats(self) -> dict[str, int]:
+        """Requests and pages at this moment; preemptions and tokens since the start."""
+        return {
+            "running": len(self.running),
+            "waiting": len(self.waiting),
+            "preemptions": self.preemptions,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "generated_tokens": self.generated_tokens,
+            "pages_used": self.pool.count - 1 - self.pool.free,
+            "pages_cached": len(self.pool.cached),
+            "pages_free": len(self.pool.blank),
+        }
+
+    def check(self, request: Request) -> None:
+        """ValueError if the request could not finish even with all pages for itself."""
+        room = request.max_new_tokens
+        if self.session_len is not None:
+            room = max(0, min(room, self.session_len - request.prompt_len))
+        fit = (self.pool.count - 1) * self.pool.size + 1  # the last token takes no room in the cache
+        if request.prompt_len + room > fit:
+            raise ValueError(
+                f"{request.prompt_len} prompt tokens and {room} new ones do not fit into the KV cache, which holds "
+                f"{fit} tokens of one request: shorten the prompt, ask for fewer tokens or give the cache more memory"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queues a request.  One whose prompt leaves no room in the session ends at once, with "length"."""
+        try:
+            self.check(request)
+        except ValueError:
+            request.finish = "error"
+            raise
+        if self.session_len is not None:
+            request.max_new_tokens = min(request.max_new_tokens, self.session_len - request.prompt_len)
+        request.limit = request.prompt_len + request.max_new_tokens - 1
+        if request.max_new_tokens < 1:
+            self._end(request, Output(None, "length"))
+        else:
+            self.waiting[request] = None
+
+    def abort(self, request: Request) -> None:
+        """Ends a request wherever it is; one that has ended already stays as it is."""
+        if not request.finish:
+            self._end(request, Output(None, "abort"))
+
+    def fail(self, request: Request, message: str) -> None:
+        """Ends a request whose step went wrong; what it left in its pages is not trusted."""
+        if not request.finish:
+            self.pool.forget(request.pages)
+            request.chain = None
+            self._end(request, Output(None, "error", error=message))
+
+    def plan(self) -> list[Chunk]:
+        """One chunk for each request that gets any: first all of one position that emit, then the prompts.
+
+        Running requests come first, then as much of the queue as fits.
+        """
+        chunks: list[Chunk] = []
+        preemptions = self.preemptions
+        size = self.pool.size
+        reading = None  # in the middle of its prompt
+        for request in list(self.running):
+            start, known = request.computed, len(request.tokens)
+            stop = known + request.in_flight
+            if request.lane < 0:  # preempted by an older one, and so are all after it
+                break
+            if start >= request.limit:  # its last token is in flight
+                continue
+            if stop - start > 1:
+                reading = request
+                break
+            grew = start % size == 0
+            if grew and not self._grow(request):
+                continue
+            request.computed = stop
+            request.in_flight += 1
+            chunks.append(Chunk(request, start, stop, True, stop > known, grew))
+        left = self.budget - len(chunks)
+        if reading:
+            chunk = self._read(reading, left)
+            if chunk:
+                chunks.append(chunk)
+                left -= chunk.stop - chunk.start
+            if not chunk or not chunk.emits:
+                return chunks
+        if self.preemptions == preemptions:  # else a victim, maybe with a token in flight, would be admitted at once
+            self._admit(chunks, left)
+        return chunks
+
+    def commit(
+        self,
+        chunks: Sequence[Chunk],
+        tokens: Sequence[int],
+        logprobs: Sequence[float | None] | None = None,
+        tops: Sequence[tuple[tuple[int, float], ...]] | None = None,
+    ) -> None:
+        """Records what a step produced: one token for each chunk, of which those of chunks that emit count."""
+        assert len(chunks) == len(tokens)
+        for chunk, token, logprob, top in zip(
+            chunks, tokens, logprobs or repeat(None), tops or repeat(()), strict=False
+        ):
+            request = chunk.request
+            if request.finish or not chunk.emits:
+                continue  # ended while this was on its way, or in the middle of a prompt
+            request.tokens.append(token)
+            request.in_flight -= 1
+            self.generated_tokens += 1
+            finish = None
+            if token in request.stop_ids:
+                finish = "stop"
+            elif len(request.tokens) > request.limit:
+                finish = "length"
+            output = Output(token, finish, logprob, top)
+            if finish:
+                self._end(request, output)
+            elif request.outbox is not None:
+                request.outbox.put(output)
+
+    def _grow(self, request: Request) -> bool:
+        """One more page for a stream, at the cost of the youngest.  False if it is the youngest: it waits a step."""
+        while not self.pool.free:
+            victim = next(reversed(self.running))
+            if victim is request:
+                return False
+            self._leave(victim)
+            victim.preemptions += 1
+            self.preemptions += 1
+            self.waiting[victim] = None
+            self.waiting.move_to_end(victim, last=False)
+        assert request.computed == len(request.pages) * self.pool.size
+        self._remember(request)
+        request.pages += self.pool.take(1)
+        return True
+
+    def _read(self, request: Request, left: int) -> Chunk | None:
+        """The next chunk of a prompt, or of what a preempted request computes again; None without pages for it."""
+        assert not request.in_flight
+        size, start, length, held = self.pool.size, request.computed, len(request.tokens), len(request.pages)
+        stop = min(length, start + left, (held + max(0, self._spare(request))) * size)
+        if stop <= start:
+            return None
+        request.pages += self.pool.take(-(-stop // size) - held)
+        request.computed, emits = stop, stop == length
+        request.in_flight += emits
+        self._remember(request)
+        return Chunk(request, start, stop, emits, False, True)
+
+    def _admit(self, chunks: list[Chunk], left: int) -> None:
+        """Starts requests of the queue, in its order, as long as there are tokens, lanes and pages."""
+        while left and self.waiting and self.lanes:
+            request = next(iter(self.waiting))
+            if not self._enter(request, left):
+                return
+            chunk = self._read(request, left)
+            assert chunk, "its pages were counted"
+            chunks.append(chunk)
+            left -= chunk.stop - chunk.start
+
+    def _enter(self, request: Request, left: int) -> bool:
+        """Moves the head of the queue to the running, if the pages of its next chunk are free without preempting."""
+        refused, needed = self._refused
+        if refused is request and self.running and needed > self._spare(request):
+            return False  # looking its prefix up again would tell nothing new
+        spare, free, size = self._spare(request), self.pool.free, self.pool.size
+        root = self._root(request)
+        shared, chain = self.pool.share(request.tokens, root) if root else ([], None)
+        start = len(shared) * size
+        stop = min(len(request.tokens), start + left)
+        needed = -(-stop // size) - len(shared) + free - self.pool.free
+        if needed > spare:
+            self.pool.release(shared)
+            self._refused = request, needed
+            return False
+        del self.waiting[request]
+        self.running[request] = None
+        request.lane, request.pages, request.computed = self.lanes.pop(), shared, start
+        request.chain, request.chained = chain, len(shared)
+        if not request.preemptions:
+            request.cached = start
+            self.prompt_tokens += request.prompt_len
+            self.cached_tokens += start
+        return True
+
+    def _spare(self, request: Request) -> int:
+        """Free pages that a prompt may take, short of what running streams will soon need."""
+        alone = not self.running or (len(self.running) == 1 and request in self.running)
+        return self.pool.free - (0 if alone else self.watermark)
+
+    def _root(self, request: Request) -> tuple | None:
+        """Requests with equal roots may share pages; with None it shares with nobody."""
+        if self.prefix_caching:
+            return (request.salt,)
+        return None if request.group is None else (request.salt, request.group)
+
+    def _remember(self, request: Request) -> None:
+        """Lets others find the pages that are full, or will be when the steps planned so far have run."""
+        if request.chain is None:
+            return
+        size = self.pool.size
+        full = min(request.computed, len(request.tokens)) // size
+        for i in range(request.chained, full):
+            request.chain = self.pool.remember(
+                request.chain, request.tokens[i * size : (i + 1) * size], request.pages[i]
+            )
+        request.chained = full
+
+    def _leave(self, request: Request) -> None:
+        """Takes lane and pages from a running request."""
+        self._remember(request)
+        self.pool.release(request.pages)
+        del self.running[request]
+        self.lanes.append(request.lane)
+        request.lane, request.pages, request.computed = -1, [], 0
+        request.chain, request.chained = None, 0
+
+    def _end(self, request: Request, output: Output) -> None:
+        """The last output of a request that runs, waits, or was just refused."""
+        if request.lane >= 0:
+            self._leave(request)
+        else:
+            self.waiting.pop(request, None)
+        request.finish = output.finish
+        if request.outbox is not None:
+            request.outbox.put(output)
