@@ -1,0 +1,30 @@
+"""Stores a step's keys and values in the pages of the cache, in place.
+
+T tokens of the step, S tokens a page, N pages, L layers, K kv heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+
+def kv_write_reference(k_pool, v_pool, k, v, layer: int, slot):
+    """Writes token t's k[t] and v[t] ([T, K, H]) to slot[t] = page * S + offset of one layer of the pools.
+
+    k_pool, v_pool [L, N, S, K, H]; slot int32[T].  Padding tokens go to slots of page 0, whose content is junk.  Returns
+    the new pools; in place where the old ones are donated.
+    """
+    L, N, S, K, H = k_pool.shape
+    if slot.shape[0] == 1:
+        # XLA makes a scatter of one row a dynamic-update-slice, fuses it with its neighbours and then copies the whole
+        # pool in every layer (5 ms a layer on a CPU, not 4 us); a second row, for the padding page, keeps it a scatter.
+        slot = jnp.concatenate([slot, jnp.zeros_like(slot)])
+        k, v = jnp.concatenate([k, k]), jnp.concatenate([v, v])
+
+    def write(pool, x):
+        rows = pool.reshape(L * N * S, K * H)
+        # Padding tokens may share a slot: the indices are not unique, and which of them stays does not matter.
+        rows = rows.at[slot + layer * (N * S)].set(x.reshape(-1, K * H).astype(pool.dtype), mode="promise_in_bounds")
+        return rows.reshape(pool.shape)
+
+    return write(k_pool, k), write(v_pool, v)
