@@ -1,7 +1,7 @@
 """A decoder with no cache, no pages, no batch: what every fast path must equal.
 
-numpy in float64, straight from the tensor names and the config.json of a Hugging Face checkpoint; it shares no code with
-jaxserve, so that a mistake there is not repeated here.
+numpy in float64, straight from the tensor names and the config.json of a Hugging Face checkpoint.  It shares no code
+with jaxserve, so that a mistake there is not repeated here.
 T tokens, N query heads, K kv heads, H head dim, D width.
 """
 
@@ -15,8 +15,8 @@ import numpy as np
 def logits(checkpoint, config, tokens, rope_len=None):
     """Logits float64[T, V] of a token sequence.
 
-    `checkpoint` is {name: array} or a folder with safetensors files; `config` the config.json as a dict, or None for the
-    folder's.  `rope_len` is the length that fixes the base of dynamic NTK (a request's prompt), else that of `tokens`.
+    `checkpoint` is {name: array} or a folder with safetensors files; `config` the config.json as a dict, or None for
+    the folder's.  `rope_len` is the length that fixes the base of dynamic NTK (a request's prompt), else that of `tokens`.
     """
     weights, config = load(checkpoint, config)
     x = weights["model.embed_tokens.weight"][np.asarray(tokens)]

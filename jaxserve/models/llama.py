@@ -63,7 +63,7 @@ def experts(cfg, ffn, gate, up, down, layers=None):
     gate_up, both = (base + gate, base + up), ((inner, width),) * 2
     spec = (None, None, None, "tp")
     return (
-        Row((ffn + "gate",), "layers.{}.ffn.router", ((cfg.experts, width),), (None, None), "matrix", layers=layers),
+        Row((ffn + "gate",), "layers.{}.ffn.router", ((cfg.experts, width),), (None, None), "linear", layers=layers),
         Row(gate_up, "layers.{}.ffn.gate_up", both, spec, "experts_gate_up", layers=layers),
         Row((base + down,), "layers.{}.ffn.down", ((width, inner),), (None, "tp", None), "experts", layers=layers),
     )

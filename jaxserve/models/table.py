@@ -5,14 +5,13 @@ Letters: D width, F ffn, K kv heads, G query heads a kv head, H head dim, E expe
 
 `arrange` is one of
   None              one source, used as stored: norm vectors [D] or [H], the embedding [V, D]. A plain array.
-  "matrix"          one source [out, in] -> a plain array [in, out]                 (router)
-  "linear"          one source [out, in] -> Dense [in, out]                         (o, down, head)
+  "linear"          one source [out, in] -> Dense [in, out]                         (o, down, head, router)
   "qkv"             q [K*G*H, D], k [K*H, D], v [K*H, D] -> Dense [D, K, G+2, H]; query heads of one kv head are
                     consecutive in q, so q is reshaped [K, G, H], and k and v are appended to each group
   "wqkv"            one source [K*(G+2)*H, D], its rows already ordered [K, G+2, H] -> Dense [D, K, G+2, H]
   "gate_up"         gate [F, D], up [F, D] -> Dense [D, 2, F]
-  "experts"         one source an expert, [out, in] -> a plain array [E, in, out]   (down: [E, F, D])
-  "experts_gate_up" gate [F, D], up [F, D] of every expert -> a plain array [E, D, 2, F]
+  "experts"         one source an expert, [out, in] -> Dense [E, in, out]           (down: [E, F, D])
+  "experts_gate_up" gate [F, D], up [F, D] of every expert -> Dense [E, D, 2, F]
 """
 
 from typing import NamedTuple

@@ -1,11 +1,12 @@
 """Makes the golden logits in this folder with transformers and PyTorch.
 
-Run by hand, once, in an environment of its own (torch, transformers, safetensors, ml_dtypes), from the repository's root:
+Run by hand, once, in an environment of its own (torch, transformers, safetensors, ml_dtypes), from the root:
 
     PYTHONPATH=. python tests/data/families/make.py [CASE ...]
 
-Neither jaxserve nor a test imports it.  A file holds the config.json and the seed of a tiny checkpoint, token sequences,
-and their logits in float32; the weights are made again from the seed by scripts/tiny_checkpoint.py.
+Neither jaxserve nor a test imports it.  An .npz file holds the config.json and the seed of a tiny checkpoint, token
+sequences, and their logits in float32; the weights are made again from the seed by scripts/tiny_checkpoint.py.
+rope.json holds rotary frequencies of released models.
 """
 
 import json
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 import transformers
 from safetensors.numpy import save_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from scripts import tiny_checkpoint
 from tests.oracle import from_internlm2
@@ -68,9 +71,29 @@ CASES = {
     "qwen3_moe_mixed": (MOE, {"norm_topk_prob": False, "mlp_only_layers": [0], "head_dim": 32}),
 }
 
+ROPES = {  # config.json keys of released models, and the length of the sequence
+    "llama2-7b": ({"hidden_size": 4096, "num_attention_heads": 32, "max_position_embeddings": 4096}, 100),
+    "llama3.1-8b": ({"rope_theta": 5e5, "head_dim": 128, "max_position_embeddings": 131072}, 100),
+    "qwen2.5-7b": ({"rope_theta": 1e6, "head_dim": 128, "max_position_embeddings": 32768}, 100),
+    "vicuna-16k": ({"head_dim": 128, "max_position_embeddings": 4096}, 100),
+    "internlm2.5-7b": ({"rope_theta": 1e6, "head_dim": 128, "max_position_embeddings": 32768}, 100),
+    "internlm2.5-7b, long": ({"rope_theta": 1e6, "head_dim": 128, "max_position_embeddings": 32768}, 200000),
+    "mscale": ({"rope_theta": 5e4, "head_dim": 64, "max_position_embeddings": 4096}, 100),
+}
+SCALINGS = {
+    "llama3.1-8b": LLAMA3 | {"original_max_position_embeddings": 8192},
+    "qwen2.5-7b": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    "vicuna-16k": {"type": "linear", "factor": 4.0},
+    "internlm2.5-7b": {"type": "dynamic", "factor": 2.0},
+    "internlm2.5-7b, long": {"type": "dynamic", "factor": 2.0},
+    "mscale": {key: value for key, value in MSCALE.items() if key != "rope_theta"},
+}
+
 
 def main():
     here = Path(__file__).parent
+    found = {name: frequencies(*ROPES[name], SCALINGS.get(name)) for name in ROPES}
+    (here / "rope.json").write_text(json.dumps(found) + "\n")
     for index, (name, (architecture, changes)) in enumerate(CASES.items()):
         if len(sys.argv) > 1 and name not in sys.argv[1:]:
             continue
@@ -99,6 +122,18 @@ def logits(hf, seed, tokens):
     assert not any(report.values()), report
     with torch.no_grad():
         return model.eval()(torch.tensor(tokens)[None]).logits[0].numpy()
+
+
+def frequencies(hf, length, scaling):
+    """transformers' inverse frequencies for a sequence of `length` tokens, and the factor of cos and sin."""
+    hf = {"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0} | hf | {"rope_scaling": scaling}
+    config = transformers.LlamaConfig(**hf)
+    if scaling:
+        compute = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]]
+        inv_freq, scale = compute(config, torch.device("cpu"), seq_len=length)
+    else:
+        inv_freq, scale = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+    return {"config": hf, "length": length, "inv_freq": [float(f"{x:.9g}") for x in inv_freq], "scale": scale}
 
 
 if __name__ == "__main__":
