@@ -1,0 +1,74 @@
+"""The KV cache: pages of keys and values of all layers, allocated once, and the place of a step's tokens in them.
+
+T tokens of the step, R rows, P pages a row, S tokens a page, N pages, L layers, K kv heads, G queries a kv head, H head dim.
+Page 0 takes the writes of padding, so nothing downstream needs a mask for it.
+"""
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from jaxserve import mesh as meshes
+from jaxserve import ops
+
+
+@struct.dataclass
+class Spans:
+    """Which tokens of a step belong to which row, and where each row's pages are."""
+
+    first: jax.Array  # int32[R]  index in T of the row's first token
+    start: jax.Array  # int32[R]  its position in the request
+    count: jax.Array  # int32[R]  tokens of the row; 0 in unused rows
+    pages: jax.Array  # int32[R, P]
+    rope_len: jax.Array  # int32[R]  length for which the row's rotations are computed (dynamic NTK)
+    row: jax.Array  # int32[T]
+    position: jax.Array  # int32[T]  -1 in padding
+    decode: bool = struct.field(pytree_node=False)  # token t is row t's only one
+
+    @classmethod
+    def locate(cls, tokens, start, count, pages, rope_len):
+        """Rows lie in T one behind the other, in order.  `tokens` = T; T == R means one token a row."""
+        rows = start.shape[0]
+        decode = tokens == rows
+        first = jnp.arange(rows, dtype=jnp.int32) if decode else jnp.cumsum(count) - count
+        index = jnp.arange(tokens, dtype=jnp.int32)
+        row = index if decode else jnp.clip(jnp.searchsorted(first + count, index, side="right"), 0, rows - 1).astype(jnp.int32)
+        offset = index - first[row]
+        position = jnp.where((offset >= 0) & (offset < count[row]), start[row] + offset, -1)
+        return cls(first, start, count, pages, rope_len, row, position, decode)
+
+    @property
+    def length(self):
+        """int32[R]: keys that the row's last token sees; 0 in unused rows."""
+        return jnp.where(self.count > 0, self.start + self.count, 0)
+
+    def slot(self, page_size):
+        """int32[T]: where each token's key goes, page * S + offset."""
+        page = self.pages[self.row, jnp.maximum(self.position, 0) // page_size]
+        return jnp.where(self.position < 0, 0, page * page_size + self.position % page_size)
+
+
+@struct.dataclass
+class PagedKV:
+    """Keys and values in the type in which they were computed.  One array for all layers: a call pays for each argument."""
+
+    k: jax.Array  # [L, N, S, K, H]
+    v: jax.Array
+
+    @classmethod
+    def shape(cls, cfg, pages, page_size, mesh, dtype):
+        """The arrays that `allocate` makes, as ShapeDtypeStructs."""
+        where = meshes.sharding(mesh, None, None, None, "tp", None)
+        one = jax.ShapeDtypeStruct((cfg.layers, pages, page_size, cfg.kv_heads, cfg.head_dim), dtype, sharding=where)
+        return cls(one, one)
+
+    @staticmethod
+    def bytes_per_token(cfg, dtype):
+        """Bytes of one token's keys and values in all layers."""
+        return 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * jnp.dtype(dtype).itemsize
+
+    def attend(self, layer, q, k, v, spans, window=None):
+        """Stores this step's k and v [T, K, H], then attends with q [T, K, G, H].  Returns [T, K, G, H] and the new cache."""
+        k_pool, v_pool = ops.kv_write(self.k, self.v, k, v, layer, spans.slot(self.k.shape[2]))
+        out = ops.paged_attention(q, k_pool, v_pool, layer, spans, window)
+        return out, PagedKV(k_pool, v_pool)

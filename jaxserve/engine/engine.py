@@ -1,0 +1,219 @@
+"""The loop: plan, dispatch, and only then read what the step before produced.  One thread owns the device."""
+
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+import logging
+import threading
+import time
+
+import numpy as np
+
+from jaxserve.engine.pages import PagePool
+from jaxserve.engine.request import Output
+from jaxserve.engine.runner import SCORED
+from jaxserve.engine.scheduler import Scheduler
+
+log = logging.getLogger("jaxserve")
+GIVE_UP = 3  # failed steps in a row after which the engine stops
+
+
+class EngineDead(RuntimeError):
+    """The engine has stopped and takes no more requests."""
+
+
+@dataclass
+class Scoring:
+    """A sequence whose tokens are all known: computed a chunk at a time beside the requests, sharing no pages."""
+
+    tokens: list[int]
+    want: str  # "logprobs", "logits" or "hidden"
+    done: Future = field(default_factory=Future)
+    start: int = 0
+    pages: list[int] = field(default_factory=list)
+    parts: list[np.ndarray] = field(default_factory=list)
+
+
+class Engine:
+    """Takes requests from any thread and answers through their outboxes.
+
+    `engine.loading.load(...)` builds one from a checkpoint.
+    """
+
+    def __init__(self, runner, *, prefix_caching=True, rope_original=None):
+        """runner: compiled, with its weights.  rope_original: the length past which a prompt stretches its rotations (dynamic NTK)."""
+        plan = runner.plan
+        self.runner, self.rope_original = runner, rope_original
+        self.session_len, self.max_batch_size = plan.session_len, plan.lanes
+        pool = PagePool(plan.pages, plan.page_size)
+        self.scheduler = Scheduler(pool, plan.lanes, plan.budget, session_len=plan.session_len, prefix_caching=prefix_caching)
+        self.pending = None  # the step in flight
+        self.steps, self.computed, self.dispatched, self.busy = 0, 0, 0, 0.0
+        self._inbox, self._scoring = deque(), deque()
+        self._wake = threading.Condition()
+        self._closed, self._dead, self._failures = False, None, 0
+        self._thread = threading.Thread(target=self._loop, name="jaxserve-engine", daemon=True)
+        self._thread.start()
+
+    # From any thread ------------------------------------------------------------------------------------------------
+
+    def submit(self, request):
+        """Queues a request; its outbox gets an Output a token.  ValueError if it can never fit."""
+        self.scheduler.check(request)
+        if self.rope_original is not None and request.prompt_len > self.rope_original:
+            request.salt = (request.salt, "rope", request.prompt_len)  # its keys are rotated as no other length's
+        self._send(self.scheduler.add, request)
+
+    def abort(self, request):
+        """Ends a request wherever it is, and frees what it holds."""
+        if not self._closed:
+            self._send(self.scheduler.abort, request)
+
+    def score(self, tokens, want="logprobs"):
+        """What the model thinks of a known sequence of n token ids; waits for the answer.
+
+        "logprobs": float32[n-1], of each token after the first given those before it.  "logits": float32[n, V].  "hidden": [n, D].
+        """
+        if not 1 <= len(tokens) <= min(self.session_len, (self.scheduler.pool.count - 1) * self.scheduler.pool.size):
+            raise ValueError(f"a sequence to score has 1 to {self.session_len} tokens, not {len(tokens)}")
+        job = Scoring(list(tokens), want)
+        self._send(self._scoring.append, job)
+        return job.done.result()
+
+    def stats(self):
+        """Counts of requests, pages and tokens at this moment, and of steps since the start."""
+        return self.scheduler.stats() | {
+            "steps": self.steps,
+            "step_tokens": self.computed,
+            "step_tokens_padded": self.dispatched,
+            "busy_s": self.busy,
+        }
+
+    def close(self):
+        """Stops the loop; requests that still run are aborted.  Closing twice is fine."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    @property
+    def alive(self):
+        """Whether requests are still answered."""
+        return not self._closed and self._dead is None
+
+    def _send(self, action, subject):
+        with self._wake:
+            if self._dead is not None:
+                raise EngineDead(f"the engine has stopped: {self._dead}")
+            if self._closed:
+                raise EngineDead("the engine is closed")
+            self._inbox.append((action, subject))
+            self._wake.notify()
+
+    # On the engine's thread -----------------------------------------------------------------------------------------
+
+    def _loop(self):
+        while self._receive():
+            began = time.perf_counter()
+            try:
+                self._turn()
+                self._failures = 0
+            except Exception as error:
+                log.exception("a step failed")
+                self._recover(error)
+            self.busy += time.perf_counter() - began
+        self._end("the engine was closed" if self._dead is None else f"the engine has stopped: {self._dead}")
+
+    def _receive(self):
+        """Does what was sent, after waiting if there is nothing else to do.  False when the loop must end."""
+        with self._wake:
+            while not (self._inbox or self._closed or self._dead or self._busy()):
+                self._wake.wait()
+            sent, self._inbox = self._inbox, deque()
+        for action, subject in sent:
+            try:
+                action(subject)
+            except ValueError as error:
+                subject.outbox.put(Output(None, "error", error=str(error)))
+        return not (self._closed or self._dead)
+
+    def _busy(self):
+        return not self.scheduler.idle or self.pending is not None or self._scoring
+
+    def _turn(self):
+        """One turn.  The device works on the new step while the host reads the old one."""
+        chunks = self.scheduler.plan()
+        ahead = self.runner.dispatch(chunks) if chunks else None
+        if ahead:
+            self.steps += 1
+            self.computed += ahead.tokens
+            self.dispatched += ahead.padded
+        done, self.pending = self.pending, ahead
+        if done:
+            tokens, bad, logprobs, tops = done.read()
+            for chunk in (c for c, wrong in zip(done.chunks, bad) if wrong and c.emits):
+                self.scheduler.fail(chunk.request, "the model's logits were not numbers (NaN): the weights or the computation overflowed")
+            self.scheduler.commit(done.chunks, tokens, logprobs, tops)
+        if self._scoring:
+            self._score(self._scoring[0])
+
+    def _score(self, job):
+        """The next chunk of a sequence to score, once there are pages for it."""
+        pool = self.scheduler.pool
+        if job.start == 0 and not job.pages:
+            need = -(-len(job.tokens) // pool.size)
+            if pool.free < need:
+                return
+            job.pages = pool.take(need)
+        stop = min(len(job.tokens), job.start + SCORED)
+        tokens, targets = job.tokens[job.start : stop], job.tokens[job.start + 1 : stop + 1]
+        logprob, logits, hidden = self.runner.score(tokens, job.start, job.pages, targets)
+        part = {"logprobs": logprob, "logits": logits, "hidden": hidden}[job.want]
+        rows = len(targets) if job.want == "logprobs" else len(tokens)
+        job.parts.append(np.asarray(part)[:rows])
+        job.start = stop
+        if stop == len(job.tokens):
+            self._scoring.popleft()
+            pool.release(job.pages)
+            job.done.set_result(np.concatenate(job.parts))
+
+    def _recover(self, error):
+        """After a failed step the state on the device is lost: its requests fail, those that wait go on."""
+        self._failures += 1
+        self.pending = None
+        for request in list(self.scheduler.running):
+            self.scheduler.fail(request, f"the step failed: {error}")
+        while self._scoring:
+            job = self._scoring.popleft()
+            self.scheduler.pool.release(job.pages)
+            job.done.set_exception(RuntimeError(f"the step failed: {error}"))
+        self.scheduler.pool.forget(list(self.scheduler.pool.entry_of))
+        try:
+            self.runner.reset()
+        except Exception as again:
+            error, self._failures = again, GIVE_UP
+        if self._failures >= GIVE_UP:
+            with self._wake:
+                self._dead = error
+
+    def _end(self, why):
+        """Nobody is left waiting for an answer."""
+        with self._wake:
+            self._closed, sent, self._inbox = True, self._inbox, deque()
+        for action, subject in sent:
+            if action == self.scheduler.add or isinstance(subject, Scoring):
+                action(subject)
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            if self._dead is None:
+                self.scheduler.abort(request)
+            else:
+                self.scheduler.fail(request, why)
+        for job in self._scoring:
+            job.done.set_exception(EngineDead(why))

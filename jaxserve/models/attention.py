@@ -1,0 +1,32 @@
+"""Grouped-query attention over the paged cache.
+
+T tokens of the step, D width, K kv heads, G queries a kv head, H head dim.
+"""
+
+from typing import Any
+
+from flax import struct
+import jax
+
+from jaxserve.models import rope
+from jaxserve.models.layers import rms_norm
+
+
+@struct.dataclass
+class GQA:
+    """Attention in which G query heads share a key and value head (Ainslie et al., 2023)."""
+
+    qkv: Any  # D -> [K, G+2, H]: a group's queries, its key, its value; one split of K splits all three
+    o: Any  # K*G*H -> D
+    q_norm: jax.Array | None = None  # [H], of the families that normalise queries and keys
+    k_norm: jax.Array | None = None  # [H]
+
+    def __call__(self, cfg, layer, x, cos, sin, cache, spans):
+        """x [T, D] and the rotations [T, H/2] to [T, D] and the cache with this step's keys and values."""
+        qkv = self.qkv.dot(x)  # [T, K, G+2, H]
+        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+        if self.q_norm is not None:
+            q, k = rms_norm(q, self.q_norm, cfg.eps), rms_norm(k, self.k_norm, cfg.eps)
+        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        out, cache = cache.attend(layer, q, k, v, spans, cfg.window_at(layer))
+        return self.o.dot(out.reshape(x.shape[0], -1)), cache

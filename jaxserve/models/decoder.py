@@ -1,0 +1,42 @@
+"""The decoder that all families share: embedding, layers, final norm.
+
+A family is a table of weights; what a family lacks is a None leaf, and what differs is another node in a layer.
+"""
+
+from typing import Any
+
+from flax import struct
+import jax
+
+from jaxserve.models import rope
+from jaxserve.models.layers import rms_norm
+
+
+@struct.dataclass
+class Layer:
+    norm1: jax.Array  # [D]
+    mixer: Any  # attention
+    norm2: jax.Array  # [D]
+    ffn: Any
+
+
+@struct.dataclass
+class Params:
+    embed: jax.Array  # [V, D]
+    layers: tuple[Layer, ...]
+    norm: jax.Array  # [D]
+    head: Any  # D -> V
+
+
+def forward(cfg, params, cache, token, spans):
+    """Token ids [T] to the final hidden states [T, D], and the cache with this step's keys and values in it."""
+    x = params.embed[token]
+    cos, sin = rope.rotation(cfg, spans)  # [T, H/2]
+    # Layers are unrolled: a scan over stacked weights makes XLA copy every layer's weights.
+    for index, layer in enumerate(params.layers):
+        with jax.named_scope("mixer"):
+            mixed, cache = layer.mixer(cfg, index, rms_norm(x, layer.norm1, cfg.eps), cos, sin, cache, spans)
+            x = x + mixed
+        with jax.named_scope("ffn"):
+            x = x + layer.ffn(cfg, rms_norm(x, layer.norm2, cfg.eps))
+    return rms_norm(x, params.norm, cfg.eps), cache

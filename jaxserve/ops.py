@@ -1,0 +1,71 @@
+"""The one door to the kernels: reference on CPU, kernel on GPU, each wrapped in shard_map so that it sees its own heads only.
+
+T tokens of the step, R rows, P pages a row, S tokens a page, N pages, L layers, K kv heads, G queries a kv head, H head dim.
+"""
+
+from functools import cache, partial
+import logging
+
+import jax
+from jax.sharding import PartitionSpec as P
+import jax.numpy as jnp
+
+from pallas_kernels import kv_write as writing
+from pallas_kernels import paged_decode, paged_prefill
+
+POOL = P(None, None, None, "tp", None)  # [L, N, S, K, H]
+HEADS = P(None, "tp")  # [T, K, ...]
+log = logging.getLogger("jaxserve")
+
+
+@cache
+def kernels():
+    """Whether kernels are used; where a GPU can't, says why once."""
+    if jax.default_backend() == "cpu":
+        return False
+    from pallas_kernels import available
+
+    if reason := available():
+        log.warning("slow: the reference is used in place of the GPU kernels, because %s", reason)
+    return not reason
+
+
+def _split(function, ins, outs):
+    return jax.shard_map(function, in_specs=ins, out_specs=outs, check_vma=False)
+
+
+def kv_write(k_pool, v_pool, k, v, layer, slot):
+    """Stores k and v [T, K, H] in the slots [T] of one layer of the pools, in place.  Returns the pools."""
+    write = partial(writing.kv_write if kernels() else writing.kv_write_reference, layer=layer)
+    run = _split(lambda kp, vp, k, v, slot: write(kp, vp, k, v, slot=slot), (POOL, POOL, HEADS, HEADS, P()), (POOL, POOL))
+    return run(k_pool, v_pool, k, v, slot)
+
+
+def paged_attention(q, k_pool, v_pool, layer, spans, window=None):
+    """Every token attends to its own row, up to its own position.  q [T, K, G, H] to the same shape."""
+    known = {"layer": layer, "scale": q.shape[-1] ** -0.5, "window": window}
+    if spans.decode:
+        attend = paged_decode.paged_decode if kernels() else paged_decode.paged_decode_reference
+        run = _split(lambda q, k, v, pages, length: attend(q, k, v, pages=pages, length=length, **known),
+                     (HEADS, POOL, POOL, P(), P()), HEADS)  # fmt: skip
+        return run(q, k_pool, v_pool, spans.pages, spans.length)
+    attend = paged_prefill.paged_prefill if kernels() else paged_prefill.paged_prefill_reference
+    run = _split(lambda q, k, v, pages, first, count, start: attend(q, k, v, pages=pages, first=first, count=count, start=start, **known),
+                 (HEADS, POOL, POOL, P(), P(), P(), P()), HEADS)  # fmt: skip
+    return run(q, k_pool, v_pool, spans.pages, spans.first, spans.count, spans.start)
+
+
+def expert_mlp(x, gate_up, down, sizes):
+    """Gated feed-forward layers of E experts.
+
+    x [M, D]: the tokens of expert 0, then those of expert 1, ...; sizes int32[E]: how many each has; gate_up [E, D, 2, F];
+    down [E, F, D].  Returns [M, D].
+    """
+
+    def local(x, gate_up, down, sizes):
+        both = jax.lax.ragged_dot(x, gate_up.reshape(*gate_up.shape[:2], -1), sizes)
+        gate, up = jnp.split(both, 2, axis=-1)
+        return jax.lax.psum(jax.lax.ragged_dot(jax.nn.silu(gate) * up, down, sizes), "tp")
+
+    specs = (P(), P(None, None, None, "tp"), P(None, "tp", None), P())
+    return _split(local, specs, P())(x, gate_up, down, sizes)

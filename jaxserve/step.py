@@ -1,0 +1,105 @@
+"""One step of the engine: the only jitted function on the path of a token.
+
+T tokens of the step, R rows, P pages a row, D width, V vocabulary (padded to a multiple of tp), lanes: seats of running requests.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from jaxserve.cache import PagedKV, Spans
+from jaxserve.models.decoder import forward
+from jaxserve.sampling import Drawn, Sampling, Tables, greedy, sample, set_lane
+
+ROW = ("start", "count", "lane", "rope_len")  # words of a row ahead of its sampling words
+ROW_WIDTH = len(ROW) + Sampling.WIDTH
+
+
+class Shape(NamedTuple):
+    """What a program is compiled for."""
+
+    tokens: int
+    rows: int
+    pages: int  # pages a row
+    full: bool  # the full sampler; otherwise every row is greedy and plain
+
+    @property
+    def words(self):
+        """Length of the one array that crosses to the device a step."""
+        return self.tokens + self.rows * (ROW_WIDTH + self.pages)
+
+
+@struct.dataclass
+class State:
+    """What a step changes.  It is donated: the caller's copy is dead after the call."""
+
+    cache: PagedKV
+    newest: jax.Array  # int32[lanes]  the token each lane sampled last
+    tables: Tables
+
+
+@struct.dataclass
+class Batch:
+    """What the host sends for one step."""
+
+    token: jax.Array  # int32[T]  -1: take the lane's newest
+    lane: jax.Array  # int32[R]  out of range in rows that do not emit: their result is dropped
+    spans: Spans
+    sampling: Sampling
+
+    @classmethod
+    def unpack(cls, words, shape):
+        """The host packs all integers (and floats, bit by bit) of a step into one int32 array: a transfer costs more than its bytes."""
+        token, rows, pages = jnp.split(words, (shape.tokens, shape.tokens + shape.rows * ROW_WIDTH))
+        rows = rows.reshape(shape.rows, ROW_WIDTH)
+        start, count, lane, rope_len = (rows[:, i] for i in range(len(ROW)))
+        spans = Spans.locate(shape.tokens, start, count, pages.reshape(shape.rows, shape.pages), rope_len)
+        return cls(token, lane, spans, Sampling.unpack(rows[:, len(ROW) :]))
+
+
+def _logits(cfg, params, hidden):
+    """float32[..., V]; columns that only pad the vocabulary can never win."""
+    logits = params.head.dot(hidden, jnp.float32)
+    padded = logits.shape[-1]
+    return logits if padded == cfg.vocab else jnp.where(jnp.arange(padded) < cfg.vocab, logits, -jnp.inf)
+
+
+@partial(jax.jit, static_argnames=("cfg", "shape"), donate_argnames="state")
+def step(cfg, shape, params, state, words):
+    """Computes the batch packed in `words` and samples one token a row.  Returns the new state and what was drawn."""
+    batch = Batch.unpack(words, shape)
+    newest = state.newest.at[batch.lane[batch.spans.row]].get(mode="clip")
+    token = jnp.where(batch.token < 0, newest, batch.token)
+    hidden, cache = forward(cfg, params, state.cache, token, batch.spans)
+    last = jnp.clip(batch.spans.first + batch.spans.count - 1, 0, shape.tokens - 1)
+    with jax.named_scope("head"):
+        logits = _logits(cfg, params, hidden[last])  # [R, V]
+    with jax.named_scope("sample"):
+        if shape.full:
+            drawn, tables = sample(logits, batch.sampling, state.tables, batch.lane)
+        else:
+            drawn, tables = greedy(logits), state.tables
+    newest = state.newest.at[batch.lane].set(drawn.tokens, mode="drop")
+    return State(cache, newest, tables), drawn
+
+
+@partial(jax.jit, static_argnames=("cfg", "shape"), donate_argnames="state")
+def score(cfg, shape, params, state, words, target):
+    """For tokens that are all known: the log-probability of target [T] at each place, the logits [T, V], the hidden states [T, D]."""
+    batch = Batch.unpack(words, shape)
+    hidden, cache = forward(cfg, params, state.cache, batch.token, batch.spans)
+    logits = _logits(cfg, params, hidden)
+    logprob = jnp.take_along_axis(logits, target[:, None], -1)[:, 0] - jax.nn.logsumexp(logits, -1)
+    return state.replace(cache=cache), (logprob, logits, hidden)
+
+
+@partial(jax.jit, donate_argnames="state")
+def seat(state, *row):
+    """Writes the tables of a request that takes a lane (see sampling.set_lane)."""
+    return state.replace(tables=set_lane(state.tables, *row))
+
+
+__all__ = ["ROW", "ROW_WIDTH", "Batch", "Drawn", "Shape", "State", "score", "seat", "step"]
