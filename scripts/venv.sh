@@ -18,19 +18,19 @@ find_python() {
     tried=
     for name in python3.12 python3.13 python3; do
         if ! command -v "$name" >/dev/null 2>&1; then
-            tried="$tried; no $name on the PATH"
+            tried="${tried:+$tried; }no $name on the PATH"
         elif ! version=$("$name" -c 'import platform; print(platform.python_version())' 2>/dev/null); then
-            tried="$tried; $name does not run"
+            tried="${tried:+$tried; }$name does not run"
         elif ! "$name" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
-            tried="$tried; $name is $version"
+            tried="${tried:+$tried; }$name is $version"
         elif ! "$name" -c 'import ensurepip, venv' 2>/dev/null; then
-            tried="$tried; $name is $version but lacks venv (Debian and Ubuntu: apt install python${version%.*}-venv)"
+            tried="${tried:+$tried; }$name is $version but lacks venv (Debian and Ubuntu: apt install python${version%.*}-venv)"
         else
             "$name" -c 'import sys; print(sys.executable)'
             return
         fi
     done
-    fail "needs Python 3.12 or newer with venv and found none${tried}. Install one (Debian and Ubuntu:" \
+    fail "needs Python 3.12 or newer with venv and found none: $tried. Install one (Debian and Ubuntu:" \
         "apt install python3.12-venv; anywhere: pyenv install 3.12) and run this again."
 }
 
