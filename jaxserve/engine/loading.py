@@ -59,7 +59,7 @@ def load(model, config, report=_quiet, progress=_quiet):
     runner.warm_up()
     original = cfg.rope.original if cfg.rope.kind == "dynamic" else None
     engine = Engine(runner, prefix_caching=config.enable_prefix_caching, rope_original=original)
-    engine.path, engine.config, engine.plan = source.path, cfg, plan
+    engine.path, engine.config, engine.plan, engine.dtype = source.path, cfg, plan, dtype.name
     engine.checkpoint_config, engine.generation_config = source.config, source.generation_config
     source.close()
     report(f"ready after {time.perf_counter() - began:.1f} s")

@@ -85,6 +85,8 @@ class Runner:
         tables = Tables.shape(plan.lanes, vocab, whole)
         self.state_shape = State(PagedKV.shape(cfg, plan.pages, plan.page_size, mesh, dtype), newest, tables)
         self.programs, self.state = {}, None
+        # XLA's collectives between virtual CPU devices deadlock when two programs run at once.
+        self.one_at_a_time = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
         # By lane: what is the same in every step of the request seated there.
         self.seated = [None] * plan.lanes
         self.rows = np.zeros((plan.lanes, ROW_WIDTH), np.int32)
@@ -159,6 +161,8 @@ class Runner:
         else:
             size = next(t for t in self.sizes.tokens if t >= tokens and self._rows_of(t) >= rows)
             shape = Shape(size, self._rows_of(size), pages, full)
+        if self.one_at_a_time:
+            jax.block_until_ready(self.state)
         self.state, drawn = self.programs[shape](self.params, self.state, self._pack(chunks, shape))
         return InFlight(chunks, drawn, shape)
 

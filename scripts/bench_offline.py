@@ -1,0 +1,124 @@
+"""Times the engine on the workloads of workloads.py: three runs each, the median, and a check of what came out.
+
+    python scripts/bench_offline.py --model DIR --work lat1 mix
+
+Prints a line for people and one of JSON for each workload.  Greedy, end-of-sequence ignored, prefix cache off.  The check: every
+request has its number of tokens, and a sample of requests run alone gives the same ids (a difference counts only where the first two
+choices are further apart than the type computed in can tell).
+"""
+
+import argparse
+import json
+import queue
+import statistics
+import sys
+import time
+
+import workloads
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine import loading
+from jaxserve.engine.request import Request, SamplingParams
+
+SAMPLE = 4  # requests that are also run alone
+TIE = {"float32": 0.01, "bfloat16": 0.3, "float16": 0.1}  # log-probability gap under which a different choice is excused
+
+
+class Collector:
+    """Gathers a request's tokens, and tells the driver when it ends."""
+
+    def __init__(self, ended):
+        self.ended, self.tokens, self.times, self.margins = ended, [], [], []
+
+    def put(self, output):
+        if output.token is not None:
+            self.tokens.append(output.token)
+            self.times.append(time.perf_counter())
+            if len(output.top) > 1:
+                self.margins.append(output.top[0][1] - output.top[1][1])
+        if output.finish:
+            self.error = output.error
+            self.ended.put(self)
+
+
+def run(engine, reqs, clients, logprobs=None):
+    """(seconds, a Collector for each request): `clients` requests open at a time."""
+    ended, out = queue.SimpleQueue(), []
+    todo = iter(reqs)
+
+    def start():
+        for ids, length in todo:
+            out.append(Collector(ended))
+            engine.submit(Request(list(ids), length, SamplingParams(logprobs=logprobs), outbox=out[-1]))
+            return
+
+    began = time.perf_counter()
+    for _ in range(min(clients, len(reqs))):
+        start()
+    for _ in reqs:
+        ended.get()
+        start()
+    return time.perf_counter() - began, out
+
+
+def check(engine, reqs, out, dtype):
+    """(requests with a wrong count, sampled requests that differ from themselves alone beyond ties)."""
+    wrong = sum(len(c.tokens) != length for c, (_, length) in zip(out, reqs))
+    different = 0
+    for i in range(0, len(reqs), max(1, len(reqs) // SAMPLE))[:SAMPLE]:
+        _, (alone,) = run(engine, [reqs[i]], 1, logprobs=2)
+        first = next((j for j, (a, b) in enumerate(zip(alone.tokens, out[i].tokens)) if a != b), None)
+        different += first is not None and alone.margins[first] > TIE[dtype]
+    return wrong, different
+
+
+def bench(engine, name, runs, label, dtype):
+    """The figures of one workload as a dict."""
+    reqs, clients = workloads.requests(name)
+    walls, out, before = [], None, engine.stats()
+    for _ in range(runs):
+        wall, out = run(engine, reqs, clients)
+        walls.append(wall)
+    after = engine.stats()
+    wrong, different = check(engine, reqs, out, dtype)
+    wall = statistics.median(walls)
+    outputs, inputs = sum(n for _, n in reqs), sum(len(ids) for ids, _ in reqs)
+    computed, padded = (after[k] - before[k] for k in ("step_tokens", "step_tokens_padded"))
+    figures = dict(engine="jaxserve", model=label, work=name, wall_s=round(wall, 4), out_tok_s=round(outputs / wall, 1),
+                   in_tok_s=round(inputs / wall, 1), req_s=round(len(reqs) / wall, 2))  # fmt: skip
+    if name == "lat1":
+        times = out[0].times
+        figures["itl_ms"] = round((times[-1] - times[0]) / (len(times) - 1) * 1e3, 3)
+        figures["ttft_ms"] = round((wall - (times[-1] - times[0])) * 1e3, 1)
+    figures |= dict(spread=round((max(walls) - min(walls)) / wall, 3), steps=(after["steps"] - before["steps"]) // runs,
+                    padding=round(padded / computed - 1, 3), wrong_counts=wrong, different_alone=different)  # fmt: skip
+    return figures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of the checkpoint")
+    parser.add_argument("--work", nargs="+", default=list(workloads.NAMES), help="workloads (default: all)")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--session-len", type=int, default=4096)
+    parser.add_argument("--max-batch-size", type=int, default=256)
+    parser.add_argument("--num-tokens-per-iter", type=int, default=0)
+    options = parser.parse_args()
+    config = EngineConfig(tp=options.tp, dtype=options.dtype, session_len=options.session_len, max_batch_size=options.max_batch_size,
+                          num_tokens_per_iter=options.num_tokens_per_iter, enable_prefix_caching=False)  # fmt: skip
+    began = time.perf_counter()
+    engine = loading.load(options.model, config, report=lambda text: print(text, file=sys.stderr, flush=True))
+    ready = time.perf_counter() - began
+    label = options.model.rstrip("/").split("/")[-1]
+    run(engine, [(list(range(1000, 1100)), 16)], 1)
+    for name in options.work:
+        figures = bench(engine, name, options.runs, label, engine.dtype) | {"ready_s": round(ready, 1), "tp": options.tp}
+        print(f"{label} {name}: {figures['out_tok_s']:,} tokens/s out, {figures['in_tok_s']:,} in, {figures['wall_s']} s", file=sys.stderr)
+        print("RESULT " + json.dumps(figures), flush=True)
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""The work on which engines are compared: token ids and output lengths from a fixed seed, so no tokenizer is in the way.
+
+    lat1     one request, 512 in, 256 out: the latency of decoding
+    batchN   N equal requests at once, 512 in, 256 out
+    mix      1000 requests, 16-1024 in, 16-512 out, 256 clients
+    prefill  64 requests of 2048 in, 1 out
+"""
+
+import random
+
+NAMES = ("lat1", "batch16", "batch64", "batch256", "mix", "prefill")
+SEED = 1234
+
+
+def requests(name):
+    """([(input ids, output length)], clients): the requests of a workload, and how many are open at a time."""
+    draw = random.Random(SEED)
+
+    def ids(n):
+        return [draw.randrange(1000, 40000) for _ in range(n)]
+
+    if name == "lat1":
+        return [(ids(512), 256)], 1
+    if name.startswith("batch") and name[5:].isdecimal():
+        count = int(name[5:])
+        return [(ids(512), 256) for _ in range(count)], count
+    if name == "mix":
+        return [(ids(draw.randint(16, 1024)), draw.randint(16, 512)) for _ in range(1000)], 256
+    if name == "prefill":
+        return [(ids(2048), 1) for _ in range(64)], 64
+    raise ValueError(f"no workload {name}; there are {', '.join(NAMES)}")
