@@ -1,0 +1,1 @@
+"""Text to token ids and back: tokenizers, streamed text with stop strings, chat templates.  Imports no jax."""
