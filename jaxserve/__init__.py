@@ -2,10 +2,11 @@
 
 from importlib import import_module
 
+from jaxserve.pipeline import pipeline  # at once: imported later, the module of that name would take its place
+
 __version__ = "0.1.0"
 
 _HOMES = {
-    "pipeline": "jaxserve.pipeline",
     "Pipeline": "jaxserve.pipeline",
     "Session": "jaxserve.pipeline",
     "Response": "jaxserve.reply",
@@ -16,7 +17,7 @@ _HOMES = {
     "ChatTemplateConfig": "jaxserve.config",
     "Tokenizer": "jaxserve.text.tokenizer",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", "pipeline", *_HOMES]
 
 
 def __getattr__(name):

@@ -337,7 +337,7 @@ class GenerationConfig:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken at every step."""
-        if self.do_sample is False or self.temperature == 0:
+        if self.do_sample is False or self.temperature == 0 or self.top_p == 0:
             return True
         return self.effective_top_k == 1
 
