@@ -1,11 +1,20 @@
 """GPU kernels for serving, each beside its definition in plain JAX.
 
-`*_reference` is the definition and runs anywhere; the function without the suffix is the kernel, for NVIDIA GPUs.
-Nothing here chooses between the two: `available()` says whether the kernels can run, and why not.
+`*_reference` is the definition and runs anywhere; the function without the suffix is the kernel, for NVIDIA GPUs from
+Ampere on.  Nothing here chooses between the two: `available()` says whether the kernels can run, and why not.
 """
 
-from pallas_kernels.kv_write import kv_write_reference
-from pallas_kernels.paged_decode import paged_decode_reference
-from pallas_kernels.paged_prefill import paged_prefill_reference
+from pallas_kernels.kv_write import kv_write, kv_write_reference
+from pallas_kernels.paged_decode import paged_decode, paged_decode_reference
+from pallas_kernels.paged_prefill import paged_prefill, paged_prefill_reference
+from pallas_kernels.triton_call import available
 
-__all__ = ["kv_write_reference", "paged_decode_reference", "paged_prefill_reference"]
+__all__ = [
+    "available",
+    "kv_write",
+    "kv_write_reference",
+    "paged_decode",
+    "paged_decode_reference",
+    "paged_prefill",
+    "paged_prefill_reference",
+]

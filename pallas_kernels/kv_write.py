@@ -3,9 +3,9 @@
 T tokens of the step, S tokens a page, N pages, L layers, K kv heads, H head dim.
 """
 
-from __future__ import annotations
-
 import jax.numpy as jnp
+
+from pallas_kernels.triton_call import jit, power_of_two, tl, triton_call
 
 
 def kv_write_reference(k_pool, v_pool, k, v, layer: int, slot):
@@ -28,3 +28,27 @@ def kv_write_reference(k_pool, v_pool, k, v, layer: int, slot):
         return rows.reshape(pool.shape)
 
     return write(k_pool, k), write(v_pool, v)
+
+
+@jit
+def _write(
+    k_pool, v_pool, k_ptr, v_ptr, slot_ptr, first_slot, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """One token's keys and values, K * H elements each: grid (T,)."""
+    token = tl.program_id(0)
+    x = tl.arange(0, PADDED)
+    mine = x < WIDTH
+    k = tl.load(k_ptr + token * WIDTH + x, mask=mine)
+    v = tl.load(v_ptr + token * WIDTH + x, mask=mine)
+    place = (first_slot + tl.load(slot_ptr + token)).to(tl.int64) * WIDTH + x
+    tl.store(k_pool + place, k.to(k_pool.dtype.element_ty), mask=mine)
+    tl.store(v_pool + place, v.to(v_pool.dtype.element_ty), mask=mine)
+
+
+def kv_write(k_pool, v_pool, k, v, layer: int, slot):
+    """`kv_write_reference` as one Triton kernel for keys and values."""
+    L, N, S, K, H = k_pool.shape
+    return triton_call(
+        _write, k_pool, v_pool, k, v, slot, int(layer) * N * S, out=(), in_place=(0, 1), grid=(slot.shape[0],), warps=4,
+        stages=1, WIDTH=K * H, PADDED=power_of_two(K * H),
+    )  # fmt: skip

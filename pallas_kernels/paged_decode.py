@@ -5,11 +5,12 @@ R rows, P pages a row, S tokens a page, N pages, L layers, K kv heads, G query h
 The pools of all layers are one array, and `layer` is a Python integer: a layer is never sliced out, which would copy it.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from pallas_kernels import tuning
+from pallas_kernels.triton_call import cdiv, jit, power_of_two, tl, triton_call
 
 MASKED = -1e30  # finite, so that a block without a single visible key gives no NaN
 BLOCK = 128  # tokens a turn of the reference's loop
@@ -35,7 +36,7 @@ def paged_decode_reference(q, k_pool, v_pool, layer: int, pages, length, *, scal
     W = B * S
     # The heads as one matrix: q stands on the diagonal of a [K*G, K*H] matrix.  The zeros cost less than bringing
     # the keys into head-major order would.
-    diagonal = jnp.eye(K, dtype=jnp.float32)[:, None, :, None]
+    diagonal = jnp.eye(K, dtype=jnp.float32)[None, :, None, :, None]
     wide = (q.astype(jnp.float32)[:, :, :, None, :] * (scale * diagonal)).reshape(R, K * G, K * H)
     oldest = jnp.zeros_like(length) if window is None else jnp.maximum(length - window, 0)
     first = jnp.min(jnp.where(length > 0, oldest, jnp.max(length))) // W
@@ -45,7 +46,7 @@ def paged_decode_reference(q, k_pool, v_pool, layer: int, pages, length, *, scal
         block = jnp.take(pages, j * B + jnp.arange(B), axis=1, mode="clip")
         k = gather_pages(k_pool, layer, block).astype(jnp.float32)
         v = gather_pages(v_pool, layer, block).astype(jnp.float32)
-        position = j * W + jnp.arange(W)
+        position = (j * W + jnp.arange(W))[None]
         seen = (position < length[:, None]) & (position >= oldest[:, None])  # [R, W]
         v = jnp.where(seen[:, :, None], v, 0.0)  # an unwritten page may hold anything, even NaN
         scores = jnp.einsum("rxy,rwy->rxw", wide, k, precision="highest")
@@ -61,3 +62,161 @@ def paged_decode_reference(q, k_pool, v_pool, layer: int, pages, length, *, scal
     _, total, sums = lax.fori_loop(first, (jnp.max(length) + W - 1) // W, turn, empty)
     out = jnp.where((length > 0)[:, None, None], sums / jnp.maximum(total, 1e-30)[..., None], 0.0)
     return out.reshape(R, K, G, H).astype(q.dtype)
+
+
+# The kernel.  The rows' keys are cut into pieces of about equal length, so that a batch of any mixture of lengths fills the
+# GPU; every piece of a row that has several leaves a partial sum, and a second kernel adds those up.
+
+
+@jit
+def _attend(
+    q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, first_page, P, out_ptr, sums_ptr, tops_ptr, totals_ptr,
+    SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
+    GP: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One piece of one row for one kv head: grid (K, pieces)."""
+    head = tl.program_id(0)
+    piece = tl.program_id(1)
+    work = work_ptr + piece * 6
+    row = tl.load(work)
+    if row < 0:
+        return
+    token = tl.load(work + 1)
+    begin = tl.load(work + 2)
+    end = tl.load(work + 3)
+    oldest = tl.load(work + 4)
+    whole = tl.load(work + 5)
+    g = tl.arange(0, GP)
+    h = tl.arange(0, HP)
+    mine = (g < G)[:, None] & (h < H)[None, :]
+    heads = head * G + g
+    q = tl.load(q_ptr + (token * (K * G) + heads)[:, None] * H + h[None, :], mask=mine, other=0.0)
+    top = tl.full([GP], -1.0e30, tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    sums = tl.zeros([GP, HP], tl.float32)
+    for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        position = at + tl.arange(0, BLOCK)
+        seen = position < end
+        if WINDOW:
+            seen &= position >= oldest
+        page = tl.load(pages_ptr + row * P + position // S, mask=seen, other=0)
+        slot = (first_page + page).to(tl.int64) * S + position % S
+        place = (slot * (K * H) + head * H)[:, None] + h[None, :]
+        cached = seen[:, None] & (h < H)[None, :]
+        k = tl.load(k_ptr + place, mask=cached, other=0.0)
+        v = tl.load(v_ptr + place, mask=cached, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * 1.4426950408889634)
+        scores = tl.where(seen[None, :], scores, -1.0e30)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weight = tl.exp2(scores - new_top[:, None])
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(weight, 1)
+        sums = sums * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
+        top = new_top
+    if whole:
+        out = sums / tl.maximum(total, 1.0e-30)[:, None]  # a row of length 0 has sums of 0
+        place = (token * (K * G) + heads)[:, None] * H + h[None, :]
+        tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mine)
+    else:
+        partial = piece * (K * G) + heads
+        tl.store(sums_ptr + partial[:, None] * H + h[None, :], sums, mask=mine)
+        tl.store(tops_ptr + partial, top, mask=g < G)
+        tl.store(totals_ptr + partial, total, mask=g < G)
+
+
+@jit
+def _combine(
+    sums_ptr, tops_ptr, totals_ptr, rows_ptr, out_ptr,
+    N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds up the pieces of one row for one of the N query heads: grid (N, R).  Rows of one piece are done already."""
+    head = tl.program_id(0)
+    row = rows_ptr + tl.program_id(1) * 3
+    token = tl.load(row)
+    first = tl.load(row + 1)
+    pieces = tl.load(row + 2)
+    if pieces < 2:
+        return
+    h = tl.arange(0, HP)
+    top = -1.0e30
+    total = 0.0
+    sums = tl.zeros([HP], tl.float32)
+    for at in tl.range(0, pieces, BLOCK):
+        piece = at + tl.arange(0, BLOCK)
+        here = piece < pieces
+        partial = (first + piece) * N + head
+        tops = tl.load(tops_ptr + partial, mask=here, other=-1.0e30)
+        totals = tl.load(totals_ptr + partial, mask=here, other=0.0)
+        inner = here[:, None] & (h < H)[None, :]
+        parts = tl.load(sums_ptr + partial[:, None] * H + h[None, :], mask=inner, other=0.0)
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        weight = tl.exp2(tops - new_top)
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(totals * weight, 0)
+        sums = sums * fade + tl.sum(parts * weight[:, None], 0)
+        top = new_top
+    out = sums / total
+    tl.store(out_ptr + (token * N + head) * H + h, out.to(out_ptr.dtype.element_ty), mask=h < H)
+
+
+def _cut(length, token, window, block, smallest, pieces, most):
+    """Cuts every row's visible keys into pieces of about total / pieces, at least `smallest` and a multiple of `block`.
+
+    Returns the pieces, int32[most, 6]: row (-1: none), token, first key, end, oldest visible key, whether the row has no
+    other piece; and the rows, int32[R, 3]: token, first piece, pieces.  Rows whose token is -1 have no piece.  The same in
+    every layer of a step, where XLA computes it once.
+    """
+    oldest = jnp.zeros_like(length) if window is None else jnp.maximum(length - window, 0)
+    begin = oldest // block * block
+    span = jnp.where(token < 0, 0, length - begin)
+    share = jnp.maximum(cdiv(jnp.sum(span, dtype=jnp.int32), pieces), smallest)
+    share = cdiv(share, block) * block
+    splits = jnp.where(token < 0, 0, jnp.maximum(cdiv(span, share), 1))
+    after = jnp.cumsum(splits, dtype=jnp.int32)
+    piece = jnp.arange(most, dtype=jnp.int32)
+    row = jnp.searchsorted(after, piece, side="right", method="compare_all").astype(jnp.int32)
+    used = row < length.shape[0]
+    row = jnp.minimum(row, length.shape[0] - 1)
+    start = begin[row] + (piece - (after - splits)[row]) * share
+    end = jnp.minimum(start + share, length[row])
+    whole = (splits[row] == 1).astype(jnp.int32)
+    work = jnp.stack([jnp.where(used, row, -1), token[row], start, end, oldest[row], whole], axis=1)
+    return work, jnp.stack([token, after - splits, splits], axis=1)
+
+
+def paged_decode(
+    q, k_pool, v_pool, layer: int, pages, length, *, scale: float, window: int | None = None, token=None, out=None
+):
+    """`paged_decode_reference` as a Triton kernel.
+
+    With `token`, int32[R], row r's query is q[token[r]] (-1: the row is left out) and its result goes there; with `out`,
+    [T, K, G, H], the results go into that array, in place, and the rest of it stays.
+    """
+    T, K, G, H = q.shape
+    N, S = k_pool.shape[1:3]
+    R, P = pages.shape
+    if k_pool.dtype != q.dtype:
+        raise ValueError(f"the kernel needs queries and cache of one dtype, not {q.dtype} and {k_pool.dtype}")
+    size = tuning.lookup("paged_decode", q.dtype, H)
+    token = jnp.arange(R, dtype=jnp.int32) if token is None else token
+    pieces = max(1, size["programs"] // K)
+    most = min(pieces + R, R * cdiv(P * S, size["smallest"]))
+    work, rows = _cut(length, token, window, size["block"], size["smallest"], pieces, most)
+    N_q, held = K * G, most if most > R else 0
+    partial = [jax.ShapeDtypeStruct((max(1, held * N_q * n),), jnp.float32) for n in (H, 1, 1)]
+    inputs = (q, k_pool, v_pool, pages, work, int(layer) * N, P)
+    fresh = out is None
+    results = triton_call(
+        _attend, *inputs, *(() if fresh else (out,)),
+        out=([jax.ShapeDtypeStruct(q.shape, q.dtype)] if fresh else []) + partial, in_place=() if fresh else (len(inputs),),
+        grid=(K, most), warps=size["warps"], stages=size["stages"], SCALE=scale, WINDOW=window or 0, S=S, K=K, G=G, H=H,
+        GP=max(16, power_of_two(G)), HP=power_of_two(H), BLOCK=size["block"], STAGES=size["stages"],
+        PRECISION="ieee" if q.dtype == jnp.float32 else "tf32",
+    )  # fmt: skip
+    out, partial = (results[0], results[1:]) if fresh else (results[-1], results[:-1])
+    if held:
+        (out,) = triton_call(
+            _combine, *partial, rows, out, out=(), in_place=(4,), grid=(N_q, R), warps=4, stages=1, N=N_q, H=H,
+            HP=power_of_two(H), BLOCK=16,
+        )  # fmt: skip
+    return out

@@ -4,13 +4,13 @@ T tokens of the step, R rows, P pages a row, S tokens a page, N pages, L layers,
 H head dim.  The tokens of a row are consecutive; tokens that belong to no row are padding.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.paged_decode import BLOCK, MASKED, gather_pages, paged_decode_reference
+from pallas_kernels import tuning
+from pallas_kernels.paged_decode import BLOCK, MASKED, gather_pages, paged_decode, paged_decode_reference
+from pallas_kernels.triton_call import cdiv, jit, power_of_two, tl, triton_call
 
 TILE = 64  # consecutive tokens of one row that the reference handles at once
 
@@ -62,19 +62,19 @@ def _tile(q, k_pool, v_pool, layer, pages, start, tokens, scale, window):
     W = B * S
     position = jnp.repeat(start + jnp.arange(X), G)[:, None]  # [X*G, 1]
     oldest = 0 if window is None else jnp.maximum(start - window + 1, 0)
-    q = (q.astype(jnp.float32) * scale).transpose(1, 0, 2, 3).reshape(K, X * G, H)
+    scaled = (q.astype(jnp.float32) * scale).transpose(1, 0, 2, 3).reshape(K, X * G, H)
 
     def turn(j, carry):
         top, total, sums = carry
         block = jnp.take(pages, j * B + jnp.arange(B), mode="clip")
         k = gather_pages(k_pool, layer, block).astype(jnp.float32).reshape(W, K, H)
         v = gather_pages(v_pool, layer, block).astype(jnp.float32).reshape(W, K, H)
-        key = j * W + jnp.arange(W)
-        v = jnp.where((key < start + tokens)[:, None, None], v, 0.0)  # an unwritten page may hold anything, even NaN
+        key = (j * W + jnp.arange(W))[None]
+        v = jnp.where((key < start + tokens).reshape(W, 1, 1), v, 0.0)  # an unwritten page may hold anything, even NaN
         seen = key <= position  # [X*G, W]
         if window is not None:
             seen &= key > position - window
-        scores = jnp.where(seen, jnp.einsum("kxh,wkh->kxw", q, k, precision="highest"), MASKED)
+        scores = jnp.where(seen[None], jnp.einsum("kxh,wkh->kxw", scaled, k, precision="highest"), MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
         weight = jnp.exp(scores - new_top[..., None])
         fade = jnp.exp(top - new_top)
@@ -85,3 +85,144 @@ def _tile(q, k_pool, v_pool, layer, pages, start, tokens, scale, window):
     _, total, sums = lax.fori_loop(oldest // W, (start + tokens + W - 1) // W, turn, empty)
     out = (sums / jnp.maximum(total, 1e-30)[..., None]).reshape(K, X, G, H)
     return out.transpose(1, 0, 2, 3).astype(q.dtype)
+
+
+# The kernel.  A tile is some consecutive tokens of one row with all query heads of one kv head; the tokens and heads of a
+# tile are the rows of its matrices.
+
+
+@jit
+def _turn(
+    at, q, top, total, sums, k_ptr, v_ptr, pages, first_page, h, visible, end,
+    MASK: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys at .. at + BLOCK - 1 to the running softmax.  Without MASK all of them are visible to all rows."""
+    position = at + tl.arange(0, BLOCK)
+    if MASK:
+        page = tl.load(pages + position // S, mask=position < end, other=0)
+    else:
+        page = tl.load(pages + position // S)
+    slot = (first_page + page).to(tl.int64) * S + position % S
+    place = (slot * (K * H))[:, None] + h[None, :]
+    if MASK:
+        cached = (position < end)[:, None] & (h < H)[None, :]
+        k = tl.load(k_ptr + place, mask=cached, other=0.0)
+        v = tl.load(v_ptr + place, mask=cached, other=0.0)
+    elif h.shape[0] != H:
+        k = tl.load(k_ptr + place, mask=(h < H)[None, :], other=0.0)
+        v = tl.load(v_ptr + place, mask=(h < H)[None, :], other=0.0)
+    else:
+        k = tl.load(k_ptr + place)
+        v = tl.load(v_ptr + place)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASK:
+        seen = position[None, :] <= visible[:, None]
+        if WINDOW:
+            seen &= position[None, :] > visible[:, None] - WINDOW
+        scores = tl.where(seen, scores, -1.0e30)
+    new_top = tl.maximum(top, tl.max(scores, 1) * SCALE)
+    weight = tl.exp2(scores * SCALE - new_top[:, None])
+    fade = tl.exp2(top - new_top)
+    total = total * fade + tl.sum(weight, 1)
+    sums = sums * fade[:, None]
+    sums = tl.dot(weight.to(v.dtype), v, sums, input_precision=PRECISION)
+    return new_top, total, sums
+
+
+@jit
+def _attend_tile(
+    q_ptr, k_ptr, v_ptr, pages_ptr, tiles_ptr, first_page, P, out_ptr,
+    SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
+    HP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile for one kv head: grid (K, tiles).  SCALE includes the base of the exponential, 2."""
+    head = tl.program_id(0)
+    tile = tiles_ptr + tl.program_id(1) * 4
+    row = tl.load(tile)
+    token = tl.load(tile + 1)
+    tokens = tl.load(tile + 2)
+    position = tl.load(tile + 3)
+    if tokens <= 0:
+        return
+    x = tl.arange(0, ROWS)
+    h = tl.arange(0, HP)
+    mine = (x // G < tokens)[:, None] & (h < H)[None, :]
+    place = ((token + x // G) * (K * G) + head * G + x % G)[:, None] * H + h[None, :]
+    if row < 0:
+        tl.store(out_ptr + place, tl.zeros([ROWS, HP], out_ptr.dtype.element_ty), mask=mine)
+        return
+    q = tl.load(q_ptr + place, mask=mine, other=0.0)
+    top = tl.full([ROWS], -1.0e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, HP], tl.float32)
+    visible = position + x // G  # the newest key that a row sees
+    end = position + tokens
+    k_ptr += head * H
+    v_ptr += head * H
+    pages = pages_ptr + row * P
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(position - WINDOW + 1, 0) // BLOCK * BLOCK
+    else:
+        full = (position + 1) // BLOCK * BLOCK  # the keys before it are visible to the whole tile
+        for at in tl.range(0, full, BLOCK, num_stages=STAGES):
+            top, total, sums = _turn(
+                at, q, top, total, sums, k_ptr, v_ptr, pages, first_page, h, visible, end,
+                False, SCALE, WINDOW, S, K, H, BLOCK, PRECISION,
+            )  # fmt: skip
+        begin = full
+    for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        top, total, sums = _turn(
+            at, q, top, total, sums, k_ptr, v_ptr, pages, first_page, h, visible, end,
+            True, SCALE, WINDOW, S, K, H, BLOCK, PRECISION,
+        )  # fmt: skip
+    out = sums / tl.maximum(total, 1.0e-30)[:, None]
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mine)
+
+
+def _tiles(first, count, start, tokens, tile, most):
+    """Cuts the rows of two and more tokens into tiles: int32[most, 4] of row, first token, tokens and its position.
+
+    The tiles that are left over get row -1 and the padding tokens.  The costly ones, at the end of a row, come first.
+    The same in every layer of a step, where XLA computes it once.
+    """
+    tiles = jnp.where(count > 1, cdiv(count, tile), 0)
+    after = jnp.cumsum(tiles, dtype=jnp.int32)
+    number = jnp.arange(most - 1, -1, -1, dtype=jnp.int32)
+    row = jnp.searchsorted(after, number, side="right", method="compare_all").astype(jnp.int32)
+    used = row < count.shape[0]
+    row = jnp.minimum(row, count.shape[0] - 1)
+    skipped = (number - (after - tiles)[row]) * tile
+    idle = jnp.sum(count, dtype=jnp.int32) + (number - after[-1]) * tile
+    token = jnp.where(used, first[row] + skipped, idle)
+    length = jnp.clip(jnp.where(used, count[row] - skipped, tokens - idle), 0, tile)
+    return jnp.stack([jnp.where(used, row, -1), token, length, start[row] + skipped], axis=1)
+
+
+def paged_prefill(
+    q, k_pool, v_pool, layer: int, pages, first, count, start, *, scale: float, window: int | None = None
+):
+    """`paged_prefill_reference` as Triton kernels: tiles for the rows of several tokens, `paged_decode` for the others.
+
+    The rows' tokens must fill q from its start; padding comes after them.
+    """
+    T, K, G, H = q.shape
+    N, S = k_pool.shape[1:3]
+    R, P = pages.shape
+    if k_pool.dtype != q.dtype:
+        raise ValueError(f"the kernel needs queries and cache of one dtype, not {q.dtype} and {k_pool.dtype}")
+    size = tuning.lookup("paged_prefill", q.dtype, H)
+    tile = max(1, size["rows"] // G)
+    most = T // tile + min(R, T // 2) + 1
+    (out,) = triton_call(
+        _attend_tile, q, k_pool, v_pool, pages, _tiles(first, count, start, T, tile, most), int(layer) * N, P,
+        out=[jax.ShapeDtypeStruct(q.shape, q.dtype)], grid=(K, most), warps=size["warps"], stages=size["stages"],
+        SCALE=scale * 1.4426950408889634, WINDOW=window or 0, S=S, K=K, G=G, H=H, HP=power_of_two(H), ROWS=size["rows"],
+        BLOCK=size["block"], STAGES=size["stages"], PRECISION="ieee" if q.dtype == jnp.float32 else "tf32",
+    )  # fmt: skip
+    single = count == 1
+    return paged_decode(
+        q, k_pool, v_pool, layer, pages, jnp.where(single, start + 1, 0), scale=scale, window=window,
+        token=jnp.where(single, first, -1), out=out,
+    )  # fmt: skip

@@ -1,0 +1,119 @@
+"""Calls Triton kernels from JAX, whichever jax-triton is installed.
+
+jax-triton 0.3 lowers to a custom call that XLA keeps out of CUDA graphs, so here its compiled kernel is launched through the
+FFI target that jaxlib has beside the old one. 0.4 uses that target itself, but takes other arguments and leaves the outputs
+that are aliased out of the kernel's parameters; here they are left out under 0.3 as well.
+
+Without triton (a machine without a GPU) the module still imports, and `available` says what is missing.
+"""
+
+import types
+import warnings
+import zlib
+
+import jax
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+    MISSING = None
+except ImportError as error:
+    tl = types.SimpleNamespace(constexpr=None)  # enough for the kernels' signatures
+    MISSING = f"{error.name or 'triton'} is not installed"
+
+    def jit(function):
+        return function
+
+
+OLDEST_COMPUTE_CAPABILITY = 80  # Ampere
+# Devices that are compiled for without being there, by device kind.
+COMPUTE_CAPABILITY = {"NVIDIA H200": 90, "NVIDIA H100 80GB HBM3": 90, "NVIDIA A100-SXM4-80GB": 80, "NVIDIA L4": 89}
+
+
+def available() -> str | None:
+    """None where the kernels can run, otherwise the reason why not."""
+    if jax.default_backend() != "gpu":
+        return f"JAX runs on {jax.default_backend()}, not on a GPU"
+    if MISSING:
+        return MISSING
+    try:
+        import jax_triton  # noqa: F401
+    except Exception as error:  # whatever a mismatch of jax, jaxlib and triton makes it raise
+        return f"jax_triton does not import ({error})"
+    kind, capability = device()
+    if capability < OLDEST_COMPUTE_CAPABILITY:
+        return f"{kind} has compute capability {capability / 10}; the kernels need 8.0"
+    return None
+
+
+def device() -> tuple[str, int]:
+    """Kind and compute capability (90 for 9.0) of the GPU that is compiled for: this machine's, or the abstract mesh's."""
+    if jax.default_backend() == "gpu":
+        first = jax.devices()[0]
+        return first.device_kind, round(10 * float(first.compute_capability))
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is None or abstract.device_kind not in COMPUTE_CAPABILITY:
+        raise ValueError(f"no GPU to compile a Triton kernel for (backend {jax.default_backend()}, mesh of {abstract})")
+    return abstract.device_kind, COMPUTE_CAPABILITY[abstract.device_kind]
+
+
+def triton_call(kernel, *inputs, out, grid, in_place=(), warps: int, stages: int, **constants):
+    """Launches a Triton kernel and returns its outputs as a tuple.
+
+    The kernel's parameters are the inputs (arrays, or Python integers, which are int32 run-time arguments), then one pointer
+    for each ShapeDtypeStruct of `out`, then the constants. The inputs at the indices `in_place` (counted among all inputs)
+    are also outputs: the kernel writes through the input's pointer, and they are returned after `out`.
+    """
+    import jax_triton
+
+    launch = _launch_03 if jax_triton.__version__.startswith("0.3.") else _launch_04
+    grid = (*grid, 1, 1)[:3]
+    return launch(kernel, inputs, tuple(out), grid, tuple(in_place), warps, stages, constants)
+
+
+def _launch_03(kernel, inputs, out, grid, in_place, warps, stages, constants):
+    from jax._src.lib import gpu_triton  # the same module that jax-triton uses
+    from jax_triton import triton_lib
+
+    arrays = [x for x in inputs if not isinstance(x, int)]
+    types_ = [f"*{triton_lib._JAX_TO_TRITON_TYPE_MAP[x.dtype]}" if not isinstance(x, int) else "i32" for x in (*inputs, *out)]
+    integers = [(i, "i32", 0) for i, x in enumerate(inputs) if isinstance(x, int)]  # 0: no program of its own for a 1
+    compiled, _ = triton_lib.get_or_create_triton_kernel(
+        triton_lib.get_cuda_backend, "cuda", kernel, types_, integers, num_warps=warps, num_stages=stages, num_ctas=1,
+        compute_capability=device()[1], enable_fp_fusion=True, metaparams=constants, dump=False,
+    )  # fmt: skip
+    parameters = [
+        gpu_triton.create_scalar_parameter(x, "i32") if isinstance(x, int) else gpu_triton.create_array_parameter(0, 16)
+        for x in (*inputs, *out)
+    ]
+    call = gpu_triton.TritonKernelCall(compiled, *grid, parameters)
+    aliases = {sum(not isinstance(x, int) for x in inputs[:i]): len(out) + n for n, i in enumerate(in_place)}
+    results = [*out, *(jax.ShapeDtypeStruct(inputs[i].shape, inputs[i].dtype) for i in in_place)]
+    run = jax.ffi.ffi_call("triton_kernel_call_ffi", results, input_output_aliases=aliases)
+    return tuple(run(*arrays, opaque=zlib.compress(call.to_proto(kernel.__name__, b""))))
+
+
+def _launch_04(kernel, inputs, out, grid, in_place, warps, stages, constants):
+    import jax_triton
+
+    with warnings.catch_warnings():
+        # 0.4 would rather have Refs; aliases are what both versions know.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        results = jax_triton.triton_call(
+            *inputs, kernel=kernel, out_type=[*out, *(jax.typeof(inputs[i]) for i in in_place)], grid=grid,
+            name=kernel.__name__, input_output_aliases={i: len(out) + n for n, i in enumerate(in_place)},
+            num_warps=warps, num_stages=stages, compute_capability=device()[1], **constants,
+        )  # fmt: skip
+    return tuple(results)
+
+
+def cdiv(a, b):
+    """a / b, rounded up; integers or integer arrays."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
