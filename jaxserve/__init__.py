@@ -2,9 +2,8 @@
 
 from importlib import import_module
 
+from jaxserve._version import __version__
 from jaxserve.pipeline import pipeline  # at once: imported later, the module of that name would take its place
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Pipeline": "jaxserve.pipeline",
