@@ -37,7 +37,7 @@ def resolve(model: str | None, revision: str | None = None, download_dir: str | 
     if model is None:
         return default_model()
     path = Path(model).expanduser()
-    if path.exists():
+    if model and path.exists():
         return path
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", model) or path.suffix in (".gguf", ".safetensors"):
         raise ValueError(f"{model!r}: nothing exists at this path, and it is no Hugging Face id (ORG/NAME)")
