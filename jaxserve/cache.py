@@ -32,7 +32,11 @@ class Spans:
         decode = tokens == rows
         first = jnp.arange(rows, dtype=jnp.int32) if decode else jnp.cumsum(count) - count
         index = jnp.arange(tokens, dtype=jnp.int32)
-        row = index if decode else jnp.clip(jnp.searchsorted(first + count, index, side="right"), 0, rows - 1).astype(jnp.int32)
+        row = (
+            index
+            if decode
+            else jnp.clip(jnp.searchsorted(first + count, index, side="right"), 0, rows - 1).astype(jnp.int32)
+        )
         offset = index - first[row]
         position = jnp.where((offset >= 0) & (offset < count[row]), start[row] + offset, -1)
         return cls(first, start, count, pages, rope_len, row, position, decode)

@@ -10,7 +10,9 @@ def make_mesh(tp, devices=None):
     """A mesh of the first `tp` devices.  ValueError when the machine has fewer."""
     devices = jax.devices() if devices is None else devices
     if tp > len(devices):
-        raise ValueError(f"tp={tp} needs {tp} devices, and this machine shows {len(devices)} ({devices[0].device_kind})")
+        raise ValueError(
+            f"tp={tp} needs {tp} devices, and this machine shows {len(devices)} ({devices[0].device_kind})"
+        )
     return Mesh(devices[:tp], ("tp",), axis_types=(AxisType.Auto,))
 
 

@@ -10,8 +10,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 import jax.numpy as jnp
 
-from pallas_kernels import kv_write as writing
-from pallas_kernels import paged_decode, paged_prefill
+import pallas_kernels as pk
 
 POOL = P(None, None, None, "tp", None)  # [L, N, S, K, H]
 HEADS = P(None, "tp")  # [T, K, ...]
@@ -23,9 +22,7 @@ def kernels():
     """Whether kernels are used; where a GPU can't, says why once."""
     if jax.default_backend() == "cpu":
         return False
-    from pallas_kernels import available
-
-    if reason := available():
+    if reason := pk.available():
         log.warning("slow: the reference is used in place of the GPU kernels, because %s", reason)
     return not reason
 
@@ -36,8 +33,10 @@ def _split(function, ins, outs):
 
 def kv_write(k_pool, v_pool, k, v, layer, slot):
     """Stores k and v [T, K, H] in the slots [T] of one layer of the pools, in place.  Returns the pools."""
-    write = partial(writing.kv_write if kernels() else writing.kv_write_reference, layer=layer)
-    run = _split(lambda kp, vp, k, v, slot: write(kp, vp, k, v, slot=slot), (POOL, POOL, HEADS, HEADS, P()), (POOL, POOL))
+    write = partial(pk.kv_write if kernels() else pk.kv_write_reference, layer=layer)
+    run = _split(
+        lambda kp, vp, k, v, slot: write(kp, vp, k, v, slot=slot), (POOL, POOL, HEADS, HEADS, P()), (POOL, POOL)
+    )
     return run(k_pool, v_pool, k, v, slot)
 
 
@@ -45,11 +44,11 @@ def paged_attention(q, k_pool, v_pool, layer, spans, window=None):
     """Every token attends to its own row, up to its own position.  q [T, K, G, H] to the same shape."""
     known = {"layer": layer, "scale": q.shape[-1] ** -0.5, "window": window}
     if spans.decode:
-        attend = paged_decode.paged_decode if kernels() else paged_decode.paged_decode_reference
+        attend = pk.paged_decode if kernels() else pk.paged_decode_reference
         run = _split(lambda q, k, v, pages, length: attend(q, k, v, pages=pages, length=length, **known),
                      (HEADS, POOL, POOL, P(), P()), HEADS)  # fmt: skip
         return run(q, k_pool, v_pool, spans.pages, spans.length)
-    attend = paged_prefill.paged_prefill if kernels() else paged_prefill.paged_prefill_reference
+    attend = pk.paged_prefill if kernels() else pk.paged_prefill_reference
     run = _split(lambda q, k, v, pages, first, count, start: attend(q, k, v, pages=pages, first=first, count=count, start=start, **known),
                  (HEADS, POOL, POOL, P(), P(), P(), P()), HEADS)  # fmt: skip
     return run(q, k_pool, v_pool, spans.pages, spans.first, spans.count, spans.start)

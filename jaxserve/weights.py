@@ -129,7 +129,9 @@ class Leaf:
                 if name not in checkpoint.names:
                     raise ValueError(f"{checkpoint.path}: tensor {name} is missing")
                 if tuple(checkpoint.shape(name)) != tuple(shape):
-                    raise ValueError(f"{checkpoint.path}: tensor {name} has shape {list(checkpoint.shape(name))}; the config asks for {list(shape)}")
+                    raise ValueError(
+                        f"{checkpoint.path}: tensor {name} has shape {list(checkpoint.shape(name))}; the config asks for {list(shape)}"
+                    )
 
     def load(self, checkpoint):
         """The array on its devices, in the order of the file; devices that hold the same slice share one read."""
@@ -205,7 +207,9 @@ def assemble(cfg, arrays):
 def shapes(cfg, mesh, names, dtype):
     """Params as ShapeDtypeStructs: what `load` will return, known before a weight is read."""
     found = leaves(cfg, mesh, names)
-    return assemble(cfg, {k: jax.ShapeDtypeStruct(v.shape, jnp.dtype(dtype), sharding=v.where) for k, v in found.items()})
+    return assemble(
+        cfg, {k: jax.ShapeDtypeStruct(v.shape, jnp.dtype(dtype), sharding=v.where) for k, v in found.items()}
+    )
 
 
 def nbytes(params):

@@ -21,7 +21,11 @@ from jaxserve.engine import loading
 from jaxserve.engine.request import Request, SamplingParams
 
 SAMPLE = 4  # requests that are also run alone
-TIE = {"float32": 0.01, "bfloat16": 0.3, "float16": 0.1}  # log-probability gap under which a different choice is excused
+TIE = {
+    "float32": 0.01,
+    "bfloat16": 0.3,
+    "float16": 0.1,
+}  # log-probability gap under which a different choice is excused
 
 
 class Collector:
@@ -114,8 +118,14 @@ def main():
     label = options.model.rstrip("/").split("/")[-1]
     run(engine, [(list(range(1000, 1100)), 16)], 1)
     for name in options.work:
-        figures = bench(engine, name, options.runs, label, engine.dtype) | {"ready_s": round(ready, 1), "tp": options.tp}
-        print(f"{label} {name}: {figures['out_tok_s']:,} tokens/s out, {figures['in_tok_s']:,} in, {figures['wall_s']} s", file=sys.stderr)
+        figures = bench(engine, name, options.runs, label, engine.dtype) | {
+            "ready_s": round(ready, 1),
+            "tp": options.tp,
+        }
+        print(
+            f"{label} {name}: {figures['out_tok_s']:,} tokens/s out, {figures['in_tok_s']:,} in, {figures['wall_s']} s",
+            file=sys.stderr,
+        )
         print("RESULT " + json.dumps(figures), flush=True)
     engine.close()
 

@@ -1,9 +1,9 @@
 """The work on which engines are compared: token ids and output lengths from a fixed seed, so no tokenizer is in the way.
 
-    lat1     one request, 512 in, 256 out: the latency of decoding
-    batchN   N equal requests at once, 512 in, 256 out
-    mix      1000 requests, 16-1024 in, 16-512 out, 256 clients
-    prefill  64 requests of 2048 in, 1 out
+lat1     one request, 512 in, 256 out: the latency of decoding
+batchN   N equal requests at once, 512 in, 256 out
+mix      1000 requests, 16-1024 in, 16-512 out, 256 clients
+prefill  64 requests of 2048 in, 1 out
 """
 
 import random

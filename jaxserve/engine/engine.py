@@ -46,7 +46,9 @@ class Engine:
         self.runner, self.rope_original = runner, rope_original
         self.session_len, self.max_batch_size = plan.session_len, plan.lanes
         pool = PagePool(plan.pages, plan.page_size)
-        self.scheduler = Scheduler(pool, plan.lanes, plan.budget, session_len=plan.session_len, prefix_caching=prefix_caching)
+        self.scheduler = Scheduler(
+            pool, plan.lanes, plan.budget, session_len=plan.session_len, prefix_caching=prefix_caching
+        )
         self.pending = None  # the step in flight
         self.steps, self.computed, self.dispatched, self.busy = 0, 0, 0, 0.0
         self._inbox, self._scoring = deque(), deque()
@@ -159,7 +161,10 @@ class Engine:
         if done:
             tokens, bad, logprobs, tops = done.read()
             for chunk in (c for c, wrong in zip(done.chunks, bad) if wrong and c.emits):
-                self.scheduler.fail(chunk.request, "the model's logits were not numbers (NaN): the weights or the computation overflowed")
+                self.scheduler.fail(
+                    chunk.request,
+                    "the model's logits were not numbers (NaN): the weights or the computation overflowed",
+                )
             self.scheduler.commit(done.chunks, tokens, logprobs, tops)
         if self._scoring:
             self._score(self._scoring[0])

@@ -5,7 +5,9 @@ import logging
 import os
 import time
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # memory is planned here, not taken behind the user's back
+os.environ.setdefault(
+    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+)  # memory is planned here, not taken behind the user's back
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 import jax
@@ -70,7 +72,9 @@ def model_config(source, config):
     """The checkpoint's ModelConfig with what `config` overrides."""
     cfg = from_hf(source.config)
     if factor := config.rope_scaling_factor:
-        cfg = replace(cfg, rope=replace(cfg.rope, kind="dynamic", factor=factor, original=cfg.rope.original or cfg.max_position))
+        cfg = replace(
+            cfg, rope=replace(cfg.rope, kind="dynamic", factor=factor, original=cfg.rope.original or cfg.max_position)
+        )
     return cfg
 
 

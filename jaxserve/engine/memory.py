@@ -64,8 +64,15 @@ def _free_on_gpu(device):
     stats = device.memory_stats() or {}
     own = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
     try:  # other processes' memory is not in JAX's figures
-        query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", f"--id={device.local_hardware_id}"]
-        free = int(subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]) << 20
+        query = [
+            "nvidia-smi",
+            "--query-gpu=memory.free",
+            "--format=csv,noheader,nounits",
+            f"--id={device.local_hardware_id}",
+        ]
+        free = (
+            int(subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]) << 20
+        )
     except (OSError, ValueError, IndexError, subprocess.SubprocessError):
         return own
     return min(own, free) if own else free
@@ -95,7 +102,9 @@ def make_plan(cfg, config, devices, weights, dtype):
             f"{kind}. {_remedies(tp, cpu, dtype)}"
         )
     lanes, budget = config.max_batch_size or (16 if cpu else 256), config.num_tokens_per_iter or (256 if cpu else 4096)
-    while workspace_bytes(cfg, tp, dtype, budget, lanes) > left // 3 and not (config.max_batch_size and config.num_tokens_per_iter):
+    while workspace_bytes(cfg, tp, dtype, budget, lanes) > left // 3 and not (
+        config.max_batch_size and config.num_tokens_per_iter
+    ):
         if budget > 256 and not config.num_tokens_per_iter:
             budget //= 2
         elif lanes > 1 and not config.max_batch_size:
@@ -121,7 +130,20 @@ def make_plan(cfg, config, devices, weights, dtype):
     if lanes > pages - 1:
         lanes = pages - 1
         notes.append(f"batch cut to {lanes} requests: each needs a page")
-    return MemoryPlan(kind, tp, free, weights, pages * page, workspace, page_size, pages, session_len, lanes, max(budget, lanes), tuple(notes))
+    return MemoryPlan(
+        kind,
+        tp,
+        free,
+        weights,
+        pages * page,
+        workspace,
+        page_size,
+        pages,
+        session_len,
+        lanes,
+        max(budget, lanes),
+        tuple(notes),
+    )
 
 
 def _pages(config, cpu, free, left, workspace, page, notes):
@@ -129,7 +151,9 @@ def _pages(config, cpu, free, left, workspace, page, notes):
     count, room = config.cache_max_entry_count, max(left - workspace, 0)
     if isinstance(count, int):
         if count * page > room:
-            raise ValueError(f"cache_max_entry_count={count} pages take {count * page / GIB:.2f} GiB; {room / GIB:.2f} GiB are free for them")
+            raise ValueError(
+                f"cache_max_entry_count={count} pages take {count * page / GIB:.2f} GiB; {room / GIB:.2f} GiB are free for them"
+            )
         return count + 1
     wanted = min(CPU_CACHE, free // 4) if cpu and count is None else left * (count or DEFAULT_SHARE)
     if wanted > room:

@@ -20,12 +20,12 @@ CACHE_BYTES = 4 << 30
 SOURCES = ("cache.py", "ops.py", "sampling.py", "step.py", "models", "quant")  # what a program is traced from
 
 
-def compile_all(jobs, folder, progress=None, workers=None):
+def compile_all(jobs, devices, folder, progress=None, workers=None):
     """{key: executable} of {key: (jitted function, arguments)}.
 
-    Arguments may be ShapeDtypeStructs.  `progress(done, total, loaded)` is called after each; `folder` None keeps nothing.
+    Arguments may be ShapeDtypeStructs on `devices`.  `progress(done, total, loaded)` is called after each; `folder` None keeps nothing.
     """
-    store = Store(folder)
+    store = Store(folder, devices)
     done, loaded, out = 0, 0, {}
     missing = []
     for key, (function, arguments) in jobs.items():
@@ -61,8 +61,8 @@ def compile_all(jobs, folder, progress=None, workers=None):
 class Store:
     """Executables in a folder."""
 
-    def __init__(self, folder):
-        self.folder = folder and Path(folder)
+    def __init__(self, folder, devices):
+        self.folder, self.devices = folder and Path(folder), devices
         self.machine = _machine() if folder else ""
 
     def name(self, key, function, arguments):
@@ -71,7 +71,9 @@ class Store:
             return None
         leaves, tree = jax.tree.flatten(arguments)
         text = [self.machine, repr(key), function.__name__, str(tree)]
-        text += [f"{x.shape} {x.dtype} {getattr(x, 'sharding', None)}" if hasattr(x, "shape") else repr(x) for x in leaves]
+        text += [
+            f"{x.shape} {x.dtype} {getattr(x, 'sharding', None)}" if hasattr(x, "shape") else repr(x) for x in leaves
+        ]
         return hashlib.sha256("\n".join(text).encode()).hexdigest()[:40]
 
     def load(self, name):
@@ -81,7 +83,9 @@ class Store:
         path = self.folder / name
         try:
             payload, in_tree, out_tree = pickle.loads(path.read_bytes())  # our own file, in the user's own folder
-            executable = serialize_executable.deserialize_and_load(payload, in_tree, out_tree)
+            executable = serialize_executable.deserialize_and_load(
+                payload, in_tree, out_tree, execution_devices=self.devices
+            )
         except FileNotFoundError:
             return None
         except Exception:  # a damaged file or one of another build: compile again and replace it
@@ -125,8 +129,12 @@ def _machine():
     """All that an executable depends on besides the program and its arguments."""
     device = jax.devices()[0]
     root = Path(__file__).parents[1]
-    files = sorted(f for name in SOURCES for f in ([root / name] if name.endswith(".py") else (root / name).rglob("*.py")))
-    files += sorted((root.parent / "pallas_kernels").rglob("*.py")) + sorted((root.parent / "pallas_kernels").rglob("*.json"))
+    files = sorted(
+        f for name in SOURCES for f in ([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))
+    )
+    files += sorted((root.parent / "pallas_kernels").rglob("*.py")) + sorted(
+        (root.parent / "pallas_kernels").rglob("*.json")
+    )
     source = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
     cpu = ""
     if device.platform == "cpu":  # code for one processor does not run on another

@@ -35,7 +35,7 @@ class Sizes:
         """Few on the CPU, where compiling costs what running saves; more on a GPU."""
         cpu = platform == "cpu"
         rows = (1, 4, 16, 64, 256) if cpu else (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-        tokens = (32, 256, 2048) if cpu else (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+        tokens = (64, 256, 2048) if cpu else (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
         table = -(-plan.session_len // plan.page_size)
         return cls(_upto(tokens, plan.budget), _upto(rows, plan.lanes), (table,) if table <= 128 else (128, table))
 
@@ -99,9 +99,12 @@ class Runner:
         scoring = Shape(SCORED, 1, self.sizes.pages[-1], False)
         target = self._struct((SCORED,))
         jobs["score"] = (score, (*self._arguments(scoring), target))
-        jobs["seat"] = (seat, (self.state_shape, *self._structs(table_rows(None, self.shapes.embed.shape[0], self.plan.session_len))))
+        jobs["seat"] = (
+            seat,
+            (self.state_shape, *self._structs(table_rows(None, self.shapes.embed.shape[0], self.plan.session_len))),
+        )
         with meshes.on(self.mesh):
-            self.programs = compile_all(jobs, folder, progress)
+            self.programs = compile_all(jobs, list(self.mesh.devices.flat), folder, progress)
 
     def _shapes(self):
         for pages in self.sizes.pages:
@@ -197,7 +200,9 @@ class Runner:
         rows[:n, COUNT] = [c.stop - c.start for c in chunks]
         rows[:n, LANE] = [lane if c.emits else NO_LANE for lane, c in zip(lanes, chunks)]
         rows[:n, len(ROW) + Sampling.STEP] = [c.request.length - c.request.prompt_len - c.emits for c in chunks]
-        words[shape.tokens + shape.rows * ROW_WIDTH :].reshape(shape.rows, shape.pages)[:n] = self.table[lanes, : shape.pages]
+        words[shape.tokens + shape.rows * ROW_WIDTH :].reshape(shape.rows, shape.pages)[:n] = self.table[
+            lanes, : shape.pages
+        ]
         at = 0
         for chunk in chunks:
             known = chunk.request.tokens[chunk.start : chunk.stop]

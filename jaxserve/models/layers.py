@@ -10,7 +10,9 @@ import jax.numpy as jnp
 def rms_norm(x, weight, eps):
     """x over the root of its mean square along the last axis (Zhang and Sennrich, 2019), in float32."""
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)).astype(x.dtype) * jnp.broadcast_to(weight, x.shape)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)).astype(x.dtype) * jnp.broadcast_to(
+        weight, x.shape
+    )
 
 
 @struct.dataclass

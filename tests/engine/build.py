@@ -1,0 +1,54 @@
+"""Engines over tiny random checkpoints, for tests."""
+
+import queue
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine import loading
+from jaxserve.engine.request import Request, SamplingParams
+from scripts import tiny_checkpoint
+
+VOCAB = 97
+HF = tiny_checkpoint.config(
+    "LlamaForCausalLM", num_attention_heads=6, num_key_value_heads=3
+)  # heads that no tp divides
+
+
+def engine(folder, **knobs):
+    """An engine with pages of 4 tokens, steps of 16, four lanes."""
+    knobs = (
+        dict(
+            max_batch_size=4, num_tokens_per_iter=16, cache_block_seq_len=4, session_len=100, cache_max_entry_count=150
+        )
+        | knobs
+    )
+    return loading.load(str(folder), EngineConfig(**knobs))
+
+
+class Answer(queue.SimpleQueue):
+    """An outbox that can be waited on."""
+
+    def __init__(self, request):
+        super().__init__()
+        self.request, self.outputs, request.outbox = request, [], self
+
+    def wait(self, timeout=60):
+        """The tokens, once the request has ended."""
+        while not (self.outputs and self.outputs[-1].finish):
+            self.outputs.append(self.get(timeout=timeout))
+        return [o.token for o in self.outputs if o.token is not None]
+
+    @property
+    def finish(self):
+        return self.outputs[-1].finish
+
+
+def submit(engine, tokens, count, params=SamplingParams(), **fields):
+    request = Request(list(tokens), count, params, **fields)
+    answer = Answer(request)
+    engine.submit(request)
+    return answer
+
+
+def run(engine, requests, params=SamplingParams(), **fields):
+    """The tokens of each of [(prompt, count)], all submitted at once."""
+    return [a.wait() for a in [submit(engine, tokens, count, params, **fields) for tokens, count in requests]]
