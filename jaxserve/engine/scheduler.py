@@ -48,6 +48,8 @@ class Scheduler:
         self.lanes = list(range(min(lanes, budget)))[::-1]  # free ones
         self.running: dict[Request, None] = {}  # oldest first
         self.waiting: OrderedDict[Request, None] = OrderedDict()  # oldest first
+        # Pages kept back for streams.  Simulated (256 lanes, prompts up to 1024, answers up to 512, 1500 pages of 64):
+        # 130 preemptions with 1 page, 14 with 1 %, none with 3 %, which takes more steps than 1 % for the fewer lanes.
         self.watermark = max(1, (pool.count - 1) // 100)
         self._refused: tuple[Request | None, int] = (None, 0)  # head of the queue, free pages that it needs
         self.preemptions = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
@@ -73,11 +75,9 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """ValueError if the request could not finish even with all pages for itself."""
-        room = request.max_new_tokens
-        if self.session_len is not None:
-            room = max(0, min(room, self.session_len - request.prompt_len))
+        room = self._room(request)
         fit = (self.pool.count - 1) * self.pool.size + 1  # the last token takes no room in the cache
-        if request.prompt_len + room > fit:
+        if room > 0 and request.prompt_len + room > fit:
             raise ValueError(
                 f"{request.prompt_len} prompt tokens and {room} new ones do not fit into the KV cache, which holds "
                 f"{fit} tokens of one request: shorten the prompt, ask for fewer tokens or give the cache more memory"
@@ -90,10 +90,9 @@ class Scheduler:
         except ValueError:
             request.finish = "error"
             raise
-        if self.session_len is not None:
-            request.max_new_tokens = min(request.max_new_tokens, self.session_len - request.prompt_len)
-        request.limit = request.prompt_len + request.max_new_tokens - 1
-        if request.max_new_tokens < 1:
+        room = request.max_new_tokens = self._room(request)
+        request.limit = request.prompt_len + room - 1
+        if not room:
             self._end(request, Output(None, "length"))
         else:
             self.waiting[request] = None
@@ -109,6 +108,14 @@ class Scheduler:
             self.pool.forget(request.pages)
             request.chain = None
             self._end(request, Output(None, "error", error=message))
+
+    def restart(self, message: str) -> None:
+        """The device has lost its state and the step in flight: who runs fails, who waits computes everything again."""
+        for request in list(self.running):
+            self.fail(request, message)
+        for request in self.waiting:
+            request.in_flight = 0  # preempted with a token on the device; it will be sampled again
+        self.pool.forget(list(self.pool.entry_of))
 
     def plan(self) -> list[Chunk]:
         """One chunk for each request that gets any: first all of one position that emit, then the prompts.
@@ -175,6 +182,11 @@ class Scheduler:
                 self._end(request, output)
             elif request.outbox is not None:
                 request.outbox.put(output)
+
+    def _room(self, request: Request) -> int:
+        """Tokens that the request may still get: as many as it asked for, or as the session has left."""
+        left = request.max_new_tokens if self.session_len is None else self.session_len - request.prompt_len
+        return max(0, min(request.max_new_tokens, left))
 
     def _grow(self, request: Request) -> bool:
         """One more page for a stream, at the cost of the youngest.  False if it is the youngest: it waits a step."""
