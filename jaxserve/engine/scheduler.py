@@ -143,13 +143,9 @@ class Scheduler:
             request.in_flight += 1
             chunks.append(Chunk(request, start, stop, True, stop > known, grew))
         left = self.budget - len(chunks)
-        if reading:
-            chunk = self._read(reading, left)
-            if chunk:
-                chunks.append(chunk)
-                left -= chunk.stop - chunk.start
-            if not chunk or not chunk.emits:
-                return chunks
+        if reading and (chunk := self._read(reading, left)):  # cut short, it leaves no tokens or no pages for others
+            chunks.append(chunk)
+            left -= chunk.stop - chunk.start
         if self.preemptions == preemptions:  # else a victim, maybe with a token in flight, would be admitted at once
             self._admit(chunks, left)
         return chunks
@@ -200,7 +196,6 @@ class Scheduler:
             self.waiting[victim] = None
             self.waiting.move_to_end(victim, last=False)
         assert request.computed == len(request.pages) * self.pool.size
-        self._remember(request)
         request.pages += self.pool.take(1)
         return True
 
@@ -231,7 +226,7 @@ class Scheduler:
     def _enter(self, request: Request, left: int) -> bool:
         """Moves the head of the queue to the running, if the pages of its next chunk are free without preempting."""
         refused, needed = self._refused
-        if refused is request and self.running and needed > self._spare(request):
+        if refused is request and needed > self._spare(request):
             return False  # looking its prefix up again would tell nothing new
         spare, free, size = self._spare(request), self.pool.free, self.pool.size
         root = self._root(request)

@@ -321,6 +321,17 @@ def test_admission_keeps_pages_for_streams():
     assert big.finish == "length"
 
 
+def test_who_comes_after_a_refused_head_is_looked_at_anew():
+    bench = Bench(pages=8, lanes=3)
+    bench.add([0] * 9, 9)
+    big, small = bench.add([1] * 16), bench.add([2])
+    bench.turn()
+    assert len(bench.turn()) == 1  # the big one lacks pages, and the small one does not overtake it
+    bench.scheduler.abort(big)
+    assert bench.turn()[1].request is small
+    bench.run()
+
+
 def test_a_prompt_takes_the_pages_there_are_and_waits_for_more():
     bench = Bench(pages=8, lanes=3, budget=8)
     bench.add([0] * 8, 8)
@@ -366,20 +377,19 @@ def test_an_unknown_request_is_not_aborted_twice_over():
 
 def test_a_known_prefix_is_not_computed_again():
     bench = Bench()
-    first = bench.add([*[0, 1, 2] * 6], 4)
+    first = bench.add([0, 1, 2] * 6, 3)
     bench.run()
-    again = bench.add([*[0, 1, 2] * 6], 4)
-    assert spans(bench.turn()) == [(16, 18, True)] and again.cached == 16
+    again = bench.add([0, 1, 2] * 6, 3)
+    assert spans(bench.turn()) == [(16, 18, True)]
     bench.run()
-    bench.turn()
-    # the next turn of the chat finds the answer's pages too; its last token was never fed back
-    chat = bench.add([*again.tokens, 1, 1], 4)
-    bench.turn()
-    assert chat.cached == 20 and first.cached == 0
+    # the next turn of the chat finds the answer too, but for its last token, which was never fed back
+    chat = bench.add([*again.tokens, 1, 1], 3)
+    assert spans(bench.turn()) == [(20, 23, True)]
     bench.run()
+    assert [request.cached for request in (first, again, chat)] == [0, 16, 20]
     stats = bench.scheduler.stats()
-    assert (stats["prompt_tokens"], stats["cached_tokens"]) == (18 + 18 + 24, 16 + 20)
-    assert stats["generated_tokens"] == 12
+    assert (stats["prompt_tokens"], stats["cached_tokens"]) == (18 + 18 + 23, 16 + 20)
+    assert stats["generated_tokens"] == 9
 
 
 def test_a_prefix_is_shared_within_the_plan_that_computes_it():
@@ -424,14 +434,16 @@ def test_without_prefix_caching_nothing_is_kept():
 
 
 def test_what_a_failed_request_wrote_is_not_shared():
-    bench = Bench()
-    request = bench.add([0] * 9)
-    bench.turn()
-    bench.scheduler.fail(request, "not a number")
-    assert list(request.outbox) == [Output(None, "error", error="not a number")]
-    bench.add([0] * 9)
-    assert spans(bench.turn()) == [(0, 9, True)]
-    bench.run()
+    for prompt, turns in (([0] * 9, 1), ([0] * 3, 2)):  # the second fills its page with what it sampled
+        bench = Bench()
+        request = bench.add(prompt)
+        for _ in range(turns):
+            bench.turn()
+        bench.scheduler.fail(request, "not a number")
+        assert request.outbox[-1] == Output(None, "error", error="not a number")
+        bench.add([*request.tokens, 1, 1])
+        assert spans(bench.turn())[0][0] == 0
+        bench.run()
 
 
 def test_restart():
