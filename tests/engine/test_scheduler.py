@@ -322,10 +322,9 @@ def test_admission_keeps_pages_for_streams():
 
 
 def test_who_comes_after_a_refused_head_is_looked_at_anew():
-    bench = Bench(pages=8, lanes=3)
+    bench = Bench(pages=8, lanes=3, budget=32)
     bench.add([0] * 9, 9)
     big, small = bench.add([1] * 16), bench.add([2])
-    bench.turn()
     assert len(bench.turn()) == 1  # the big one lacks pages, and the small one does not overtake it
     bench.scheduler.abort(big)
     assert bench.turn()[1].request is small
