@@ -35,7 +35,7 @@ class Spans:
         row = (
             index
             if decode
-            else jnp.clip(jnp.searchsorted(first + count, index, side="right"), 0, rows - 1).astype(jnp.int32)
+            else jnp.clip(jnp.searchsorted(first + count, index, side="right", method="compare_all"), 0, rows - 1).astype(jnp.int32)
         )
         offset = index - first[row]
         position = jnp.where((offset >= 0) & (offset < count[row]), start[row] + offset, -1)
