@@ -19,7 +19,7 @@ LAYERS = [
     "engine text",
     "reply",
     "pipeline",
-    "options",
+    "options protocol",
     "check_env commands convert lite serve",
     "cli",
 ]
