@@ -133,7 +133,7 @@ def from_sentencepiece(
         scores = model.scores + [0.0] * (len(texts) - len(model.scores))
         core = models.Unigram(list(zip(texts, scores, strict=True)), vocabulary.get(unknown), fallback)
     else:
-        core = models.BPE(vocabulary, _merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=fallback)
+        core = models.BPE(vocabulary, _merges(model, texts), unk_token=unknown, fuse_unk=True, byte_fallback=fallback)
     tokenizer = tokenizers.Tokenizer(core)
     once = prefix_once and model.space_prefix
     tokenizer.normalizer = _normalizer(model, prefix=model.space_prefix and not once)
@@ -156,12 +156,15 @@ def _normalizer(model: SentencePiece, prefix: bool):
     return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
 
 
-def _merges(model: SentencePiece) -> list[tuple[str, str]]:
-    """The merges that a BPE model leaves unsaid: every way to put a piece together of two, best piece first."""
+def _merges(model: SentencePiece, texts: list[str]) -> list[tuple[str, str]]:
+    """The merges that a BPE model leaves unsaid: every way to put a piece together of two, best piece first.
+
+    texts: what stands in the vocabulary; a piece that was replaced there is no part of a merge.
+    """
     ids = {
         text: id
         for id, (text, kind) in enumerate(zip(model.pieces, model.types, strict=True))
-        if kind in (NORMAL, USER_DEFINED, UNUSED)
+        if kind in (NORMAL, USER_DEFINED, UNUSED) and text == texts[id]
     }
     found = []
     for text, id in ids.items():
@@ -203,6 +206,7 @@ _SAME = {
     "default": "gpt-2",
     "llama3": "llama-bpe",
     "llama-v3": "llama-bpe",
+    "falcon3": "llama-bpe",
     "deepseek-r1-qwen": "qwen2",
 }
 
