@@ -16,7 +16,8 @@ def logits(checkpoint, config, tokens, rope_len=None):
     """Logits float64[T, V] of a token sequence.
 
     `checkpoint` is {name: array} or a folder with safetensors files; `config` the config.json as a dict, or None for
-    the folder's.  `rope_len` is the length that fixes the base of dynamic NTK (a request's prompt), else that of `tokens`.
+    the folder's.  `rope_len` is the length that fixes the base of dynamic NTK (a request's prompt); None: that of
+    `tokens`.
     """
     weights, config = load(checkpoint, config)
     x = weights["model.embed_tokens.weight"][np.asarray(tokens)]
