@@ -27,9 +27,14 @@ class Shape(NamedTuple):
     full: bool  # the full sampler; otherwise every row is greedy and plain
 
     @property
-    def words(self):
-        """Length of the one array that crosses to the device a step."""
-        return self.tokens + self.rows * (ROW_WIDTH + self.pages)
+    def sections(self):
+        """Where the rows, the page tables and the end are in the one array that crosses to the device a step.
+
+        XLA hands a section to a kernel as it lies there, and kernels want it on a border of 16 bytes.
+        """
+        rows = -(-self.tokens // 4) * 4
+        pages = rows + -(-self.rows * ROW_WIDTH // 4) * 4
+        return rows, pages, pages + self.rows * self.pages
 
 
 @struct.dataclass
@@ -53,8 +58,9 @@ class Batch:
     @classmethod
     def unpack(cls, words, shape):
         """The host packs all integers (and floats, bit by bit) of a step into one int32 array: a transfer costs more than its bytes."""
-        token, rows, pages = jnp.split(words, (shape.tokens, shape.tokens + shape.rows * ROW_WIDTH))
-        rows = rows.reshape(shape.rows, ROW_WIDTH)
+        at_rows, at_pages, _ = shape.sections
+        token, pages = words[: shape.tokens], words[at_pages:]
+        rows = words[at_rows : at_rows + shape.rows * ROW_WIDTH].reshape(shape.rows, ROW_WIDTH)
         start, count, lane, rope_len = (rows[:, i] for i in range(len(ROW)))
         spans = Spans.locate(shape.tokens, start, count, pages.reshape(shape.rows, shape.pages), rope_len)
         return cls(token, lane, spans, Sampling.unpack(rows[:, len(ROW) :]))

@@ -124,7 +124,7 @@ class Runner:
         return tuple(self._struct(np.shape(x), np.asarray(x).dtype) for x in arrays)
 
     def _arguments(self, shape):
-        return (self.cfg, shape, self.shapes, self.state_shape, self._struct((shape.words,)))
+        return (self.cfg, shape, self.shapes, self.state_shape, self._struct((shape.sections[-1],)))
 
     def workspace(self):
         """Bytes of scratch memory that the largest program needs, as compiled."""
@@ -188,9 +188,10 @@ class Runner:
 
     def _pack(self, chunks, shape):
         """The step as one int32 array; see step.Batch.unpack."""
-        words, n = np.zeros(shape.words, np.int32), len(chunks)
+        at_rows, at_pages, end = shape.sections
+        words, n = np.zeros(end, np.int32), len(chunks)
         token = words[: shape.tokens]
-        rows = words[shape.tokens : shape.tokens + shape.rows * ROW_WIDTH].reshape(shape.rows, ROW_WIDTH)
+        rows = words[at_rows : at_rows + shape.rows * ROW_WIDTH].reshape(shape.rows, ROW_WIDTH)
         rows[:, LANE] = NO_LANE
         if not n:
             return words
@@ -200,9 +201,7 @@ class Runner:
         rows[:n, COUNT] = [c.stop - c.start for c in chunks]
         rows[:n, LANE] = [lane if c.emits else NO_LANE for lane, c in zip(lanes, chunks)]
         rows[:n, len(ROW) + Sampling.STEP] = [c.request.length - c.request.prompt_len - c.emits for c in chunks]
-        words[shape.tokens + shape.rows * ROW_WIDTH :].reshape(shape.rows, shape.pages)[:n] = self.table[
-            lanes, : shape.pages
-        ]
+        words[at_pages:].reshape(shape.rows, shape.pages)[:n] = self.table[lanes, : shape.pages]
         at = 0
         for chunk in chunks:
             known = chunk.request.tokens[chunk.start : chunk.stop]
@@ -218,10 +217,11 @@ class Runner:
         Returns device arrays with SCORED rows: log-probability of each target, logits, hidden states.
         """
         shape = Shape(SCORED, 1, self.sizes.pages[-1], False)
-        words, target = np.zeros(shape.words, np.int32), np.zeros(SCORED, np.int32)
+        at_rows, at_pages, end = shape.sections
+        words, target = np.zeros(end, np.int32), np.zeros(SCORED, np.int32)
         words[: len(tokens)], target[: len(targets)] = tokens, targets
-        row = words[SCORED : SCORED + ROW_WIDTH]
+        row = words[at_rows : at_rows + ROW_WIDTH]
         row[START], row[COUNT], row[LANE], row[ROPE] = start, len(tokens), NO_LANE, start + len(tokens)
-        words[SCORED + ROW_WIDTH :][: len(pages)] = pages
+        words[at_pages : at_pages + len(pages)] = pages
         self.state, out = self.programs["score"](self.params, self.state, words, target)
         return out
