@@ -150,7 +150,7 @@ _PAGES = "the prefix cache keeps whole pages for as long as nothing else needs t
 
 # LMDeploy's engine options that have no use here: name -> (its default, why).
 UNUSED_ENGINE = {
-    "trust_remote_code": (True, "code in a checkpoint is never run"),
+    "trust_remote_code": (False, "code in a checkpoint is never run"),
     "max_prefill_token_num": (8192, "num_tokens_per_iter bounds the tokens of a step"),
     "max_prefill_iters": (1, "num_tokens_per_iter bounds the tokens of a step"),
     "prefill_interval": (16, "prompts and replies share every step"),

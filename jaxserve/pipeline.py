@@ -7,7 +7,8 @@ imported where it is used.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ class Pipeline:
         gen_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         do_preprocess: bool = True,
         adapter_name: None = None,
-    ) -> Iterator[Response]:
+    ) -> Generator[Response]:
         """Yields the answers piece by piece, as they come: `index` says of which prompt, `choice` which of its n.
 
         `text`, `token_ids` and `logprobs` are what is new; the last piece of an answer has a finish_reason.  Closing
@@ -148,7 +149,7 @@ class Pipeline:
         session: Session | None = None,
         gen_config: GenerationConfig | None = None,
         stream_response: bool = False,
-    ) -> Session | Iterator[Response]:
+    ) -> Session | Generator[Response]:
         """One turn of a conversation: returns the session (a new one if none is given) with `history` and `response`.
 
         stream_response=True returns the pieces of the answer in place of the session.
@@ -181,21 +182,21 @@ class Pipeline:
         longest = max(map(len, rows), default=0)
         return np.stack([np.pad(part, ((0, longest - len(part)), (0, 0))) for part in rows])
 
-    def tokens(self, prompt: Prompt, do_preprocess: bool = True) -> list[int]:
-        """The token ids that a prompt becomes.  ValueError, saying what is wrong, for anything that is no prompt."""
+    def tokens(self, prompt: Prompt, do_preprocess: bool = True, **variables) -> list[int]:
+        """The token ids that a prompt becomes; variables: for the chat template.  ValueError says what is wrong."""
         if isinstance(prompt, str):
             if not do_preprocess:
                 return self.tokenizer.encode(prompt)
             prompt = [{"role": "user", "content": prompt}]
         if _are_ids(prompt):
-            size = self.engine.config.vocab
-            for token in prompt:
+            size, ids = self.engine.config.vocab, list(map(operator.index, prompt))  # type: ignore[arg-type]
+            for token in ids:
                 if not 0 <= token < size:
                     raise ValueError(f"token ids of this model are 0 to {size - 1}, not {token}")
-            return list(map(int, prompt))
-        return self.template.encode(prompt)
+            return ids
+        return self.template.encode(prompt, **variables)
 
-    def drive(self, source) -> Iterator[tuple[Reply, Response]]:
+    def drive(self, source) -> Generator[tuple[Reply, Response]]:
         """Runs the replies of an iterator; see `jaxserve.reply.drive`."""
         from jaxserve.reply import drive
 
@@ -232,7 +233,7 @@ class Session:
         assert self.response is not None
         return self.response
 
-    def stream(self, prompt: str, gen_config: GenerationConfig | None = None) -> Iterator[Response]:
+    def stream(self, prompt: str, gen_config: GenerationConfig | None = None) -> Generator[Response]:
         """One turn, piece by piece.  Closing it early ends the answer, and what there is of it stays in the history.
 
         A turn that has no room in the session, or fails, leaves the history as it was.

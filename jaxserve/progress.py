@@ -4,7 +4,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-UNITS = {"loading": {"unit": "B", "unit_scale": True, "unit_divisor": 1024}, "compiling": {"unit": " programs"}}
+UNITS: dict[str, dict] = {
+    "loading": {"unit": "B", "unit_scale": True, "unit_divisor": 1024},
+    "compiling": {"unit": " programs"},
+}
 
 
 def bar(total: int | None, wanted: bool | None = None, **style):

@@ -6,7 +6,7 @@ The engine's thread calls `Reply.put`, which is cheap; whoever waits for the ans
 import itertools
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any
@@ -175,7 +175,7 @@ class Author:
         return ids | self._stop_ids, tuple(dict.fromkeys((*words, *self._stop_words)))
 
 
-def drive(engine, source: Iterable[Reply | None], window: int) -> Iterator[tuple[Reply, Response]]:
+def drive(engine, source: Iterable[Reply | None], window: int) -> Generator[tuple[Reply, Response]]:
     """Submits replies from `source`, `window` at most at once, and yields each with what is new, as it comes.
 
     None in the source means: nothing more until something has been yielded.  Closing the generator aborts the rest.

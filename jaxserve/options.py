@@ -1,0 +1,177 @@
+"""Command line options made from the fields of the config classes, and how a command line's mistakes are told.
+
+Imports nothing slow: `jaxserve --help` answers at once.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import click
+
+from jaxserve.config import FLAG, MISSING_ENGINE, UNUSED_ENGINE, EngineConfig, GenerationConfig, Kind
+
+INTERRUPTED = 130  # what shells make of Ctrl-C
+
+# Options of LMDeploy's commands that no config has: name -> (its default, why it has no use here).
+UNUSED_COMMAND = {
+    "backend": ("turbomind", "there is one engine"),
+    "device": ("cuda", "JAX picks the device; JAX_PLATFORMS overrides it"),
+}
+MISSING_COMMAND = {
+    "speculative_algorithm": (None, "speculative decoding is not there yet"),
+    "speculative_draft_model": (None, "speculative decoding is not there yet"),
+}
+
+
+class Value(click.ParamType):
+    """What a Kind holds, as it is written on a command line."""
+
+    def __init__(self, kind: Kind):
+        self.kind = kind
+        self.name = getattr(kind.parse, "__name__", "value").strip("_").replace("_", " ")
+
+    def get_metavar(self, param, ctx):
+        choices = "|".join(map(str, self.kind.choices))
+        return f"[{choices}]" if choices else {"int": "N", "float": "X", "str": "TEXT"}.get(self.name)
+
+    def convert(self, value, param, ctx):
+        if not isinstance(value, str):
+            return value
+        words = self.kind.words.removesuffix(" (or None)")
+        try:
+            parsed = self.kind.parse(value)
+        except ValueError:
+            self.fail(f"it is {words}, not {value!r}", param, ctx)
+        if parsed in self.kind.later:
+            self.fail(f"{value} is not there yet; it is {words}", param, ctx)
+        if not self.kind.holds(parsed):
+            self.fail(f"it is {words}, not {value!r}", param, ctx)
+        return parsed
+
+
+class Option(click.Option):
+    """An option that stands under a heading of the help."""
+
+    def __init__(self, *declarations, section: str = "Options", **settings):
+        super().__init__(*declarations, **settings)
+        self.section = section
+
+
+class Command(click.Command):
+    """A command whose help has its options under headings."""
+
+    def format_options(self, ctx, formatter):
+        sections: dict[str, list] = {}
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(getattr(parameter, "section", "Other options"), []).append(record)
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
+
+
+class Group(click.Group):
+    """Commands whose mistakes end in one line and exit status 2."""
+
+    command_class = Command
+
+    def main(self, *args, **settings):
+        settings["standalone_mode"] = False
+        try:
+            status = super().main(*args, **settings)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.ctx.get_help())
+            status = 2
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            name = context.command_path if context else self.name
+            click.echo(f"{name}: {error.format_message()}", err=True)
+            status = error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("interrupted", err=True)
+            status = INTERRUPTED
+        except BrokenPipeError:  # whoever read the output is gone
+            sys.stdout = None
+            status = 1
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def from_field(cls, name: str, *, section: str, option: str | None = None, **settings) -> Callable:
+    """A click option for a field of a config class; `option` where its name on the command line is another."""
+    knob = next(field for field in fields(cls) if field.name == name)
+    kind = knob.metadata["kind"]
+    words = (option or name).replace("_", "-")
+    settings = {
+        "default": knob.default,
+        "help": knob.metadata["help"],
+        "show_default": knob.default is not None,
+        "section": section,
+        **settings,
+    }
+    if kind is FLAG:
+        return click.option(f"--{words}/--no-{words}", name, cls=Option, **settings)
+    return click.option(f"--{words}", name, cls=Option, type=Value(kind), **settings)
+
+
+def engine_options(command: Callable) -> Callable:
+    """Adds an option for every field of EngineConfig, and hidden ones for LMDeploy's that have no use here."""
+    for name, (neutral, _) in {**UNUSED_ENGINE, **MISSING_ENGINE, **UNUSED_COMMAND, **MISSING_COMMAND}.items():
+        words = name.rstrip("_").replace("_", "-")
+        if isinstance(neutral, bool):
+            command = click.option(f"--{words}/--no-{words}", name, default=None, hidden=True)(command)
+        else:
+            command = click.option(f"--{words}", name, default=None, hidden=True)(command)
+    for knob in reversed(fields(EngineConfig)):
+        command = from_field(EngineConfig, knob.name, section="Engine")(command)
+    return command
+
+
+def sampling_options(command: Callable) -> Callable:
+    """Adds the options of GenerationConfig that a conversation has a use for; None where not given."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    for name in reversed(names):
+        option = from_field(GenerationConfig, name, section="Sampling", default=None, show_default=False)
+        command = option(command)
+    return command
+
+
+def engine_config(given: dict[str, Any], **more) -> EngineConfig:
+    """An EngineConfig of the options that `engine_options` added, which it takes out of `given`."""
+    names = {field.name for field in fields(EngineConfig)} & given.keys()
+    known = {name: given.pop(name) for name in names}
+    for name, (default, reason) in {**UNUSED_COMMAND, **MISSING_COMMAND}.items():
+        value = given.pop(name, None)
+        if value is None or value == default:
+            continue
+        if name in MISSING_COMMAND:
+            raise click.UsageError(f"--{name.replace('_', '-')} {value} is not supported: {reason}")
+        click.echo(f"warning: --{name.replace('_', '-')} {value} is ignored: {reason}", err=True)
+    for name in {*UNUSED_ENGINE, *MISSING_ENGINE} & given.keys():
+        value, neutral = given.pop(name), {**UNUSED_ENGINE, **MISSING_ENGINE}[name][0]
+        if value is not None and str(value) != str(neutral):
+            known[name] = value
+    with mistakes(), told_warnings():
+        return EngineConfig(**known, **more)
+
+
+@contextmanager
+def told_warnings() -> Iterator[None]:
+    """Prints warnings as one line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        click.echo(f"warning: {warning.message}", err=True)
+
+
+@contextmanager
+def mistakes() -> Iterator[None]:
+    """Turns what is wrong with the user's model, files or options into one line and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError) as error:
+        raise click.UsageError(str(error) or type(error).__name__) from error
