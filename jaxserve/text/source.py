@@ -111,8 +111,7 @@ def _from_tokenizer_model(folder: Path, settings: dict, config: dict, added: dic
         for id, text in INTERNLM2_TOKENS.items():
             if id < len(model.pieces):
                 added.setdefault(id, AddedToken(text, special=True))
-    for token in added.values():
-        token.normalized = False  # it stands in a text as it is written, with no space put before it
+    added = {id: _unnormalized(token) for id, token in added.items()}
     return vocabulary.from_sentencepiece(model, added, prefix_once=settings.get("legacy") is False)
 
 
@@ -132,6 +131,18 @@ def _from_transformers(folder: Path) -> tokenizers.Tokenizer:
 def _added_token(entry: dict) -> AddedToken:
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     return AddedToken(entry["content"], **{flag: entry[flag] for flag in flags if flag in entry})
+
+
+def _unnormalized(token: AddedToken) -> AddedToken:
+    """The same, looked for in a text as it is written: with the space that goes before a text it would not be found."""
+    return AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        special=token.special,
+        normalized=False,
+    )
 
 
 def _named(folder: Path, settings: dict) -> dict[str, str]:

@@ -150,7 +150,7 @@ def _normalizer(model: SentencePiece, prefix: bool):
     if model.character_map:
         steps.append(normalizers.Precompiled(model.character_map))
     if model.collapse_spaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if prefix:
         steps.append(normalizers.Prepend(SPACE))
     return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])

@@ -78,6 +78,7 @@ def test_stream_equals_decode(tokenizer, data, skip, include):
 def test_round_trip(tokenizer, text):
     known = {bytes for bytes in tokenizer.token_bytes if len(bytes) == 1}
     assume(all(bytes([byte]) in known for byte in text.encode()))  # SmolLM2 has no token for some control characters
+    assume("▁" not in text)  # SentencePiece's own character for a space
     assert tokenizer.decode(tokenizer.encode(text, special=False)) == text
 
 

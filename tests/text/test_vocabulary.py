@@ -140,13 +140,12 @@ def test_added_tokens_stand_over_pieces(bpe_model):
     assert ids.count(last - 1) == ids.count(last) == 1
     assert tokenizer.decode(ids) == "the cat<tool>"  # a space of its own starts the text after a special token
     assert tokenizer.special_ids == {0, 1, 2, last - 1}
-    with pytest.raises(ValueError, match=rf"'<far>' has id {last + 5}, but id {last} has no token"):
+    with pytest.raises(ValueError, match=rf"'<far>' has id {last + 5}; ids {last} to {last + 4} have no token"):
         vocabulary.from_sentencepiece(model, {last + 5: vocabulary.AddedToken("<far>")})
 
 
 def test_prefix_once(bpe_model):
     model = vocabulary.read_sentencepiece(bpe_model)
     tokenizer = Tokenizer(vocabulary.from_sentencepiece(model, prefix_once=True))
-    assert tokenizer.encode("the</s>cat") == [*tokenizer.encode("the"), 2, *tokenizer.encode("cat")[1:]] or (
-        tokenizer.decode(tokenizer.encode("the</s>cat")) == "thecat"
-    )
+    assert tokenizer.encode("the cat") == Tokenizer(vocabulary.from_sentencepiece(model)).encode("the cat")
+    assert tokenizer.decode(tokenizer.encode("the</s>cat")) == "thecat"
