@@ -5,11 +5,11 @@ are read in that order, and turned to [in, out] on the device.  Axes that the me
 (with their query groups), feed-forward columns and the vocabulary.  Knows no file format.
 """
 
+import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
-import math
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +163,7 @@ def _turn(axis, dtype, where):
 
 
 def leaves(cfg, mesh, names):
-    """{(path, "weight" | "bias"): Leaf} of all arrays of a model.  `names`: the tensors that the checkpoint has."""
+    """{(path, "weight" | "bias"): Leaf} of all arrays of a model.  `names`: what the checkpoint has, by its own names or by ours."""
     out = {}
     for row in family(cfg.family).weights(cfg):
         layers = (0,) if "{}" not in row.path else range(cfg.layers) if row.layers is None else row.layers
@@ -171,7 +171,11 @@ def leaves(cfg, mesh, names):
             leaf = Leaf(cfg, mesh, row, layer, "weight")
             out[leaf.path, "weight"] = leaf
             first = leaf.sources[0]
-            if row.arrange is not None and not leaf.expert_axis and (row.bias or f"{first}.bias" in names):
+            if (
+                row.arrange is not None
+                and not leaf.expert_axis
+                and (row.bias or {f"{first}.bias", f"{leaf.path}.bias"} & names)
+            ):
                 out[leaf.path, "bias"] = Leaf(cfg, mesh, row, layer, "bias")
     return out
 

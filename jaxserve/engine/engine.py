@@ -1,11 +1,11 @@
 """The loop: plan, dispatch, and only then read what the step before produced.  One thread owns the device."""
 
-from collections import deque
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 import logging
 import threading
 import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -193,13 +193,11 @@ class Engine:
         """After a failed step the state on the device is lost: its requests fail, those that wait go on."""
         self._failures += 1
         self.pending = None
-        for request in list(self.scheduler.running):
-            self.scheduler.fail(request, f"the step failed: {error}")
+        self.scheduler.restart(f"the step failed: {error}")
         while self._scoring:
             job = self._scoring.popleft()
             self.scheduler.pool.release(job.pages)
             job.done.set_exception(RuntimeError(f"the step failed: {error}"))
-        self.scheduler.pool.forget(list(self.scheduler.pool.entry_of))
         try:
             self.runner.reset()
         except Exception as again:

@@ -1,9 +1,9 @@
 """From the name of a model to a running engine: plan the memory, compile, read the weights, start."""
 
-from dataclasses import replace
-import logging
 import os
 import time
+from dataclasses import replace
+from typing import NamedTuple
 
 os.environ.setdefault(
     "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
@@ -12,37 +12,60 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 from jaxserve import checkpoint, hub, weights
 from jaxserve import mesh as meshes
+from jaxserve.checkpoint.orbax import save
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.memory import make_plan
 from jaxserve.engine.runner import Runner
-from jaxserve.models.config import from_hf
-
-log = logging.getLogger("jaxserve")
+from jaxserve.models.config import ModelConfig, from_hf
+from jaxserve.models.decoder import Params
 
 
 def _quiet(*_):
     pass
 
 
+class Model(NamedTuple):
+    """A checkpoint, and how this machine will hold it."""
+
+    source: object  # a Checkpoint
+    cfg: ModelConfig  # as the checkpoint's config says
+    mesh: Mesh
+    dtype: np.dtype
+    shapes: Params  # of ShapeDtypeStructs: what `read` returns
+
+    def read(self, progress=_quiet):
+        """The weights on their devices.  `progress(done, total)` counts bytes."""
+        if hasattr(self.source, "restore"):  # converted before
+            return self.source.restore(self.shapes, progress)
+        return weights.load(self.source, self.cfg, self.mesh, self.dtype, progress)
+
+
+def open_model(model, config):
+    """The Model of a folder, a GGUF file, a hub's id, or (None) the default model.  Reads no weights."""
+    source = checkpoint.open(hub.resolve(model, config.revision, config.download_dir))
+    cfg = model_config(source, config)
+    mesh = meshes.make_mesh(config.tp)
+    dtype = np.dtype(jnp.dtype(choose_dtype(cfg, config, mesh, source)))
+    return Model(source, cfg, mesh, dtype, weights.shapes(cfg, mesh, source.names, dtype))
+
+
 def load(model, config, report=_quiet, progress=_quiet):
-    """An Engine that answers with `model` (a folder, a GGUF file, a hub's id, or None for the default model).
+    """An Engine that answers with `model` (see `open_model`).
 
     `report(text)` gets lines for people: the memory plan, what was chosen, how long it took.  `progress(what, done, total)` is called
     while compiling (programs) and loading (bytes).  ValueError says what is wrong with the model, the configuration or the machine.
     """
     began = time.perf_counter()
-    source = checkpoint.open(hub.resolve(model, config.revision, config.download_dir))
-    cfg = model_config(source, config)
-    mesh = meshes.make_mesh(config.tp)
-    dtype = jnp.dtype(choose_dtype(cfg, config, mesh))
-    run_as = weights.padded(cfg, config.tp)
-    shapes = weights.shapes(cfg, mesh, source.names, dtype)
-    plan = make_plan(run_as, config, list(mesh.devices.flat), weights.nbytes(shapes), dtype)
+    held = open_model(model, config)
+    run_as = weights.padded(held.cfg, config.tp)
+    plan = make_plan(run_as, config, list(held.mesh.devices.flat), weights.nbytes(held.shapes), held.dtype)
     report(str(plan))
-    runner = Runner(run_as, mesh, plan, dtype, shapes)
+    runner = Runner(run_as, held.mesh, plan, held.dtype, held.shapes)
     found = 0
 
     def compiled(done, total, loaded):
@@ -50,22 +73,39 @@ def load(model, config, report=_quiet, progress=_quiet):
         found = loaded
         progress("compiling", done, total)
 
-    runner.compile(executables_folder(), compiled)
+    runner.compile(hub.cache_dir() / "programs", compiled)
     ready = time.perf_counter()
     report(f"{len(runner.programs)} programs ready after {ready - began:.1f} s ({found} from the cache)")
-    runner.params = weights.load(source, cfg, mesh, dtype, lambda done, total: progress("loading", done, total))
-    runner.reset()
+    runner.params = held.read(lambda done, total: progress("loading", done, total))
     report(f"weights loaded in {time.perf_counter() - ready:.1f} s")
     if (used := runner.workspace()) > plan.workspace:
         report(f"note: the largest program needs {used / 2**30:.2f} GiB of workspace, more than planned")
+    runner.reset()
     runner.warm_up()
-    original = cfg.rope.original if cfg.rope.kind == "dynamic" else None
+    original = held.cfg.rope.original if held.cfg.rope.kind == "dynamic" else None
     engine = Engine(runner, prefix_caching=config.enable_prefix_caching, rope_original=original)
-    engine.path, engine.config, engine.plan, engine.dtype = source.path, cfg, plan, dtype.name
-    engine.checkpoint_config, engine.generation_config = source.config, source.generation_config
-    source.close()
+    engine.path, engine.config, engine.plan, engine.dtype = held.source.path, held.cfg, plan, held.dtype.name
+    engine.checkpoint_config, engine.generation_config = held.source.config, held.source.generation_config
+    held.source.close()
     report(f"ready after {time.perf_counter() - began:.1f} s")
     return engine
+
+
+def convert(model, folder, config, report=_quiet, progress=_quiet):
+    """Saves a model's weights in the new `folder` as the engine holds them, for this tp and dtype; reports both load times."""
+    held = open_model(model, config)
+    if hasattr(held.source, "restore"):
+        raise ValueError(f"{held.source.path} is converted already")
+    began = time.perf_counter()
+    params = jax.block_until_ready(held.read(lambda done, total: progress("loading", done, total)))
+    slow = time.perf_counter() - began
+    meta = {"dtype": held.dtype.name, "tp": config.tp, "kv_heads": weights.padded(held.cfg, config.tp).kv_heads}
+    save(params, meta, folder, held.source, lambda done, total: progress("saving", done, total))
+    del params
+    began = time.perf_counter()
+    with checkpoint.open(folder) as again:
+        again.restore(held.shapes, lambda done, total: progress("loading", done, total))
+    report(f"loading took {slow:.1f} s from {held.source.path}, {time.perf_counter() - began:.1f} s from {folder}")
 
 
 def model_config(source, config):
@@ -78,15 +118,13 @@ def model_config(source, config):
     return cfg
 
 
-def choose_dtype(cfg, config, mesh):
-    """The type to compute in: as asked; else float32 on the CPU, which is slow in others, and on a GPU the checkpoint's 16-bit type."""
+def choose_dtype(cfg, config, mesh, source):
+    """The type to compute in: as asked; that of a converted folder; on the CPU float32, for the others are slow there; else the
+    checkpoint's, if it has 16 bits."""
     if config.dtype != "auto":
         return config.dtype
+    if hasattr(source, "meta"):
+        return source.meta["dtype"]
     if mesh.devices.flat[0].platform == "cpu":
         return "float32"
     return cfg.dtype if cfg.dtype != "float32" else "bfloat16"
-
-
-def executables_folder():
-    """Where compiled programs are kept."""
-    return hub.cache_dir() / "programs"
