@@ -119,13 +119,13 @@ class GGUFFile:
         grid = self._file.view(np.uint8, (stored.size // row_bytes if row_bytes else 0, row_bytes), stored.offset)
         first, last = columns.start // block, -(-columns.stop // block)  # blocks that hold these columns
         step = max(1, CHUNK // max(1, (last - first) * block))
-        for i in range(0, len(rows), step):
-            data = grid[:, first * block_bytes : last * block_bytes][rows[i : i + step]]
-            native = NATIVE.get(stored.kind.name)
-            part = data.view(native) if native else dequantize(data, stored.kind)
-            out[places[i : i + step]] = part[:, columns.start - first * block : columns.stop - first * block]
-        if stored.size:
-            self._file.release(stored.offset, stored.size)
+        native = NATIVE.get(stored.kind.name)
+        low, high = (rows.min(), rows.max() + 1) if len(rows) else (0, 0)
+        with self._file.reading(stored.offset + int(low) * row_bytes, int(high - low) * row_bytes):
+            for i in range(0, len(rows), step):
+                data = grid[:, first * block_bytes : last * block_bytes][rows[i : i + step]]
+                part = data.view(native) if native else dequantize(data, stored.kind)
+                out[places[i : i + step]] = part[:, columns.start - first * block : columns.stop - first * block]
 
     def close(self) -> None:
         self._file.close()

@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  np.dtype("bfloat16") needs it
 import numpy as np
 
-from jaxserve import __version__
+from jaxserve._version import __version__
 from jaxserve.checkpoint import SIDE_FILES, CheckpointError, missing, read_json
 
 FORMAT = 1
@@ -34,12 +34,16 @@ def save(params, meta: dict, folder: Path, source, progress=None) -> None:
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: exists already; give a new folder")
-    named, first, arrays, parts, room = _named(params)[0], {}, {}, [], 0
+    named = _named(params)[0]
+    first: dict[int, str] = {}
+    arrays: dict[str, dict] = {}
+    parts: list[dict] = []
+    room = 0
     for name, array in named.items():
         if (same := first.setdefault(id(array), name)) != name:  # a tied head
             arrays[name] = {"same_as": same}
             continue
-        if array.nbytes > room:
+        if not parts or array.nbytes > room:
             parts.append({})
             room = PART
         parts[-1][name], room = array, room - array.nbytes
@@ -147,7 +151,8 @@ class OrbaxFolder:
         for name, part in self._parts.items():
             parts.setdefault(part, {})[name] = wanted[name]
         size = {name: int(np.prod(self._shapes[name])) * self._dtypes[name].itemsize for name in self._parts}
-        found, done = {}, 0
+        found: dict = {}
+        done = 0
         for part, target in sorted(parts.items()):
             found |= self._restore_part(part, target)
             done += sum(size[name] for name in target)

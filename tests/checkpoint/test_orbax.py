@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from jaxserve import checkpoint
+from jaxserve._version import __version__
 from jaxserve.checkpoint import CheckpointError, orbax
 
 
@@ -71,7 +72,7 @@ def test_restores_what_was_saved_onto_any_mesh(saved, tp):
 
 def test_what_goes_along(saved):
     found = checkpoint.open(saved)
-    assert found.meta == {"jaxserve": __import__("jaxserve").__version__, "tp": 2, "dtype": "bfloat16"}
+    assert found.meta == {"jaxserve": __version__, "tp": 2, "dtype": "bfloat16"}
     assert (found.config, found.generation_config) == ({"vocab_size": 12}, {"top_k": 5})
     assert (found.shape("layers.0.qkv"), found.dtype("head.embed")) == ((8, 4, 3, 2), np.dtype(jnp.bfloat16))
     files = {file.name for file in saved.iterdir() if file.is_file()}
