@@ -7,6 +7,7 @@ Ampere on.  Nothing here chooses between the two: `available()` says whether the
 from pallas_kernels.kv_write import kv_write, kv_write_reference
 from pallas_kernels.paged_decode import paged_decode, paged_decode_reference
 from pallas_kernels.paged_prefill import paged_prefill, paged_prefill_reference
+from pallas_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
 from pallas_kernels.triton_call import available
 
 __all__ = [
@@ -17,4 +18,6 @@ __all__ = [
     "paged_decode_reference",
     "paged_prefill",
     "paged_prefill_reference",
+    "rope_kv_write",
+    "rope_kv_write_reference",
 ]

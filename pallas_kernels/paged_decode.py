@@ -69,6 +69,18 @@ def paged_decode_reference(q, k_pool, v_pool, layer: int, pages, length, *, scal
 
 
 @jit
+def pages_of(pages_ptr, at, end, S: tl.constexpr, BLOCK: tl.constexpr):
+    """The pages of the keys at .. at + BLOCK - 1, none of them beyond end - 1: a scalar where one page has them all.
+
+    Loops ask for it a turn ahead: the pipelining of Triton then sees keys and values alone and keeps more of them on the way.
+    """
+    if S % BLOCK == 0:
+        return tl.load(pages_ptr + tl.minimum(at, end - 1) // S)
+    else:
+        return tl.load(pages_ptr + tl.minimum(at + tl.arange(0, BLOCK), end - 1) // S)
+
+
+@jit
 def _attend(
     q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, first_page, P, out_ptr, sums_ptr, tops_ptr, totals_ptr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
@@ -94,15 +106,17 @@ def _attend(
     top = tl.full([GP], -1.0e30, tl.float32)
     total = tl.zeros([GP], tl.float32)
     sums = tl.zeros([GP, HP], tl.float32)
+    pages = pages_ptr + row * P
+    page = pages_of(pages, begin, tl.maximum(end, 1), S, BLOCK)
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
         position = at + tl.arange(0, BLOCK)
         seen = position < end
         if WINDOW:
             seen &= position >= oldest
-        page = tl.load(pages_ptr + row * P + position // S, mask=seen, other=0)
         slot = (first_page + page).to(tl.int64) * S + position % S
         place = (slot * (K * H) + head * H)[:, None] + h[None, :]
         cached = seen[:, None] & (h < H)[None, :]
+        page = pages_of(pages, at + BLOCK, end, S, BLOCK)
         k = tl.load(k_ptr + place, mask=cached, other=0.0)
         v = tl.load(v_ptr + place, mask=cached, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * 1.4426950408889634)

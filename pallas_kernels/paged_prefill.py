@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tuning
-from pallas_kernels.paged_decode import BLOCK, MASKED, gather_pages, paged_decode, paged_decode_reference
+from pallas_kernels.paged_decode import BLOCK, MASKED, gather_pages, paged_decode, paged_decode_reference, pages_of
 from pallas_kernels.triton_call import cdiv, jit, power_of_two, tl, triton_call
 
 TILE = 64  # consecutive tokens of one row that the reference handles at once
@@ -70,7 +70,8 @@ def _tile(q, k_pool, v_pool, layer, pages, start, tokens, scale, window):
         k = gather_pages(k_pool, layer, block).astype(jnp.float32).reshape(W, K, H)
         v = gather_pages(v_pool, layer, block).astype(jnp.float32).reshape(W, K, H)
         key = (j * W + jnp.arange(W))[None]
-        v = jnp.where((key < start + tokens).reshape(W, 1, 1), v, 0.0)  # an unwritten page may hold anything, even NaN
+        written = (key < start + tokens) & (key >= oldest)  # what is not may hold anything, even NaN
+        v = jnp.where(written.reshape(W, 1, 1), v, 0.0)
         seen = key <= position  # [X*G, W]
         if window is not None:
             seen &= key > position - window
@@ -93,20 +94,17 @@ def _tile(q, k_pool, v_pool, layer, pages, start, tokens, scale, window):
 
 @jit
 def _turn(
-    at, q, top, total, sums, k_ptr, v_ptr, pages, first_page, h, visible, end,
+    at, q, page, top, total, sums, k_ptr, v_ptr, pages, first_page, h, visible, oldest, end,
     MASK: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys at .. at + BLOCK - 1 to the running softmax.  Without MASK all of them are visible to all rows."""
     position = at + tl.arange(0, BLOCK)
-    if MASK:
-        page = tl.load(pages + position // S, mask=position < end, other=0)
-    else:
-        page = tl.load(pages + position // S)
     slot = (first_page + page).to(tl.int64) * S + position % S
     place = (slot * (K * H))[:, None] + h[None, :]
+    page = pages_of(pages, at + BLOCK, end, S, BLOCK)
     if MASK:
-        cached = (position < end)[:, None] & (h < H)[None, :]
+        cached = ((position < end) & (position >= oldest))[:, None] & (h < H)[None, :]
         k = tl.load(k_ptr + place, mask=cached, other=0.0)
         v = tl.load(v_ptr + place, mask=cached, other=0.0)
     elif h.shape[0] != H:
@@ -127,7 +125,7 @@ def _turn(
     total = total * fade + tl.sum(weight, 1)
     sums = sums * fade[:, None]
     sums = tl.dot(weight.to(v.dtype), v, sums, input_precision=PRECISION)
-    return new_top, total, sums
+    return page, new_top, total, sums
 
 
 @jit
@@ -161,20 +159,22 @@ def _attend_tile(
     k_ptr += head * H
     v_ptr += head * H
     pages = pages_ptr + row * P
-    begin = 0
+    oldest = 0
     if WINDOW:
-        begin = tl.maximum(position - WINDOW + 1, 0) // BLOCK * BLOCK
-    else:
+        oldest = tl.maximum(position - WINDOW + 1, 0)
+    begin = oldest // BLOCK * BLOCK
+    page = pages_of(pages, begin, end, S, BLOCK)
+    if not WINDOW:
         full = (position + 1) // BLOCK * BLOCK  # the keys before it are visible to the whole tile
         for at in tl.range(0, full, BLOCK, num_stages=STAGES):
-            top, total, sums = _turn(
-                at, q, top, total, sums, k_ptr, v_ptr, pages, first_page, h, visible, end,
+            page, top, total, sums = _turn(
+                at, q, page, top, total, sums, k_ptr, v_ptr, pages, first_page, h, visible, oldest, end,
                 False, SCALE, WINDOW, S, K, H, BLOCK, PRECISION,
             )  # fmt: skip
         begin = full
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
-        top, total, sums = _turn(
-            at, q, top, total, sums, k_ptr, v_ptr, pages, first_page, h, visible, end,
+        page, top, total, sums = _turn(
+            at, q, page, top, total, sums, k_ptr, v_ptr, pages, first_page, h, visible, oldest, end,
             True, SCALE, WINDOW, S, K, H, BLOCK, PRECISION,
         )  # fmt: skip
     out = sums / tl.maximum(total, 1.0e-30)[:, None]

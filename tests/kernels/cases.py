@@ -5,10 +5,13 @@ import numpy as np
 
 
 class Case:
-    """Rows with `new` tokens each, the last ones of `lengths` cached tokens (0 and 0: an unused row), then padding."""
+    """Rows with `new` tokens each, the last ones of `lengths` cached tokens (0 and 0: an unused row), then padding.
+
+    What a step with this window has no business with is NaN in the pools.
+    """
 
     def __init__(self, lengths, new, *, padding=0, kv_heads=2, group=3, head_dim=16, page_size=16, layers=2, spare=1,
-                 dtype=np.float32, seed=0, stale=np.nan):  # fmt: skip
+                 dtype=np.float32, seed=0, window=None):  # fmt: skip
         random = np.random.default_rng(seed)
         self.length, self.count = np.array(lengths, np.int32), np.array(new, np.int32)
         self.start = self.length - self.count
@@ -22,17 +25,17 @@ class Case:
         tokens = sum(new) + padding
         self.row = np.concatenate([np.repeat(np.arange(len(new)), self.count), np.zeros(padding, int)])
         self.position = np.full(tokens, -1)
-        for row, (first, count, start) in enumerate(zip(self.first, self.count, self.start, strict=True)):
+        for first, count, start in zip(self.first, self.count, self.start, strict=True):
             self.position[first : first + count] = start + np.arange(count)
         self.q = self._normal(random, (tokens, kv_heads, group, head_dim), dtype)
         pool = (layers, number, page_size, kv_heads, head_dim)
         self.k, self.v = self._normal(random, pool, dtype), self._normal(random, pool, dtype)
         written = np.zeros((number, page_size), bool)
         for row, length in enumerate(lengths):
-            at = np.arange(length)
+            at = np.arange(0 if window is None else max(0, self.start[row] - window + 1), length)
             written[self.pages[row, at // page_size], at % page_size] = True
-        for array in (self.k, self.v):  # what nobody has written must not matter, whatever it is
-            array[:, ~written] = stale
+        for array in (self.k, self.v):  # what nobody has written, or may look at any more, must not matter
+            array[:, ~written] = np.nan
 
     @staticmethod
     def _normal(random, shape, dtype):

@@ -35,7 +35,8 @@ def check(got, case, layer, scale, window):
 @pytest.mark.parametrize("page_size", [16, 64, 256])
 def test_decode(page_size, heads, window):
     kv_heads, group, head_dim = heads
-    case = Case([5, 300, 0, 128, 1], [1, 1, 0, 1, 1], page_size=page_size, kv_heads=kv_heads, group=group, head_dim=head_dim)
+    case = Case([5, 300, 0, 128, 1], [1, 1, 0, 1, 1], page_size=page_size, kv_heads=kv_heads, group=group,
+                head_dim=head_dim, window=window)  # fmt: skip
     q = np.zeros((5, *case.q.shape[1:]), np.float32)  # an unused row has a place in q
     q[[0, 1, 3, 4]] = case.q
     got = np.asarray(decode(q, case.k, case.v, case.pages, case.length, 1, 0.2, window))
@@ -47,9 +48,8 @@ def test_decode(page_size, heads, window):
 @pytest.mark.parametrize("heads", HEADS)
 def test_prefill(heads, window):
     kv_heads, group, head_dim = heads
-    case = Case(
-        [100, 7, 0, 333, 64, 1, 90], [100, 1, 0, 65, 64, 1, 30], padding=9, kv_heads=kv_heads, group=group, head_dim=head_dim
-    )
+    case = Case([100, 7, 0, 333, 64, 1, 90], [100, 1, 0, 65, 64, 1, 30], padding=9, kv_heads=kv_heads, group=group,
+                head_dim=head_dim, window=window)  # fmt: skip
     check(prefill(case.q, case.k, case.v, case.rows(), 1, 0.2, window), case, 1, 0.2, window)
 
 
@@ -62,7 +62,7 @@ def test_prefill_of_any_batch(data):
     new = np.diff([0, *cuts])
     lengths = [n + data.draw(st.integers(0, 140 - n)) if n and n < 140 else n for n in new]
     window = data.draw(st.sampled_from([None, 20]))
-    case = Case(lengths, new, padding=tokens - cuts[-1], page_size=32, spare=0, seed=tokens)
+    case = Case(lengths, new, padding=tokens - cuts[-1], page_size=32, spare=0, seed=tokens, window=window)
     pages = np.zeros((rows, 5), np.int32)
     pages[:, : case.pages.shape[1]] = case.pages
     case.pages = pages

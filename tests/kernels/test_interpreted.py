@@ -1,0 +1,138 @@
+"""The Triton kernels, wrappers included, in Triton's interpreter against the definitions: `TRITON_INTERPRET=1 pytest`.
+
+Needs triton but no GPU; the interpreter knows no bfloat16.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import (
+    kv_write,
+    kv_write_reference,
+    paged_decode,
+    paged_decode_reference,
+    paged_prefill,
+    paged_prefill_reference,
+    rope_kv_write,
+    rope_kv_write_reference,
+    triton_call,
+    tuning,
+)
+from tests.kernels.cases import Case
+
+if triton_call.MISSING or os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs triton and TRITON_INTERPRET=1", allow_module_level=True)
+
+SIZES = {"block": 32, "warps": 4, "stages": 1, "smallest": 64, "programs": 12, "rows": 16}
+
+
+class Memory:
+    """A NumPy array as the interpreter wants it."""
+
+    def __init__(self, array):
+        self.array = array
+        self.dtype = {"float16": "fp16", "float32": "fp32", "int32": "i32"}[array.dtype.name]
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+
+def run(kernel, *inputs, out, grid, in_place=(), warps, stages, **constants):
+    """`triton_call` by the interpreter; what a kernel leaves unwritten is NaN."""
+    inputs = [x if isinstance(x, int) else Memory(np.array(x)) for x in inputs]
+    outputs = [Memory(np.full(x.shape, np.nan, x.dtype)) for x in out]
+    kernel[grid](*inputs, *outputs, **constants)
+    return tuple(jnp.asarray(x.array) for x in [*outputs, *(inputs[i] for i in in_place)])
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import GridExecutor
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_for_numpy_2_4(tensor, scope):  # where an array of one element is no Python integer any more
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_for_numpy_2_4)
+    monkeypatch.setattr(GridExecutor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda self, *args: None)
+    for function in (paged_decode, paged_prefill, kv_write, rope_kv_write):
+        monkeypatch.setitem(function.__globals__, "triton_call", run)
+    monkeypatch.setattr(tuning, "lookup", lambda *_: SIZES)
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def close(got, expected, dtype):
+    assert got.dtype == expected.dtype
+    tolerance = 1e-5 if dtype == np.float32 else 4e-3
+    np.testing.assert_allclose(
+        np.asarray(got, np.float32), np.asarray(expected, np.float32), rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize("heads", [(1, 1, 64), (2, 3, 80), (2, 20, 16)])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_decode(page_size, heads, window, dtype):
+    kv_heads, group, head_dim = heads
+    lengths = [5, 300, 0, 128, 1, 65]
+    case = Case(lengths, [min(n, 1) for n in lengths], page_size=page_size, kv_heads=kv_heads, group=group,
+                head_dim=head_dim, dtype=dtype, padding=1, window=window)  # fmt: skip
+    args = (case.q, case.k, case.v, 1, case.pages, case.length)
+    args = [x if isinstance(x, int) else jnp.asarray(x) for x in args]
+    close(paged_decode(*args, scale=0.2, window=window), paged_decode_reference(*args, scale=0.2, window=window), dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize("heads", [(1, 1, 64), (2, 3, 80)])
+@pytest.mark.parametrize("rows", [([100, 7, 0, 90, 16, 1], [100, 1, 0, 33, 16, 1], 7), ([9], [9], 0), ([40, 30], [1, 1], 30)])
+def test_prefill(rows, heads, window, dtype):
+    kv_heads, group, head_dim = heads
+    lengths, new, padding = rows
+    case = Case(lengths, new, padding=padding, kv_heads=kv_heads, group=group, head_dim=head_dim, dtype=dtype,
+                window=window)  # fmt: skip
+    args = (jnp.asarray(case.q), jnp.asarray(case.k), jnp.asarray(case.v), 1, *case.rows())
+    close(
+        paged_prefill(*args, scale=0.2, window=window), paged_prefill_reference(*args, scale=0.2, window=window), dtype
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 8), (7, 3, 80)])
+def test_write(shape):
+    tokens, kv_heads, head_dim = shape
+    random = np.random.default_rng(0)
+    pools = random.standard_normal((2, 3, 5, 4, kv_heads, head_dim)).astype(np.float16)
+    x = random.standard_normal((2, *shape)).astype(np.float16)
+    slot = random.permutation(np.arange(4, 20))[:tokens].astype(np.int32)
+    args = (*jnp.asarray(pools), *jnp.asarray(x), 2, jnp.asarray(slot))
+    for got, expected in zip(kv_write(*args), kv_write_reference(*args), strict=True):
+        np.testing.assert_array_equal(got[:, 1:], expected[:, 1:])
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("shape", [(1, 2, 1, 16), (7, 3, 4, 80)])
+def test_rope_and_write(shape, dtype, norms):
+    tokens, kv_heads, group, head_dim = shape
+    random = np.random.default_rng(0)
+    pools = random.standard_normal((2, 3, 5, 4, kv_heads, head_dim)).astype(dtype)
+    qkv = random.standard_normal((tokens, kv_heads, group + 2, head_dim)).astype(dtype)
+    angle = random.uniform(0, 100, (tokens, head_dim // 2)).astype(np.float32)
+    slot = random.permutation(np.arange(4, 20))[:tokens].astype(np.int32)
+    args = (*jnp.asarray(pools), *map(jnp.asarray, (qkv, np.cos(angle), np.sin(angle))), 2, jnp.asarray(slot))
+    weights = dict(zip(("q_norm", "k_norm"), jnp.asarray(random.standard_normal((2, head_dim)), dtype), strict=True))
+    options = {**weights, "eps": 1e-5} if norms else {}
+    got, expected = rope_kv_write(*args, **options), rope_kv_write_reference(*args, **options)
+    close(got[0], expected[0], dtype)
+    for new, old in zip(got[1:], expected[1:], strict=True):
+        close(new[:, 1:], old[:, 1:], dtype)
