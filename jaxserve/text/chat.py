@@ -149,8 +149,8 @@ class ChatTemplate:
         given = replace(given, meta_instruction=meta)
         if jinja is not None:
             return cls(jinja, tokenizer, meta)
-        if (style := _delimited(config, tokenizer, given)) is not None:
-            return cls(style, tokenizer)
+        if (texts := _delimited(config, tokenizer, given)) is not None:
+            return cls(texts, tokenizer)
         styles = {key: Jinja(source, tokenizer.named) for key, source in tokenizer.templates.items()}
         style = styles.get("default") or (next(iter(styles.values())) if len(styles) == 1 else None)
         if style is None:

@@ -113,7 +113,7 @@ class _Bounds(NodeTransformer):
         return _filter(self.generic_visit(text), "measured")
 
 
-def _filter(node: nodes.Expr, name: str) -> nodes.Filter:
+def _filter(node, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 

@@ -46,7 +46,7 @@ class Tokenizer:
         self.bos_id = self.id_of(self.named.get("bos_token"))
         self.eos_id = self.id_of(self.named.get("eos_token"))
         self.bos_ids = tuple(bos_ids)
-        self.eos_ids = frozenset(eos_ids) | ({self.eos_id} - {None})
+        self.eos_ids = frozenset([*eos_ids, *source.ids(self.eos_id)])
         self._added = core.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in self._added.items() if token.special)
         self._style = _Style(core)
@@ -141,8 +141,8 @@ class _Style:
     """How a vocabulary writes bytes: GPT-2's characters, or SentencePiece's "▁" and "<0x0A>".  Read off its decoder."""
 
     def __init__(self, core: tokenizers.Tokenizer):
-        spec = json.loads(core.decoder.__getstate__()) if core.decoder else {"type": None}
-        steps = spec["decoders"] if spec["type"] == "Sequence" else [spec]
+        spec: dict = json.loads(core.decoder.__getstate__()) if core.decoder else {"type": None}
+        steps: list[dict] = spec["decoders"] if spec["type"] == "Sequence" else [spec]
         kinds = {step["type"]: step for step in steps}
         self.byte_level = "ByteLevel" in kinds
         self.spaces = "Metaspace" in kinds or any(
@@ -152,7 +152,8 @@ class _Style:
             raise ValueError(f"only byte-level and SentencePiece vocabularies are supported; this decodes by {spec}")
         self.byte_pieces = "ByteFallback" in kinds
         prepends = kinds.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
-        self.strip = not self.byte_level and (prepends or "Strip" in kinds)
+        strip = kinds.get("Strip", {})
+        self.strip = not self.byte_level and (prepends or (strip.get("content"), strip.get("start")) == (" ", 1))
 
     def bytes(self, word: str) -> bytes:
         if self.byte_level:

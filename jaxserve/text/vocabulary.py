@@ -8,6 +8,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -70,7 +71,7 @@ def _read_sentencepiece(data: bytes) -> SentencePiece:
     )
 
 
-def _protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _protobuf(data: bytes) -> Iterator[tuple[int, Any]]:
     """The fields of a protobuf message: number and value (an integer, or bytes still to be read)."""
     at, end = 0, len(data)
     while at < end:
@@ -127,14 +128,17 @@ def from_sentencepiece(
             )
         texts[id : id + 1] = [token.content]
     vocabulary = {text: id for id, text in enumerate(texts)}
-    unknown = texts[model.types.index(UNKNOWN)] if UNKNOWN in model.types else None
+    unknown = model.types.index(UNKNOWN) if UNKNOWN in model.types else None
     fallback = model.types.count(BYTE) == 256
     if model.unigram:
         scores = model.scores + [0.0] * (len(texts) - len(model.scores))
-        core = models.Unigram(list(zip(texts, scores, strict=True)), vocabulary.get(unknown), fallback)
+        tokenizer = tokenizers.Tokenizer(models.Unigram(list(zip(texts, scores, strict=True)), unknown, fallback))
     else:
-        core = models.BPE(vocabulary, _merges(model, texts), unk_token=unknown, fuse_unk=True, byte_fallback=fallback)
-    tokenizer = tokenizers.Tokenizer(core)
+        name = None if unknown is None else texts[unknown]
+        merges = _merges(model, texts)
+        tokenizer = tokenizers.Tokenizer(
+            models.BPE(vocabulary, merges, unk_token=name, fuse_unk=True, byte_fallback=fallback)
+        )
     once = prefix_once and model.space_prefix
     tokenizer.normalizer = _normalizer(model, prefix=model.space_prefix and not once)
     if once:
