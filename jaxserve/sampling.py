@@ -22,7 +22,8 @@ BEFORE = 4  # tokens that a bad word may have ahead of its last
 COLD = 1e-5  # temperatures below mean greedy, as in vLLM (_SAMPLING_EPS)
 ALWAYS = 2**31 - 1
 LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
-BLOCK = 128  # columns; divides the vocabulary of nearly every model
+BLOCK = 16  # columns; divides the vocabulary of nearly every model
+FEW = 400  # values, each of which may be compared with each; more than TOP blocks
 
 
 def _column(index, kind):
@@ -83,15 +84,18 @@ class Tables:
     bias_after: jax.Array  # int32[lanes, B, BEFORE]  ... and `recent` equals this; -1 equals anything
 
     @classmethod
-    def shape(cls, lanes, vocab, sharding=None, columns=None):
-        """The tables as ShapeDtypeStructs, `vocab` counting padding.  Those [lanes, V] lie as `columns`, if given."""
+    def shape(cls, lanes, vocab, sharding=None):
+        """The tables as ShapeDtypeStructs, `vocab` counting padding.
 
-        def table(kind, *shape, sharding=sharding):
+        Whole on every device: with V split, XLA gathers all of output_count in every step.
+        """
+
+        def table(kind, *shape):
             return jax.ShapeDtypeStruct((lanes, *shape), kind, sharding=sharding)
 
         return cls(
-            prompt_seen=table(np.bool_, vocab, sharding=columns or sharding),
-            output_count=table(np.uint16, vocab, sharding=columns or sharding),
+            prompt_seen=table(np.bool_, vocab),
+            output_count=table(np.uint16, vocab),
             recent=table(np.int32, BEFORE),
             bias_token=table(np.int32, BIASES),
             bias_value=table(np.float32, BIASES),
@@ -338,25 +342,20 @@ def _no_logprobs(logits, tokens):
     return jnp.zeros(tokens.shape, jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32)
 
 
-def _best(logits):
-    """Ids and logits of the TOP best of each row, [R, TOP].  They lie in the TOP blocks whose best are best."""
-    rows, vocab = logits.shape
-    values = jnp.pad(logits, ((0, 0), (0, -vocab % BLOCK)), constant_values=-jnp.inf)
-    ids = lax.broadcasted_iota(jnp.int32, values.shape, 1)
-    for block in (BLOCK, 16, 1):
-        if values.shape[1] // block <= TOP and block > 1:
-            continue  # too few blocks to choose from
-        values, ids = values.reshape(rows, -1, block), ids.reshape(rows, -1, block)
-        found = _rank(jnp.max(values, -1), ids[:, :, 0])[:, :, None]
-        values, ids = jnp.take_along_axis(values, found, 1), jnp.take_along_axis(ids, found, 1)
-    return ids[:, :, 0], values[:, :, 0]
-
-
-def _rank(values, ids):
-    """int32[R, TOP]: where the TOP best of values [R, N] are, by comparing each with each; of equals the lower id."""
-    ahead = (values[:, None] > values[:, :, None]) | (
-        (values[:, None] == values[:, :, None]) & (ids[:, None] < ids[:, :, None])
-    )
-    rank = jnp.sum(ahead, -1, dtype=jnp.int32)[:, None]
-    place, index = (lax.broadcasted_iota(jnp.int32, (len(rank), TOP, values.shape[1]), axis) for axis in (1, 2))
-    return jnp.sum(jnp.where(rank == place, index, 0), -1)
+def _best(values):
+    """Columns and values of the TOP best of each row of values [R, N], both [R, TOP]; of equals the lower column."""
+    rows, count = values.shape
+    if count > FEW:  # the best lie in the blocks whose best are best
+        blocks = jnp.pad(values, ((0, 0), (0, -count % BLOCK)), constant_values=-jnp.inf).reshape(rows, -1, BLOCK)
+        block = _best(jnp.max(blocks, -1))[0][:, :, None]
+        values = jnp.take_along_axis(blocks, block, 1).reshape(rows, -1)
+        columns = (block * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)[None, None]).reshape(rows, -1)
+    else:
+        values = jnp.pad(values, ((0, 0), (0, max(0, TOP - count))), constant_values=-jnp.inf)
+        columns = lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    higher = values[:, None] > values[:, :, None]  # each compared with each, [R, N, N]
+    before = (values[:, None] == values[:, :, None]) & (columns[:, None] < columns[:, :, None])
+    rank = jnp.sum(higher | before, -1, dtype=jnp.int32)
+    chosen = rank[:, None] == jnp.arange(TOP, dtype=jnp.int32)[None, :, None]  # [R, TOP, N]
+    found = jnp.sum(jnp.where(chosen, jnp.arange(values.shape[1], dtype=jnp.int32)[None, None], 0), -1)
+    return jnp.take_along_axis(columns, found, 1), jnp.take_along_axis(values, found, 1)

@@ -1,4 +1,4 @@
-"""The sampler against NumPy in float64, which sorts; draws against their distribution; tables against hand-made cases."""
+"""The sampler against NumPy, sorting in float64; draws against their distribution; tables against hand-made cases."""
 
 from dataclasses import replace
 from functools import partial
@@ -224,7 +224,8 @@ def test_same_tokens_whatever_shares_the_batch():
     kinds = [
         hot(), hot(top_k=40), hot(top_p=0.8), hot(top_k=50, top_p=0.9, min_p=0.01), SamplingParams(),
         SamplingParams(temperature=0.7, top_p=0.95), hot(logprobs=3), hot(repetition_penalty=1.3),
-        hot(frequency_penalty=0.4, top_p=0.9), hot(logit_bias=((5, 3.0), (9, -100.0))), hot(top_k=1), hot(seed=2**40 + 3),
+        hot(frequency_penalty=0.4, top_p=0.9), hot(logit_bias=((5, 3.0), (9, -100.0))), hot(top_k=1),
+        hot(seed=2**40 + 3),
     ]  # fmt: skip
     params = [replace(kind, seed=kind.seed + i) for i, kind in enumerate(kinds)]
     tables = no_tables(vocab, lanes=count)
@@ -250,7 +251,7 @@ def test_vocabulary_split_over_devices():
     params = hot(top_k=30, logprobs=2), hot(top_p=0.7, seed=3), hot(presence_penalty=0.5), SamplingParams()
     words, lane = pack(*params), np.arange(4, dtype=np.int32)
     whole, columns = mesh.sharding(split), mesh.sharding(split, None, "tp")
-    shapes = Tables.shape(LANES, 512, whole, columns)
+    shapes = Tables.shape(LANES, 512, whole)
     tables = jax.tree.map(lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding), shapes)
     expected = sample(logits, words, no_tables(512), lane)
     found = sample(jax.device_put(logits, columns), words, tables, lane)
@@ -301,7 +302,7 @@ def test_bad_rows_fail_alone():
     logits[1, 77], logits[2], logits[3, 5], logits[4, 199] = np.nan, -np.inf, np.inf, -np.nan
     for drawn in draw(logits, *params), greedy(logits):
         assert drawn.bad.tolist() == [False, True, True, True, True, False]
-        assert ((drawn.tokens >= 0) & (drawn.tokens < 200)).all()
+        assert not drawn.tokens[1:5].any()
     drawn = draw(logits, *params)
     for found, was in zip(jax.tree.leaves(drawn), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(found[np.array([0, 5])], was[np.array([0, 5])])
@@ -313,7 +314,7 @@ def test_bad_rows_fail_alone():
 # Log-probabilities
 
 
-@pytest.mark.parametrize("vocab", [16, 130, 3000])
+@pytest.mark.parametrize("vocab", [16, 130, 7000])
 @pytest.mark.parametrize("tied", [False, True])
 def test_logprobs(vocab, tied):
     rng = np.random.default_rng(vocab)
@@ -412,6 +413,9 @@ def test_dropped_lanes_and_plain_rows_change_no_table():
     expected.output_count[1, 3] += 1
     expected.recent[1] = [0, 0, 0, 3]
     jax.tree.map(np.testing.assert_array_equal, after, expected)
+    words = pack(params, params)
+    words[1] = 0  # padding: the row of another request, whose tables are not for it
+    assert not sample(np.ones((2, 16), np.float32), words, tables, np.int32([1, 0]))[0].bad.any()
     untouched = jax.jit(set_lane)(tables, *table_rows(None, 16, 64, LANES))
     jax.tree.map(np.testing.assert_array_equal, untouched, tables)
 
