@@ -123,19 +123,27 @@ def declared(*extras):
     return [Requirement(line) for text in texts for line in text.split("\n") if line and not line.startswith("#")]
 
 
-def test_what_is_imported_is_declared_and_the_other_way_round():
+def distributions(*folders):
+    """What the Python files of some folders import, by the names under which it is installed."""
     homes = metadata.packages_distributions()  # module -> the distributions that hold it
-    optional = {"jax_triton", "triton", "modelscope"}  # with a GPU; asked for by JAXSERVE_USE_MODELSCOPE
-    used = set()
-    for path in (path for package in PACKAGES for path in (PROJECT / package).rglob("*.py")):
+    modules = set()
+    for path in (path for folder in folders for path in (PROJECT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
-                used |= {alias.name.split(".")[0] for alias in node.names}
+                modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
-                used.add(node.module.split(".")[0])
-    used -= {*sys.stdlib_module_names, *PACKAGES, *optional}
-    names = {canonicalize_name(home) for module in used for home in homes.get(module, [module])[:1]}
-    assert names == {canonicalize_name(requirement.name) for requirement in declared()}
+                modules.add(node.module.split(".")[0])
+    optional = {"jax_triton", "triton", "modelscope"}  # with a GPU; asked for by JAXSERVE_USE_MODELSCOPE
+    own = {*PACKAGES, "scripts", "tests", *(path.stem for path in (PROJECT / "scripts").glob("*.py"))}
+    modules -= {*sys.stdlib_module_names, *own, *optional}
+    return {canonicalize_name(home) for module in modules for home in homes.get(module, [module])[:1]}
+
+
+def test_requirements_are_what_is_imported():
+    required = {canonicalize_name(requirement.name) for requirement in declared()}
+    assert distributions(*PACKAGES) == required
+    by_hand = {"torch"}  # made the golden files, once
+    assert distributions("scripts", "tests") - by_hand <= {canonicalize_name(r.name) for r in declared("dev")}
 
 
 def test_no_pytorch_anywhere_below():
