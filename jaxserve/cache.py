@@ -1,12 +1,12 @@
 """The KV cache: pages of keys and values of all layers, allocated once, and the place of a step's tokens in them.
 
-T tokens of the step, R rows, P pages a row, S tokens a page, N pages, L layers, K kv heads, G queries a kv head, H head dim.
-Page 0 takes the writes of padding, so nothing downstream needs a mask for it.
+T tokens of the step, R rows, P pages a row, S tokens a page, N pages, L layers, K kv heads, G queries a kv head,
+H head dim.  Page 0 takes the writes of padding, so nothing downstream needs a mask for it.
 """
 
-from flax import struct
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from jaxserve import mesh as meshes
 from jaxserve import ops
@@ -35,7 +35,9 @@ class Spans:
         row = (
             index
             if decode
-            else jnp.clip(jnp.searchsorted(first + count, index, side="right", method="compare_all"), 0, rows - 1).astype(jnp.int32)
+            else jnp.clip(
+                jnp.searchsorted(first + count, index, side="right", method="compare_all"), 0, rows - 1
+            ).astype(jnp.int32)
         )
         offset = index - first[row]
         position = jnp.where((offset >= 0) & (offset < count[row]), start[row] + offset, -1)
@@ -54,7 +56,10 @@ class Spans:
 
 @struct.dataclass
 class PagedKV:
-    """Keys and values in the type in which they were computed.  One array for all layers: a call pays for each argument."""
+    """Keys and values in the type in which they were computed.
+
+    One array for all layers: a call pays for each argument.
+    """
 
     k: jax.Array  # [L, N, S, K, H]
     v: jax.Array
@@ -72,7 +77,7 @@ class PagedKV:
         return 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * jnp.dtype(dtype).itemsize
 
     def attend(self, layer, q, k, v, spans, window=None):
-        """Stores this step's k and v [T, K, H], then attends with q [T, K, G, H].  Returns [T, K, G, H] and the new cache."""
+        """Stores this step's k and v [T, K, H], then attends with q [T, K, G, H].  Returns its shape and the cache."""
         k_pool, v_pool = ops.kv_write(self.k, self.v, k, v, layer, spans.slot(self.k.shape[2]))
         out = ops.paged_attention(q, k_pool, v_pool, layer, spans, window)
         return out, PagedKV(k_pool, v_pool)

@@ -1,14 +1,15 @@
-"""The one door to the kernels: reference on CPU, kernel on GPU, each wrapped in shard_map so that it sees its own heads only.
+"""The one door to the kernels: reference on CPU, kernel on GPU, each in a shard_map so that it sees its own heads only.
 
-T tokens of the step, R rows, P pages a row, S tokens a page, N pages, L layers, K kv heads, G queries a kv head, H head dim.
+T tokens of the step, R rows, P pages a row, S tokens a page, N pages, L layers, K kv heads, G queries a kv head,
+H head dim.
 """
 
-from functools import cache, partial
 import logging
+from functools import cache, partial
 
 import jax
-from jax.sharding import PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
 
@@ -49,16 +50,19 @@ def paged_attention(q, k_pool, v_pool, layer, spans, window=None):
                      (HEADS, POOL, POOL, P(), P()), HEADS)  # fmt: skip
         return run(q, k_pool, v_pool, spans.pages, spans.length)
     attend = pk.paged_prefill if kernels() else pk.paged_prefill_reference
-    run = _split(lambda q, k, v, pages, first, count, start: attend(q, k, v, pages=pages, first=first, count=count, start=start, **known),
-                 (HEADS, POOL, POOL, P(), P(), P(), P()), HEADS)  # fmt: skip
+
+    def ragged(q, k, v, pages, first, count, start):
+        return attend(q, k, v, pages=pages, first=first, count=count, start=start, **known)
+
+    run = _split(ragged, (HEADS, POOL, POOL, P(), P(), P(), P()), HEADS)
     return run(q, k_pool, v_pool, spans.pages, spans.first, spans.count, spans.start)
 
 
 def expert_mlp(x, gate_up, down, sizes):
     """Gated feed-forward layers of E experts.
 
-    x [M, D]: the tokens of expert 0, then those of expert 1, ...; sizes int32[E]: how many each has; gate_up [E, D, 2, F];
-    down [E, F, D].  Returns [M, D].
+    x [M, D]: the tokens of expert 0, then those of expert 1, ...; sizes int32[E]: how many each has;
+    gate_up [E, D, 2, F]; down [E, F, D].  Returns [M, D].
     """
 
     def local(x, gate_up, down, sizes):

@@ -1,14 +1,15 @@
 """One step of the engine: the only jitted function on the path of a token.
 
-T tokens of the step, R rows, P pages a row, D width, V vocabulary (padded to a multiple of tp), lanes: seats of running requests.
+T tokens of the step, R rows, P pages a row, D width, V vocabulary (padded to a multiple of tp), lanes: seats of running
+requests.
 """
 
 from functools import partial
 from typing import NamedTuple
 
-from flax import struct
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from jaxserve.cache import PagedKV, Spans
 from jaxserve.models.decoder import forward
@@ -57,7 +58,7 @@ class Batch:
 
     @classmethod
     def unpack(cls, words, shape):
-        """The host packs all integers (and floats, bit by bit) of a step into one int32 array: a transfer costs more than its bytes."""
+        """All numbers of a step (floats bit by bit) come in one int32 array: a transfer costs more than its bytes."""
         at_rows, at_pages, _ = shape.sections
         token, pages = words[: shape.tokens], words[at_pages:]
         rows = words[at_rows : at_rows + shape.rows * ROW_WIDTH].reshape(shape.rows, ROW_WIDTH)
@@ -94,7 +95,7 @@ def step(cfg, shape, params, state, words):
 
 @partial(jax.jit, static_argnames=("cfg", "shape"), donate_argnames="state")
 def score(cfg, shape, params, state, words, target):
-    """For tokens that are all known: the log-probability of target [T] at each place, the logits [T, V], the hidden states [T, D]."""
+    """For known tokens: the log-probability of each place's target [T], the logits [T, V], the hidden states [T, D]."""
     batch = Batch.unpack(words, shape)
     hidden, cache = forward(cfg, params, state.cache, batch.token, batch.spans)
     logits = _logits(cfg, params, hidden)

@@ -1,8 +1,9 @@
 """Puts a checkpoint's tensors onto the mesh, each device reading only its own slice.
 
-A family's table (models/table.py) says which tensors become which leaf of Params.  Checkpoints store a linear map as [out, in]; slices
-are read in that order, and turned to [in, out] on the device.  Axes that the mesh splits are padded with zeros to a multiple of tp: heads
-(with their query groups), feed-forward columns and the vocabulary.  Knows no file format.
+A family's table (models/table.py) says which tensors become which leaf of Params.  Checkpoints store a linear map as
+[out, in]; slices are read in that order, and turned to [in, out] on the device.  Axes that the mesh splits are padded
+with zeros to a multiple of tp: heads (with their query groups), feed-forward columns and the vocabulary.  Knows no file
+format.
 """
 
 import math
@@ -129,9 +130,8 @@ class Leaf:
                 if name not in checkpoint.names:
                     raise ValueError(f"{checkpoint.path}: tensor {name} is missing")
                 if tuple(checkpoint.shape(name)) != tuple(shape):
-                    raise ValueError(
-                        f"{checkpoint.path}: tensor {name} has shape {list(checkpoint.shape(name))}; the config asks for {list(shape)}"
-                    )
+                    found = f"{checkpoint.path}: tensor {name} has shape {list(checkpoint.shape(name))}"
+                    raise ValueError(f"{found}; the config asks for {list(shape)}")
 
     def load(self, checkpoint):
         """The array on its devices, in the order of the file; devices that hold the same slice share one read."""
@@ -163,7 +163,10 @@ def _turn(axis, dtype, where):
 
 
 def leaves(cfg, mesh, names):
-    """{(path, "weight" | "bias"): Leaf} of all arrays of a model.  `names`: what the checkpoint has, by its own names or by ours."""
+    """{(path, "weight" | "bias"): Leaf} of all arrays of a model.
+
+    names: what the checkpoint has, by its own names or by ours.
+    """
     out = {}
     for row in family(cfg.family).weights(cfg):
         layers = (0,) if "{}" not in row.path else range(cfg.layers) if row.layers is None else row.layers
@@ -217,7 +220,7 @@ def shapes(cfg, mesh, names, dtype):
 
 
 def nbytes(params):
-    """Bytes that a pytree of arrays or ShapeDtypeStructs takes on the fullest device; arrays that appear twice count once."""
+    """Bytes of a pytree of arrays or ShapeDtypeStructs on the fullest device; arrays that appear twice count once."""
     one = {id(x): x for x in jax.tree.leaves(params)}.values()
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in one)
 
@@ -225,7 +228,8 @@ def nbytes(params):
 def load(checkpoint, cfg, mesh, dtype, progress=None):
     """Params of `checkpoint` on `mesh`, computed in `dtype`.
 
-    cfg: as the checkpoint's config says (not padded).  `progress(done, total)` counts bytes.  ValueError names the file and the tensor.
+    cfg: as the checkpoint's config says (not padded).  `progress(done, total)` counts bytes.  ValueError names the file
+    and the tensor.
     """
     found = leaves(cfg, mesh, checkpoint.names)
     for leaf in found.values():

@@ -2,9 +2,9 @@
 
     python scripts/bench_offline.py --model DIR --work lat1 mix
 
-Prints a line for people and one of JSON for each workload.  Greedy, end-of-sequence ignored, prefix cache off.  The check: every
-request has its number of tokens, and a sample of requests run alone gives the same ids (a difference counts only where the first two
-choices are further apart than the type computed in can tell).
+Prints a line for people and one of JSON for each workload.  Greedy, end-of-sequence ignored, prefix cache off.  The
+check: every request has its number of tokens, and a sample of requests run alone gives the same ids (a difference
+counts only where the first two choices are further apart than the type computed in can tell).
 """
 
 import argparse
@@ -110,8 +110,14 @@ def main():
     parser.add_argument("--max-batch-size", type=int, default=256)
     parser.add_argument("--num-tokens-per-iter", type=int, default=0)
     options = parser.parse_args()
-    config = EngineConfig(tp=options.tp, dtype=options.dtype, session_len=options.session_len, max_batch_size=options.max_batch_size,
-                          num_tokens_per_iter=options.num_tokens_per_iter, enable_prefix_caching=False)  # fmt: skip
+    config = EngineConfig(
+        tp=options.tp,
+        dtype=options.dtype,
+        session_len=options.session_len,
+        max_batch_size=options.max_batch_size,
+        num_tokens_per_iter=options.num_tokens_per_iter,
+        enable_prefix_caching=False,
+    )
     began = time.perf_counter()
     engine = loading.load(options.model, config, report=lambda text: print(text, file=sys.stderr, flush=True))
     ready = time.perf_counter() - began

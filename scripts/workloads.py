@@ -1,4 +1,4 @@
-"""The work on which engines are compared: token ids and output lengths from a fixed seed, so no tokenizer is in the way.
+"""The work on which engines are compared: token ids and lengths from a fixed seed, so no tokenizer is in the way.
 
 lat1     one request, 512 in, 256 out: the latency of decoding
 batchN   N equal requests at once, 512 in, 256 out

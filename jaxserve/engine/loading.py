@@ -5,9 +5,8 @@ import time
 from dataclasses import replace
 from typing import NamedTuple
 
-os.environ.setdefault(
-    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
-)  # memory is planned here, not taken behind the user's back
+# Memory is planned here, not taken behind the user's back.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 import jax
@@ -57,8 +56,9 @@ def open_model(model, config):
 def load(model, config, report=_quiet, progress=_quiet):
     """An Engine that answers with `model` (see `open_model`).
 
-    `report(text)` gets lines for people: the memory plan, what was chosen, how long it took.  `progress(what, done, total)` is called
-    while compiling (programs) and loading (bytes).  ValueError says what is wrong with the model, the configuration or the machine.
+    `report(text)` gets lines for people: the memory plan, what was chosen, how long it took.
+    `progress(what, done, total)` is called while compiling (programs) and loading (bytes).  ValueError says what is
+    wrong with the model, the configuration or the machine.
     """
     began = time.perf_counter()
     held = open_model(model, config)
@@ -92,7 +92,10 @@ def load(model, config, report=_quiet, progress=_quiet):
 
 
 def convert(model, folder, config, report=_quiet, progress=_quiet):
-    """Saves a model's weights in the new `folder` as the engine holds them, for this tp and dtype; reports both load times."""
+    """Saves a model's weights in the new `folder` as the engine holds them, for this tp and dtype.
+
+    Reports both load times.
+    """
     held = open_model(model, config)
     if hasattr(held.source, "restore"):
         raise ValueError(f"{held.source.path} is converted already")
@@ -119,8 +122,11 @@ def model_config(source, config):
 
 
 def choose_dtype(cfg, config, mesh, source):
-    """The type to compute in: as asked; that of a converted folder; on the CPU float32, for the others are slow there; else the
-    checkpoint's, if it has 16 bits."""
+    """The type to compute in.
+
+    As asked; that of a converted folder; on the CPU float32, for the others are slow there; else the checkpoint's,
+    if it has 16 bits.
+    """
     if config.dtype != "auto":
         return config.dtype
     if hasattr(source, "meta"):

@@ -1,8 +1,8 @@
-"""The memory plan: what weights, KV cache and workspace take on each device, decided and printed before anything is loaded."""
+"""The memory plan: what weights, KV cache and workspace take on each device, decided and printed before loading."""
 
-from dataclasses import dataclass
 import math
 import subprocess
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class MemoryPlan:
             ("  weights", self.weights, ""),
             ("  KV cache", self.cache, f"{self.tokens:,} tokens in pages of {self.page_size}: "
              f"{max(self.tokens // self.session_len, 1)} requests of {self.session_len:,} tokens"),
-            ("  workspace", self.workspace, f"steps of up to {self.budget:,} tokens and {self.lanes} requests (estimate)"),
+            ("  workspace", self.workspace, f"estimate: steps of {self.budget:,} tokens and {self.lanes} requests"),
             ("  stays free", rest, ""),
         ]  # fmt: skip
         lines = [f"{name:<36}{size / GIB:9.2f} GiB  {what}".rstrip() for name, size, what in rows]
@@ -91,15 +91,16 @@ def workspace_bytes(cfg, tp, dtype, tokens, rows):
 def make_plan(cfg, config, devices, weights, dtype):
     """A MemoryPlan.
 
-    cfg: the (padded) model; config: EngineConfig; weights: bytes on a device.  ValueError when the model cannot fit, with what would help.
+    cfg: the (padded) model; config: EngineConfig; weights: bytes on a device.  ValueError when the model cannot fit,
+    with what would help.
     """
     tp, cpu = len(devices), devices[0].platform == "cpu"
     free, kind, notes = free_bytes(devices), devices[0].device_kind, []
     left = free - weights
     if left < workspace_bytes(cfg, tp, dtype, 64, 1):
         raise ValueError(
-            f"the model does not fit: its weights take {weights / GIB:.2f} GiB of the {free / GIB:.2f} GiB that are free on "
-            f"{kind}. {_remedies(tp, cpu, dtype)}"
+            f"the model does not fit: its weights take {weights / GIB:.2f} GiB of the {free / GIB:.2f} GiB that are "
+            f"free on {kind}. {_remedies(tp, cpu, dtype)}"
         )
     lanes, budget = config.max_batch_size or (16 if cpu else 256), config.num_tokens_per_iter or (256 if cpu else 4096)
     while workspace_bytes(cfg, tp, dtype, budget, lanes) > left // 3 and not (
@@ -122,8 +123,9 @@ def make_plan(cfg, config, devices, weights, dtype):
     if session_len > tokens:
         if config.session_len or tokens < min(SHORTEST, session_len):
             raise ValueError(
-                f"a request of {min(session_len, max(SHORTEST, config.session_len or 0)):,} tokens does not fit: the KV cache has room for {max(tokens, 0):,}. Lower "
-                f"session_len, raise cache_max_entry_count, or: {_remedies(tp, cpu, dtype)}"
+                f"a request of {min(session_len, max(SHORTEST, config.session_len or 0)):,} tokens does not fit: the "
+                f"KV cache has room for {max(tokens, 0):,}. Lower session_len, raise cache_max_entry_count, or: "
+                f"{_remedies(tp, cpu, dtype)}"
             )
         session_len = tokens
         notes.append(f"session_len cut from {cfg.max_position:,} to {session_len:,} tokens, which is what fits")
@@ -152,7 +154,8 @@ def _pages(config, cpu, free, left, workspace, page, notes):
     if isinstance(count, int):
         if count * page > room:
             raise ValueError(
-                f"cache_max_entry_count={count} pages take {count * page / GIB:.2f} GiB; {room / GIB:.2f} GiB are free for them"
+                f"cache_max_entry_count={count} pages take {count * page / GIB:.2f} GiB; {room / GIB:.2f} GiB are free "
+                f"for them"
             )
         return count + 1
     wanted = min(CPU_CACHE, free // 4) if cpu and count is None else left * (count or DEFAULT_SHARE)

@@ -1,17 +1,18 @@
 """Compiles programs before the first request, and keeps the executables on disk.
 
-A stored executable is loaded without tracing or lowering anything, which is what makes a second start quick.  An entry is one file
-named by a hash of all that the executable depends on; files are written aside and renamed, so processes can share the folder; the
-oldest go when the folder outgrows its bound.  A folder that can't be written costs the speed-up and nothing else.
+A stored executable is loaded without tracing or lowering anything, which is what makes a second start quick.  An entry
+is one file named by a hash of all that the executable depends on; files are written aside and renamed, so processes can
+share the folder; the oldest go when the folder outgrows its bound.  A folder that can't be written costs the speed-up
+and nothing else.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 import hashlib
 import os
-from pathlib import Path
 import pickle
 import platform
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 from jax.experimental import serialize_executable
@@ -23,7 +24,8 @@ SOURCES = ("cache.py", "ops.py", "sampling.py", "step.py", "models", "quant")  #
 def compile_all(jobs, devices, folder, progress=None, workers=None):
     """{key: executable} of {key: (jitted function, arguments)}.
 
-    Arguments may be ShapeDtypeStructs on `devices`.  `progress(done, total, loaded)` is called after each; `folder` None keeps nothing.
+    Arguments may be ShapeDtypeStructs on `devices`.  `progress(done, total, loaded)` is called after each; `folder`
+    None keeps nothing.
     """
     store = Store(folder, devices)
     done, loaded, out = 0, 0, {}
@@ -142,5 +144,6 @@ def _machine():
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
         cpu = "\n".join(line for line in lines[:40] if line.startswith(("model name", "flags", "Features")))
     options = {k: v for k, v in jax.config.values.items() if k in ("jax_default_matmul_precision", "jax_enable_x64")}
-    return "\n".join([jax.__version__, jax.lib.__version__, device.platform, device.device_kind, str(jax.device_count()),
-                      os.environ.get("XLA_FLAGS", ""), cpu, repr(options), source])  # fmt: skip
+    versions = [jax.__version__, jax.lib.__version__]
+    place = [device.platform, device.device_kind, str(jax.device_count()), cpu]
+    return "\n".join([*versions, *place, os.environ.get("XLA_FLAGS", ""), repr(options), source])

@@ -5,8 +5,8 @@ T tokens of the step, D width, K kv heads, G queries a kv head, H head dim.
 
 from typing import Any
 
-from flax import struct
 import jax
+from flax import struct
 
 from jaxserve.models import rope
 from jaxserve.models.layers import rms_norm

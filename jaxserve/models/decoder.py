@@ -5,8 +5,8 @@ A family is a table of weights; what a family lacks is a None leaf, and what dif
 
 from typing import Any
 
-from flax import struct
 import jax
+from flax import struct
 
 from jaxserve.models import rope
 from jaxserve.models.layers import rms_norm

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from flax import struct
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 
 def rms_norm(x, weight, eps):

@@ -5,9 +5,9 @@ T tokens, D width, E experts, X experts a token, F expert width.
 
 from typing import Any
 
-from flax import struct
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from jaxserve import ops
 

@@ -1,8 +1,8 @@
 """Weights kept in their own type."""
 
-from flax import struct
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 
 @struct.dataclass

@@ -24,6 +24,9 @@ def engine(folder, **knobs):
     return loading.load(str(folder), EngineConfig(**knobs))
 
 
+GREEDY = SamplingParams()
+
+
 class Answer(queue.SimpleQueue):
     """An outbox that can be waited on."""
 
@@ -42,13 +45,13 @@ class Answer(queue.SimpleQueue):
         return self.outputs[-1].finish
 
 
-def submit(engine, tokens, count, params=SamplingParams(), **fields):
+def submit(engine, tokens, count, params=GREEDY, **fields):
     request = Request(list(tokens), count, params, **fields)
     answer = Answer(request)
     engine.submit(request)
     return answer
 
 
-def run(engine, requests, params=SamplingParams(), **fields):
+def run(engine, requests, params=GREEDY, **fields):
     """The tokens of each of [(prompt, count)], all submitted at once."""
     return [a.wait() for a in [submit(engine, tokens, count, params, **fields) for tokens, count in requests]]

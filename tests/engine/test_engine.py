@@ -8,9 +8,9 @@ import pytest
 
 from jaxserve.engine.engine import EngineDead
 from jaxserve.engine.request import SamplingParams
+from scripts import tiny_checkpoint
 from tests import oracle
 from tests.engine import build
-from scripts import tiny_checkpoint
 
 
 def random_requests(count=9, seed=1, longest=40):
@@ -105,8 +105,9 @@ def test_nothing_compiles_after_the_start(engine, compiled):
     draw = random.Random(3)
     for _ in range(30):
         params = SamplingParams(
-            temperature=draw.choice([0, 0.7]), top_k=draw.choice([0, 1, 5]), top_p=draw.choice([1, 0.5]), min_p=draw.choice([0, 0.1]),
-            repetition_penalty=draw.choice([1, 1.3]), presence_penalty=draw.choice([0, 1]), seed=draw.randrange(9),
+            temperature=draw.choice([0, 0.7]), top_k=draw.choice([0, 1, 5]), top_p=draw.choice([1, 0.5]),
+            min_p=draw.choice([0, 0.1]), repetition_penalty=draw.choice([1, 1.3]),
+            presence_penalty=draw.choice([0, 1]), seed=draw.randrange(9),
             logit_bias=draw.choice([(), ((5, 2.0), (6, -50.0))]), bad_words=draw.choice([(), ((3,), (4, 5, 6))]),
             min_new_tokens=draw.choice([0, 3]), logprobs=draw.choice([None, 0, 20]),
         )  # fmt: skip
