@@ -80,7 +80,7 @@ def _share_or_pages(text: str) -> float | int:
 def _mapping(value) -> bool:
     """Token ids (or their decimal strings, as JSON has them) to biases."""
     return isinstance(value, dict) and all(
-        (_whole(k) or (isinstance(k, str) and k.isdecimal())) and _real(v) and -100 <= v <= 100
+        ((_whole(k) and k >= 0) or (isinstance(k, str) and k.isdecimal())) and _real(v) and -100 <= v <= 100
         for k, v in value.items()
     )
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 
 import click
 
@@ -121,10 +122,10 @@ def figures(pipe, response, times: list[float], stopped: bool) -> str:
         parts.append(f"{(made - 1) / (times[-1] - times[1]):.1f} tokens/s")
     parts.append(f"first after {times[1] - times[0]:.2f} s")
     held = response.input_token_len + made
-    parts.append(f"session {held:,} of {pipe.session_len:,} tokens")
+    parts.append(f"session {held:,}/{pipe.session_len:,}")
     pages = [stats[name] for name in ("pages_used", "pages_cached", "pages_free") if name in stats]
     if len(pages) == 3:
-        parts.append(f"cache {100 - 100 * pages[2] / max(1, pages[0] + pages[2]):.0f} % full")
+        parts.append(f"cache {100 - 100 * pages[2] / max(1, pages[0] + pages[2]):.0f} %")
     parts.append(f"memory {memory_used() / GIB:.2f} GiB")
     return "[" + ", ".join(parts) + "]"
 
@@ -182,17 +183,21 @@ def _terminal() -> Callable[[], str | None]:
     def _(event):
         buffer = event.current_buffer
         if buffer.document.is_cursor_at_the_end and not buffer.document.current_line:
+            buffer.text = buffer.text.rstrip("\n")  # the history keeps no empty lines
             buffer.validate_and_handle()
         else:
             buffer.insert_text("\n")
 
-    session: PromptSession = PromptSession(multiline=True, key_bindings=keys, history=_history())
+    session: PromptSession = PromptSession(
+        multiline=True, key_bindings=keys, history=_history(), reserve_space_for_menu=0
+    )
 
     def ask() -> str | None:
         warned = False
         while True:
             try:
-                return session.prompt(PROMPT, prompt_continuation="").rstrip("\n")
+                print()
+                return session.prompt(PROMPT.lstrip("\n"), prompt_continuation="").rstrip("\n")
             except KeyboardInterrupt:
                 if warned:
                     return None
