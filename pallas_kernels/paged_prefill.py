@@ -88,8 +88,8 @@ def _tile(q, k_pool, v_pool, layer, pages, start, tokens, scale, window):
     return out.transpose(1, 0, 2, 3).astype(q.dtype)
 
 
-# The kernel.  A tile is some consecutive tokens of one row with all query heads of one kv head; the tokens and heads of a
-# tile are the rows of its matrices.
+# The kernel.  A tile is some consecutive tokens of one row with all query heads of one kv head; the tokens and heads
+# of a tile are the rows of its matrices.
 
 
 @jit
@@ -118,7 +118,8 @@ def _turn(
         seen = position[None, :] <= visible[:, None]
         if WINDOW:
             seen &= position[None, :] > visible[:, None] - WINDOW
-        scores = tl.where(seen, scores, -1.0e30)
+        # Not lower: scores * SCALE - new_top is one rounding, and where nothing in a block is seen the two must nearly cancel.
+        scores = tl.where(seen, scores, -1.0e6)
     new_top = tl.maximum(top, tl.max(scores, 1) * SCALE)
     weight = tl.exp2(scores * SCALE - new_top[:, None])
     fade = tl.exp2(top - new_top)

@@ -41,7 +41,10 @@ class Engine:
     """
 
     def __init__(self, runner, *, prefix_caching=True, rope_original=None):
-        """runner: compiled, with its weights.  rope_original: the length past which a prompt stretches its rotations (dynamic NTK)."""
+        """runner: compiled, with its weights.
+
+        rope_original: the length past which a prompt stretches its rotations (dynamic NTK).
+        """
         plan = runner.plan
         self.runner, self.rope_original = runner, rope_original
         self.session_len, self.max_batch_size = plan.session_len, plan.lanes
@@ -60,8 +63,9 @@ class Engine:
     # From any thread ------------------------------------------------------------------------------------------------
 
     def submit(self, request):
-        """Queues a request; its outbox gets an Output a token.  ValueError if it can never fit."""
+        """Queues a request; its outbox gets an Output a token.  ValueError if it can never be served."""
         self.scheduler.check(request)
+        self.runner.check(request)
         if self.rope_original is not None and request.prompt_len > self.rope_original:
             request.salt = (request.salt, "rope", request.prompt_len)  # its keys are rotated as no other length's
         self._send(self.scheduler.add, request)
@@ -74,7 +78,8 @@ class Engine:
     def score(self, tokens, want="logprobs"):
         """What the model thinks of a known sequence of n token ids; waits for the answer.
 
-        "logprobs": float32[n-1], of each token after the first given those before it.  "logits": float32[n, V].  "hidden": [n, D].
+        "logprobs": float32[n-1], of each token after the first given those before it.  "logits": float32[n, V].
+        "hidden": [n, D].
         """
         if not 1 <= len(tokens) <= min(self.session_len, (self.scheduler.pool.count - 1) * self.scheduler.pool.size):
             raise ValueError(f"a sequence to score has 1 to {self.session_len} tokens, not {len(tokens)}")

@@ -13,7 +13,7 @@ import numpy as np
 from jaxserve import mesh as meshes
 from jaxserve.cache import PagedKV
 from jaxserve.engine.programs import compile_all
-from jaxserve.sampling import Sampling, Tables, table_rows
+from jaxserve.sampling import Sampling, Tables, bias_rows, table_rows
 from jaxserve.step import ROW, ROW_WIDTH, Shape, State, score, seat, step
 
 NO_LANE = 2**30  # out of range: what the row draws is dropped
@@ -153,6 +153,11 @@ class Runner:
         self._sit(None, 0)
         jax.block_until_ready(drawn.tokens)
         self.score((), 0, np.zeros(self.sizes.pages[-1], np.int32))
+
+    def check(self, request):
+        """ValueError if its biases and bad words name no tokens, or are too many.  Safe on any thread."""
+        if request.params.tables:
+            bias_rows(request.params, request.stop_ids, self.cfg.vocab)
 
     def dispatch(self, chunks):
         """Starts a step and returns at once."""

@@ -1,0 +1,200 @@
+"""Times every kernel inside one CUDA graph, over more data than the L2 holds, and compares it with its definition.
+
+    python scripts/bench_kernels.py [--only paged_decode] [--reference]
+
+A line a case: microseconds a call, GB/s or TFLOP/s, the share of what the device was measured to reach, and the error
+against the definition (the norm of the difference over the norm).  The last line is all of it as JSON.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import pallas_kernels as pk
+
+LIMITS = {"NVIDIA H200": (4.3e12, 790e12)}  # bytes/s of a copy and bf16 FLOP/s of a matmul, measured
+L2 = 60e6
+PAGE = 64
+DECODE = {  # rows' lengths, kv heads, query heads a kv head, head dim
+    "1 x 4k, 32/8x128": ([4096], 8, 4, 128),
+    "1 x 32k, 32/8x128": ([32768], 8, 4, 128),
+    "16 x 1k, 16/8x128": ([1024] * 16, 8, 2, 128),
+    "16 x 0.5k, 9/3x64": ([500] * 16, 3, 3, 64),
+    "64 x 1k, 32/8x128": ([1024] * 64, 8, 4, 128),
+    "64 x 4k, 32/8x128": ([4096] * 64, 8, 4, 128),
+    "63 x 0.3k + 1 x 16k, 32/8x128": ([300] * 63 + [16384], 8, 4, 128),
+    "256 x 1k, 16/8x128": ([1024] * 256, 8, 2, 128),
+    "16 x 2k, 32/8x80": ([2048] * 16, 8, 4, 80),
+    "16 x 2k, 8/4x256": ([2048] * 16, 4, 2, 256),
+}
+PREFILL = {  # (cached tokens, new tokens) of the rows, kv heads, query heads a kv head, head dim
+    "1 x 2k, 32/8x128": ([(0, 2048)], 8, 4, 128),
+    "1 x 16k, 32/8x128": ([(0, 16384)], 8, 4, 128),
+    "4 x 2k, 16/8x128": ([(0, 2048)] * 4, 8, 2, 128),
+    "0.5k after 8k, 32/8x128": ([(8192, 512)], 8, 4, 128),
+    "1k and 64 single after 1k, 32/8x128": ([(0, 1024)] + [(1023, 1)] * 64, 8, 4, 128),
+    "1 x 2k, 9/3x64": ([(0, 2048)], 3, 3, 64),
+    "1 x 4k, 8/4x256": ([(0, 4096)], 4, 2, 256),
+}
+WRITE = {f"{tokens} tokens, 32/8x128": (tokens, 8, 4, 128) for tokens in (1, 16, 256, 2048)}
+SMALL = {  # what the definitions are timed on: the default model on a CPU
+    "paged_decode": {f"{n} x {c}, 9/3x64": ([c] * n, 3, 3, 64) for n, c in ((1, 100), (1, 1000), (1, 8000), (16, 500))},
+    "paged_prefill": {f"256 after {c}, 9/3x64": ([(c, 256)], 3, 3, 64) for c in (0, 3840)},
+    "kv_write": {f"{tokens} tokens, 9/3x64": (tokens, 3, 3, 64) for tokens in (1, 16, 256)},
+}
+
+
+def dtype():
+    return jnp.dtype(jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32)
+
+
+def batch(spans, kv_heads, head_dim, layers):
+    """Pools of `layers` layers and the rows' arrays for spans of (cached, new) tokens, their pages in random order."""
+    cached, new = np.array(spans, np.int32).T
+    used = -(-(cached + new) // PAGE)
+    pages = np.zeros((len(spans), 1 << int(used.max() - 1).bit_length()), np.int32)  # as wide as a bucket
+    ids = np.random.default_rng(0).permutation(np.arange(1, used.sum() + 1))
+    for row, (n, at) in enumerate(zip(used, np.cumsum(used) - used, strict=True)):
+        pages[row, :n] = ids[at : at + n]
+    shape = (layers, int(used.sum()) + 1, PAGE, kv_heads, head_dim)
+    k, v = (jax.random.normal(jax.random.key(i), shape, dtype()) for i in range(2))
+    return k, v, [jnp.asarray(x, jnp.int32) for x in (pages, np.cumsum(new) - new, new, cached)]
+
+
+def attention(name, suffix, spans, kv_heads, group, head_dim):
+    """Chained calls over the layers: (function, arguments, layers, bytes or FLOPs a call)."""
+    tokens = sum(new for _, new in spans)
+    decode = name == "paged_decode"
+    cached = 2 * sum(old + new for old, new in spans) * kv_heads * head_dim * dtype().itemsize
+    layers = max(8, min(32, math.ceil(4 * L2 / cached))) if decode else 8
+    k, v, (pages, first, count, start) = batch(spans, kv_heads, head_dim, layers)
+    q = jax.random.normal(jax.random.key(2), (tokens, kv_heads, group, head_dim), k.dtype)
+    rows = (pages, start + count) if decode else (pages, first, count, start)
+    attend = getattr(pk, name + suffix)
+
+    def chain(layers, q, k, v, *rows):
+        for layer in range(layers):
+            q = attend(q, k, v, layer, *rows, scale=head_dim**-0.5)
+        return q
+
+    flops = sum(4 * head_dim * kv_heads * group * new * (old + (new + 1) / 2) for old, new in spans)
+    return chain, (q, k, v, *rows), layers, cached if decode else flops
+
+
+def writing(name, suffix, tokens, kv_heads, group, head_dim):
+    """Chained writes over the layers of donated pools."""
+    layers = 16
+    k, v, _ = batch([(0, max(tokens, 1024))], kv_heads, head_dim, layers)
+    random = np.random.default_rng(0)
+    slot = jnp.asarray(PAGE + random.permutation(k.shape[1] * PAGE - PAGE)[:tokens], jnp.int32)
+    qkv = jax.random.normal(jax.random.key(2), (tokens, kv_heads, group + 2, head_dim), k.dtype)
+    angle = jax.random.uniform(jax.random.key(3), (tokens, head_dim // 2))
+    write = getattr(pk, name + suffix)
+    fused = name == "rope_kv_write"
+
+    def chain(layers, k, v, qkv, cos, sin, slot):
+        q = ()
+        for layer in range(layers):
+            if fused:
+                q, k, v = write(k, v, qkv, cos, sin, layer, slot)
+            else:
+                k, v = write(k, v, qkv[:, :, 0], qkv[:, :, 1], layer, slot)
+        return k, v, q
+
+    moved = 2 * tokens * kv_heads * head_dim * k.dtype.itemsize * (2 if not fused else group + 2)
+    return chain, (k, v, qkv, jnp.cos(angle), jnp.sin(angle), slot), layers, moved
+
+
+def seconds(chain, args, layers, donate):
+    """Median time of a call within the graph of `layers` calls; the arguments are dead where donated."""
+    run = jax.jit(chain, static_argnums=0, donate_argnums=donate)
+    state = args[:2] if donate else ()
+
+    def times(n):
+        nonlocal state
+        out = ()
+        begin = time.perf_counter()
+        for _ in range(n):
+            out = run(layers, *state, *args[len(state) :])
+            state = out[:2] if donate else ()
+        jax.block_until_ready(out)
+        return time.perf_counter() - begin
+
+    times(3)
+    n = max(2, min(100, int(0.05 / max(times(1), 1e-6))))
+    return statistics.median(times(n) for _ in range(5)) / n / layers
+
+
+def error(name, make, case):
+    """The kernel's first layer against the definition's."""
+    results = []
+    for suffix in ("", "_reference"):
+        chain, args, _, _ = make(name, suffix, *case)
+        results.append(jax.jit(chain, static_argnums=0)(1, *args))
+    got, expected = ([x.astype(jnp.float32) for x in jax.tree.leaves(r)] for r in results)
+    off, size = (
+        math.sqrt(sum(float(jnp.sum(x * x)) for x in xs))
+        for xs in ([a - b for a, b in zip(got, expected, strict=True)], expected)
+    )
+    return off / size
+
+
+def measure(name, case, suffix=""):
+    """Microseconds, rate in GB/s or TFLOP/s, share of the limit (None: unknown device)."""
+    make = writing if "write" in name else attention
+    chain, args, layers, amount = make(name, suffix, *case)
+    took = seconds(chain, args, layers, donate=(1, 2) if "write" in name else ())
+    compute = name == "paged_prefill"
+    limit = LIMITS.get(jax.devices()[0].device_kind, (None, None))[compute]
+    unit = "TFLOP/s" if compute else "GB/s"
+    return {
+        "us": took * 1e6,
+        unit: amount / took / (1e12 if compute else 1e9),
+        "share": amount / took / limit if limit else None,
+    }
+
+
+def cases(reference):
+    if reference:
+        return SMALL
+    attend = {
+        "paged_decode": {n: ([(length - 1, 1) for length in c[0]], *c[1:]) for n, c in DECODE.items()},
+        "paged_prefill": PREFILL,
+    }
+    return attend | {"kv_write": WRITE, "rope_kv_write": WRITE}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", help="one kernel, by name")
+    parser.add_argument("--reference", action="store_true", help="time the definitions at the default model's shape")
+    options = parser.parse_args()
+    if not options.reference and (reason := pk.available()):
+        sys.exit(f"the kernels cannot run: {reason}; --reference times their definitions")
+    if options.only not in (None, *cases(options.reference)):
+        sys.exit(f"--only is one of {', '.join(cases(options.reference))}, not {options.only}")
+    rows = []
+    for name, shapes in cases(options.reference).items():
+        for label, case in shapes.items() if options.only in (None, name) else ():
+            if options.reference and name == "paged_decode":
+                case = ([(length - 1, 1) for length in case[0]], *case[1:])
+            row = measure(name, case, "_reference" if options.reference else "")
+            if not options.reference:
+                row["error"] = error(name, writing if "write" in name else attention, case)
+            text = "  ".join(f"{k} {v:10.3g}" for k, v in row.items() if v is not None)
+            print(f"{name:15} {label:36} {text}", flush=True)
+            rows.append({"kernel": name, "case": label, **row})
+    print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "cases": rows}))
+
+
+if __name__ == "__main__":
+    main()
