@@ -22,7 +22,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.options import INTERRUPTED, mistakes
 
 AHEAD = 2048  # answers that may wait for one before them
-TAIL = 1 << 16  # bytes that are read at once in search of the last line's start
+BEGINNING = b'{"id": "batch_req_'  # of every answer
 
 
 def run(
@@ -98,11 +98,13 @@ def resume(questions: BinaryIO, answers: BinaryIO) -> int:
 
     ValueError where they do not answer the first of the questions.
     """
-    whole = _whole_lines(answers)
-    answers.truncate(whole)
-    answers.seek(0)
     asked, count = numbered(questions), 0
-    for count, line in enumerate(answers, 1):
+    answers.seek(0)
+    for line in answers:
+        if not line.endswith(b"\n") and line.startswith(BEGINNING[: len(line)]):
+            answers.truncate(answers.tell() - len(line))
+            break
+        count += 1
         number, question = next(asked, (None, b""))
         if number is None:
             raise ValueError(f"{answers.name} has more lines than {questions.name}: it answers something else")
@@ -117,19 +119,6 @@ def resume(questions: BinaryIO, answers: BinaryIO) -> int:
             )
     answers.seek(0, os.SEEK_END)
     return count
-
-
-def _whole_lines(file: BinaryIO) -> int:
-    """The size of a file up to its last line break."""
-    end = file.seek(0, os.SEEK_END)
-    while end > 0:
-        start = max(0, end - TAIL)
-        file.seek(start)
-        at = file.read(end - start).rfind(b"\n")
-        if at >= 0:
-            return start + at + 1
-        end = start
-    return 0
 
 
 def custom_id(line: bytes) -> str | None:
