@@ -9,6 +9,8 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported, and for the commands that tests start
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels run without a GPU, slowly
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 
 import hypothesis
