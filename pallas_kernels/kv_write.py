@@ -11,8 +11,8 @@ from pallas_kernels.triton_call import jit, power_of_two, tl, triton_call
 def kv_write_reference(k_pool, v_pool, k, v, layer: int, slot):
     """Writes token t's k[t] and v[t] ([T, K, H]) to slot[t] = page * S + offset of one layer of the pools.
 
-    k_pool, v_pool [L, N, S, K, H]; slot int32[T].  Padding tokens go to slots of page 0, whose content is junk.  Returns
-    the new pools; in place where the old ones are donated.
+    k_pool, v_pool [L, N, S, K, H]; slot int32[T].  Padding tokens go to slots of page 0, whose content is junk.
+    Returns the new pools; in place where the old ones are donated.
     """
     L, N, S, K, H = k_pool.shape
     if slot.shape[0] == 1:
@@ -47,7 +47,7 @@ def _write(
 
 def kv_write(k_pool, v_pool, k, v, layer: int, slot):
     """`kv_write_reference` as one Triton kernel for keys and values."""
-    L, N, S, K, H = k_pool.shape
+    N, S, K, H = k_pool.shape[1:]
     return triton_call(
         _write, k_pool, v_pool, k, v, slot, int(layer) * N * S, out=(), in_place=(0, 1), grid=(slot.shape[0],), warps=4,
         stages=1, WIDTH=K * H, PADDED=power_of_two(K * H),

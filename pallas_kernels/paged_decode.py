@@ -2,7 +2,7 @@
 
 R rows, P pages a row, S tokens a page, N pages, L layers, K kv heads, G query heads a kv head, H head dim.
 
-The pools of all layers are one array, and `layer` is a Python integer: a layer is never sliced out, which would copy it.
+The pools of all layers are one array; a layer is never sliced out of it, which would copy the layer.
 """
 
 import jax
@@ -26,12 +26,13 @@ def gather_pages(pool, layer: int, pages):
 def paged_decode_reference(q, k_pool, v_pool, layer: int, pages, length, *, scale: float, window: int | None = None):
     """Attention of one token a row, the last one of its `length`, to the row's cached keys.
 
-    q [R, K, G, H]; k_pool, v_pool [L, N, S, K, H], already holding this token; pages int32[R, P]; length int32[R], 0 for
-    a row without a request.  With a window a token sees itself and the `window - 1` before it.  Returns [R, K, G, H] in
-    q's dtype; rows of length 0 are zero.  Memory is bounded by a block of 128 tokens a row, time by the longest row.
+    q [R, K, G, H]; k_pool, v_pool [L, N, S, K, H], already holding this token; pages int32[R, P]; length int32[R], 0
+    for a row without a request.  With a window a token sees itself and the `window - 1` before it.  Returns
+    [R, K, G, H] in q's dtype; rows of length 0 are zero.  Memory is bounded by a block of 128 tokens a row, time by
+    the longest row.
     """
     R, K, G, H = q.shape
-    S, P = k_pool.shape[2], pages.shape[1]
+    S = k_pool.shape[2]
     B = max(1, BLOCK // S)
     W = B * S
     # The heads as one matrix: q stands on the diagonal of a [K*G, K*H] matrix.  The zeros cost less than bringing
@@ -64,15 +65,16 @@ def paged_decode_reference(q, k_pool, v_pool, layer: int, pages, length, *, scal
     return out.reshape(R, K, G, H).astype(q.dtype)
 
 
-# The kernel.  The rows' keys are cut into pieces of about equal length, so that a batch of any mixture of lengths fills the
-# GPU; every piece of a row that has several leaves a partial sum, and a second kernel adds those up.
+# The kernel.  The rows' keys are cut into pieces of about equal length, so that a batch of any mixture of lengths
+# fills the GPU; every piece of a row that has several leaves a partial sum, and a second kernel adds those up.
 
 
 @jit
 def pages_of(pages_ptr, at, end, S: tl.constexpr, BLOCK: tl.constexpr):
     """The pages of the keys at .. at + BLOCK - 1, none of them beyond end - 1: a scalar where one page has them all.
 
-    Loops ask for it a turn ahead: the pipelining of Triton then sees keys and values alone and keeps more of them on the way.
+    Loops ask for it a turn ahead: the pipelining of Triton then sees keys and values alone and keeps more of them on
+    the way.
     """
     if S % BLOCK == 0:
         return tl.load(pages_ptr + tl.minimum(at, end - 1) // S)
@@ -176,9 +178,9 @@ def _combine(
 def _cut(length, token, window, block, smallest, pieces, most):
     """Cuts every row's visible keys into pieces of about total / pieces, at least `smallest` and a multiple of `block`.
 
-    Returns the pieces, int32[most, 6]: row (-1: none), token, first key, end, oldest visible key, whether the row has no
-    other piece; and the rows, int32[R, 3]: token, first piece, pieces.  Rows whose token is -1 have no piece.  The same in
-    every layer of a step, where XLA computes it once.
+    Returns the pieces, int32[most, 6]: row (-1: none), token, first key, end, oldest visible key, whether the row has
+    no other piece; and the rows, int32[R, 3]: token, first piece, pieces.  Rows whose token is -1 have no piece.  The
+    same in every layer of a step, where XLA computes it once.
     """
     oldest = jnp.zeros_like(length) if window is None else jnp.maximum(length - window, 0)
     begin = oldest // block * block
@@ -203,10 +205,10 @@ def paged_decode(
 ):
     """`paged_decode_reference` as a Triton kernel.
 
-    With `token`, int32[R], row r's query is q[token[r]] (-1: the row is left out) and its result goes there; with `out`,
-    [T, K, G, H], the results go into that array, in place, and the rest of it stays.
+    With `token`, int32[R], row r's query is q[token[r]] (-1: the row is left out) and its result goes there; with
+    `out`, [T, K, G, H], the results go into that array, in place, and the rest of it stays.
     """
-    T, K, G, H = q.shape
+    K, G, H = q.shape[1:]
     N, S = k_pool.shape[1:3]
     R, P = pages.shape
     if k_pool.dtype != q.dtype:
@@ -216,13 +218,13 @@ def paged_decode(
     pieces = max(1, size["programs"] // K)
     most = min(pieces + R, R * cdiv(P * S, size["smallest"]))
     work, rows = _cut(length, token, window, size["block"], size["smallest"], pieces, most)
-    N_q, held = K * G, most if most > R else 0
-    partial = [jax.ShapeDtypeStruct((max(1, held * N_q * n),), jnp.float32) for n in (H, 1, 1)]
+    held = most if most > R else 0  # no row has two pieces: nothing is kept for the second kernel
+    partial = [jax.ShapeDtypeStruct((max(1, held * K * G * n),), jnp.float32) for n in (H, 1, 1)]
     inputs = (q, k_pool, v_pool, pages, work, int(layer) * N, P)
     fresh = out is None
+    made = [jax.ShapeDtypeStruct(q.shape, q.dtype), *partial] if fresh else partial
     results = triton_call(
-        _attend, *inputs, *(() if fresh else (out,)),
-        out=([jax.ShapeDtypeStruct(q.shape, q.dtype)] if fresh else []) + partial, in_place=() if fresh else (len(inputs),),
+        _attend, *inputs, *(() if fresh else (out,)), out=made, in_place=() if fresh else (len(inputs),),
         grid=(K, most), warps=size["warps"], stages=size["stages"], SCALE=scale, WINDOW=window or 0, S=S, K=K, G=G, H=H,
         GP=max(16, power_of_two(G)), HP=power_of_two(H), BLOCK=size["block"], STAGES=size["stages"],
         PRECISION="ieee" if q.dtype == jnp.float32 else "tf32",
@@ -230,7 +232,7 @@ def paged_decode(
     out, partial = (results[0], results[1:]) if fresh else (results[-1], results[:-1])
     if held:
         (out,) = triton_call(
-            _combine, *partial, rows, out, out=(), in_place=(4,), grid=(N_q, R), warps=4, stages=1, N=N_q, H=H,
+            _combine, *partial, rows, out, out=(), in_place=(4,), grid=(K * G, R), warps=4, stages=1, N=K * G, H=H,
             HP=power_of_two(H), BLOCK=16,
         )  # fmt: skip
     return out

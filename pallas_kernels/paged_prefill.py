@@ -118,10 +118,13 @@ def _turn(
         seen = position[None, :] <= visible[:, None]
         if WINDOW:
             seen &= position[None, :] > visible[:, None] - WINDOW
-        # Not lower: scores * SCALE - new_top is one rounding, and where nothing in a block is seen the two must nearly cancel.
-        scores = tl.where(seen, scores, -1.0e6)
-    new_top = tl.maximum(top, tl.max(scores, 1) * SCALE)
-    weight = tl.exp2(scores * SCALE - new_top[:, None])
+        # Scaled before they are hidden: a fused multiply-subtract would not cancel where a block shows a row nothing.
+        scores = tl.where(seen, scores * SCALE, -1.0e30)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weight = tl.exp2(scores - new_top[:, None])
+    else:
+        new_top = tl.maximum(top, tl.max(scores, 1) * SCALE)
+        weight = tl.exp2(scores * SCALE - new_top[:, None])
     fade = tl.exp2(top - new_top)
     total = total * fade + tl.sum(weight, 1)
     sums = sums * fade[:, None]

@@ -1,4 +1,4 @@
-"""Between the projection and attention in one pass: norms of queries and keys, rotation, keys and values into the cache.
+"""Between projection and attention in one pass: norms of queries and keys, rotation, keys and values into the cache.
 
 T tokens of the step, S tokens a page, N pages, L layers, K kv heads, G query heads a kv head, H head dim.
 """
@@ -15,10 +15,10 @@ def rope_kv_write_reference(
 ):
     """Rotates queries and keys, and writes keys and values to slot[t] = page * S + offset of one layer of the pools.
 
-    k_pool, v_pool [L, N, S, K, H]; qkv [T, K, G+2, H]: a group's queries, its key, its value; cos, sin float32[T, H/2]: a
-    head's first and second half are the coordinates of H/2 planes; slot int32[T], of page 0 for padding.  With q_norm and
-    k_norm, [H], queries and keys are first divided by the root of their mean square (plus eps) and multiplied by these.
-    Returns the queries [T, K, G, H] and the new pools, in place where the old ones are donated.
+    k_pool, v_pool [L, N, S, K, H]; qkv [T, K, G+2, H]: a group's queries, its key, its value; cos, sin
+    float32[T, H/2]: a head's first and second half are the coordinates of H/2 planes; slot int32[T], of page 0 for
+    padding.  With q_norm and k_norm, [H], queries and keys are first divided by the root of their mean square (plus
+    eps) and multiplied by these.  Returns the queries [T, K, G, H] and the new pools, in place where these are donated.
     """
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2:-1], qkv[:, :, -1]
 
@@ -83,9 +83,7 @@ def _rope_write(
     tl.store(v_pool + cache_place + HALF, second, mask=is_value)
 
 
-def rope_kv_write(
-    k_pool, v_pool, qkv, cos, sin, layer: int, slot, *, q_norm=None, k_norm=None, eps: float = 0.0
-):
+def rope_kv_write(k_pool, v_pool, qkv, cos, sin, layer: int, slot, *, q_norm=None, k_norm=None, eps: float = 0.0):
     """`rope_kv_write_reference` as one Triton kernel."""
     T, K, heads, H = qkv.shape
     N, S = k_pool.shape[1:3]

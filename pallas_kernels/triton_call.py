@@ -1,8 +1,8 @@
 """Calls Triton kernels from JAX, whichever jax-triton is installed.
 
-jax-triton 0.3 lowers to a custom call that XLA keeps out of CUDA graphs, so here its compiled kernel is launched through the
-FFI target that jaxlib has beside the old one. 0.4 uses that target itself, but takes other arguments and leaves the outputs
-that are aliased out of the kernel's parameters; here they are left out under 0.3 as well.
+jax-triton 0.3 lowers to a custom call that XLA keeps out of CUDA graphs, so here its compiled kernel is launched
+through the FFI target that jaxlib has beside the old one. 0.4 uses that target itself, but takes other arguments and
+leaves the outputs that are aliased out of the kernel's parameters; here they are left out under 0.3 as well.
 
 Without triton (a machine without a GPU) the module still imports, and `available` says what is missing.
 """
@@ -49,7 +49,7 @@ def available() -> str | None:
 
 
 def device() -> tuple[str, int]:
-    """Kind and compute capability (90 for 9.0) of the GPU that is compiled for: this machine's, or the abstract mesh's."""
+    """Kind and compute capability (90 for 9.0) of the GPU compiled for: this machine's, or the abstract mesh's."""
     if jax.default_backend() == "gpu":
         first = jax.devices()[0]
         return first.device_kind, round(10 * float(first.compute_capability))
@@ -62,9 +62,10 @@ def device() -> tuple[str, int]:
 def triton_call(kernel, *inputs, out, grid, in_place=(), warps: int, stages: int, **constants):
     """Launches a Triton kernel and returns its outputs as a tuple.
 
-    The kernel's parameters are the inputs (arrays, or Python integers, which are int32 run-time arguments), then one pointer
-    for each ShapeDtypeStruct of `out`, then the constants. The inputs at the indices `in_place` (counted among all inputs)
-    are also outputs: the kernel writes through the input's pointer, and they are returned after `out`.
+    The kernel's parameters are the inputs (arrays, or Python integers, which are int32 run-time arguments), then one
+    pointer for each ShapeDtypeStruct of `out`, then the constants. The inputs at the indices `in_place` (counted
+    among all inputs) are also outputs: the kernel writes through the input's pointer, and they are returned after
+    `out`.
     """
     import jax_triton
 
@@ -78,7 +79,9 @@ def _launch_03(kernel, inputs, out, grid, in_place, warps, stages, constants):
     from jax_triton import triton_lib
 
     arrays = [x for x in inputs if not isinstance(x, int)]
-    types_ = [f"*{triton_lib._JAX_TO_TRITON_TYPE_MAP[x.dtype]}" if not isinstance(x, int) else "i32" for x in (*inputs, *out)]
+    types_ = [
+        f"*{triton_lib._JAX_TO_TRITON_TYPE_MAP[x.dtype]}" if not isinstance(x, int) else "i32" for x in (*inputs, *out)
+    ]
     integers = [(i, "i32", 0) for i, x in enumerate(inputs) if isinstance(x, int)]  # 0: no program of its own for a 1
     compiled, _ = triton_lib.get_or_create_triton_kernel(
         triton_lib.get_cuda_backend, "cuda", kernel, types_, integers, num_warps=warps, num_stages=stages, num_ctas=1,

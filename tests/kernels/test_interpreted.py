@@ -95,7 +95,9 @@ def test_decode(page_size, heads, window, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("window", [None, 1, 50])
 @pytest.mark.parametrize("heads", [(1, 1, 64), (2, 3, 80)])
-@pytest.mark.parametrize("rows", [([100, 7, 0, 90, 16, 1], [100, 1, 0, 33, 16, 1], 7), ([9], [9], 0), ([40, 30], [1, 1], 30)])
+@pytest.mark.parametrize(
+    "rows", [([100, 7, 0, 90, 16, 1], [100, 1, 0, 33, 16, 1], 7), ([9], [9], 0), ([40, 30], [1, 1], 30)]
+)
 def test_prefill(rows, heads, window, dtype):
     kv_heads, group, head_dim = heads
     lengths, new, padding = rows

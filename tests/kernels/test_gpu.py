@@ -1,0 +1,126 @@
+"""The kernels against the definitions on a GPU, both there: every head size and dtype."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as pk
+from tests.kernels.cases import Case
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 2e-2}  # relative to the largest values, which are about 1
+LENGTHS = [5, 3000, 0, 128, 1, 700, 65, 257]
+
+
+def run(function, *args, **options):
+    static = [i for i, x in enumerate(args) if isinstance(x, int)]
+    return jax.jit(functools.partial(function, **options), static_argnums=static)(*args)
+
+
+def close(got, expected):
+    assert got.dtype == expected.dtype
+    tolerance = TOLERANCE[got.dtype.name]
+    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(expected, np.float32), tolerance, tolerance)
+
+
+def both(name, *args, **options):
+    reference = run(getattr(pk, name + "_reference"), *args, **options)
+    return run(getattr(pk, name), *args, **options), reference
+
+
+def test_available():
+    assert pk.available() is None
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dim, window", [(64, None), (80, 300), (96, None), (128, None), (128, 300), (256, None)])
+def test_decode(head_dim, dtype, window):
+    case = Case(LENGTHS, [min(n, 1) for n in LENGTHS], padding=1, kv_heads=4, group=4, head_dim=head_dim,
+                page_size=64, dtype=jnp.dtype(dtype), window=window)  # fmt: skip
+    args = map(jnp.asarray, (case.q, case.k, case.v, case.pages, case.length))
+    q, k, v, pages, length = args
+    close(*both("paged_decode", q, k, v, 1, pages, length, scale=head_dim**-0.5, window=window))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dim, window", [(64, None), (80, 300), (96, None), (128, None), (128, 300), (256, None)])
+def test_prefill(head_dim, dtype, window):
+    new = [5, 900, 0, 1, 1, 1, 65, 100]
+    case = Case(LENGTHS, new, padding=150, kv_heads=2, group=3, head_dim=head_dim, page_size=64, dtype=jnp.dtype(dtype),
+                window=window)  # fmt: skip
+    args = (*map(jnp.asarray, (case.q, case.k, case.v)), 1, *case.rows())
+    close(*both("paged_prefill", *args, scale=head_dim**-0.5, window=window))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 7), (1, 20)])
+@pytest.mark.parametrize("page_size", [16, 32, 128])
+def test_other_heads_and_pages(heads, page_size):
+    kv_heads, group = heads
+    case = Case(LENGTHS, [1, 33, 0, 64, 1, 1, 1, 257], padding=3, kv_heads=kv_heads, group=group, head_dim=64,
+                page_size=page_size, dtype=jnp.bfloat16)  # fmt: skip
+    q, k, v = map(jnp.asarray, (case.q, case.k, case.v))
+    close(*both("paged_prefill", q, k, v, 1, *case.rows(), scale=0.125))
+    pages, length = map(jnp.asarray, (case.pages, case.length))
+    close(*both("paged_decode", q[: len(LENGTHS)], k, v, 1, pages, length, scale=0.125))
+
+
+def test_many_rows():
+    """More rows than pieces, and a long one among short ones."""
+    random = np.random.default_rng(0)
+    lengths = [*random.integers(1, 200, 255), 9000]
+    case = Case(lengths, [1] * 256, kv_heads=8, group=2, head_dim=128, page_size=64, dtype=jnp.bfloat16)
+    q, k, v, pages, length = map(jnp.asarray, (case.q, case.k, case.v, case.pages, case.length))
+    close(*both("paged_decode", q, k, v, 1, pages, length, scale=0.1))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+@pytest.mark.parametrize("norms", [False, True])
+def test_rope_and_write(head_dim, dtype, norms):
+    random = np.random.default_rng(0)
+    tokens, kv_heads, group = 37, 3, 5
+
+    def normal(*shape):
+        return jnp.asarray(random.standard_normal(shape), dtype)
+
+    pools = normal(2, 3, 5, 16, kv_heads, head_dim)
+    angle = random.uniform(0, 100, (tokens, head_dim // 2)).astype(np.float32)
+    slot = jnp.asarray(random.permutation(np.arange(16, 80))[:tokens], jnp.int32)
+    qkv, cos, sin = normal(tokens, kv_heads, group + 2, head_dim), jnp.cos(angle), jnp.sin(angle)
+    options = {"q_norm": normal(head_dim), "k_norm": normal(head_dim), "eps": 1e-5} if norms else {}
+    kernel, reference = (
+        jax.jit(lambda a, b, *x, f=f, options=options: f(a, b, *x[:3], 2, x[3], **options))(*pools, qkv, cos, sin, slot)
+        for f in (pk.rope_kv_write, pk.rope_kv_write_reference)
+    )
+    for got, expected in zip(kernel, reference, strict=True):
+        close(got, expected)
+    kernel, reference = (
+        jax.jit(lambda a, b, k, v, s, f=f: f(a, b, k, v, 1, s))(*pools, qkv[:, :, 0], qkv[:, :, 1], slot)
+        for f in (pk.kv_write, pk.kv_write_reference)
+    )
+    for got, expected in zip(kernel, reference, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_in_place():
+    """Two layers of a step: the pools keep their addresses and nothing of their size is allocated beside them."""
+
+    def step(k_pool, v_pool, q, slot, pages, length):
+        for layer in range(2):
+            k_pool, v_pool = pk.kv_write(k_pool, v_pool, q[:, :, 0], q[:, :, 1], layer, slot)
+            q += pk.paged_decode(q, k_pool, v_pool, layer, pages, length, scale=0.1)
+        return k_pool, v_pool, q
+
+    pools = [jnp.zeros((2, 512, 64, 4, 128), jnp.bfloat16) for _ in range(2)]  # 67 MB each
+    addresses = [pool.unsafe_buffer_pointer() for pool in pools]
+    others = (jnp.ones((4, 4, 2, 128), jnp.bfloat16), jnp.arange(64, 68), jnp.ones((4, 8), jnp.int32), jnp.full(4, 5))
+    others = [x.astype(jnp.int32) if x.ndim < 4 else x for x in others]
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*pools, *others).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 << 20
+    *pools, q = compiled(*pools, *others)
+    assert [pool.unsafe_buffer_pointer() for pool in pools] == addresses
+    assert jnp.isfinite(q).all()

@@ -1,0 +1,65 @@
+"""What does not need a GPU: the package's door, the table of sizes, and rotation with writing."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import tuning
+
+
+def test_not_available_here():
+    if jax.default_backend() != "gpu":
+        assert "not on a GPU" in pk.available()
+
+
+def test_a_kernel_without_gpu_says_so():
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="no GPU"):
+        tuning.lookup("paged_decode", jnp.bfloat16, 64)
+
+
+def test_every_device_knows_every_shape(monkeypatch):
+    for path in tuning.TUNED.glob("*.json"):
+        kind = path.stem.replace("_", " ").upper()
+        monkeypatch.setattr(tuning, "device", lambda kind=kind: (kind, 90))
+        for kernel, table in json.loads(path.read_text()).items():
+            for head_dim in (64, 80, 96, 128, 256):
+                for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+                    assert tuning.lookup(kernel, dtype, head_dim)["block"] >= 16  # the least that tl.dot takes
+            if path.stem != "default":
+                assert tuning.lookup(kernel, jnp.bfloat16, 64) == table["16x64"]
+    with pytest.raises(ValueError, match="16x1024"):
+        tuning.lookup("paged_decode", jnp.bfloat16, 1000)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_rope_and_write(norms):
+    """Planes turned as complex numbers, rows of the pool written one by one."""
+    random = np.random.default_rng(0)
+    tokens, kv_heads, group, head_dim = 5, 2, 3, 16
+    pools = random.standard_normal((2, 3, 4, 8, kv_heads, head_dim)).astype(np.float32)
+    qkv = random.standard_normal((tokens, kv_heads, group + 2, head_dim)).astype(np.float32)
+    angle = random.uniform(0, 9, (tokens, head_dim // 2)).astype(np.float32)
+    weights = random.standard_normal((2, head_dim)).astype(np.float32)
+    slot = np.array([9, 30, 11, 8, 25], np.int32)
+    options = {"q_norm": weights[0], "k_norm": weights[1], "eps": 1e-3} if norms else {}
+    q, *new = pk.rope_kv_write_reference(
+        *map(jnp.asarray, pools), qkv, np.cos(angle), np.sin(angle), 1, slot, **options
+    )
+
+    def turned(x, weight):
+        if norms:
+            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * weight
+        planes = (x[..., :8] + 1j * x[..., 8:]) * np.exp(1j * angle)[:, None, None]
+        return np.concatenate([planes.real, planes.imag], -1)
+
+    np.testing.assert_allclose(q, turned(qkv[:, :, :-2], weights[0]), rtol=1e-5, atol=1e-5)
+    keys, values = turned(qkv[:, :, -2:-1], weights[1])[:, :, 0], qkv[:, :, -1]
+    for pool, after, written in zip(pools, new, (keys, values), strict=True):
+        pool[1].reshape(32, kv_heads, head_dim)[slot] = written
+        np.testing.assert_allclose(after, pool, rtol=1e-5, atol=1e-5)
