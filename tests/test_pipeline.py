@@ -81,8 +81,8 @@ def test_messages_and_token_ids(pipe):
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        (("look", object()), "images"),
-        ([("look", object())], "prompt 0 .*images"),
+        (("look", b"image"), "images"),
+        ([("look", b"image")], "prompt 0 .*images"),
         ([5.5], "prompt 0 is a text"),
         ([{"role": "user"}], "message 0"),
         ([[1, 100_000]], "0 to 257, not 100000"),
