@@ -4,9 +4,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-UNITS: dict[str, dict] = {
-    "loading": {"unit": "B", "unit_scale": True, "unit_divisor": 1024},
-    "compiling": {"unit": " programs"},
+BYTES = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+STYLES: dict[str, dict] = {
+    "loading": BYTES,
+    "saving": BYTES,
+    "compiling": {"bar_format": "{l_bar}{bar}| {n_fmt} of {total_fmt} programs [{elapsed}]"},
 }
 
 
@@ -21,20 +23,17 @@ def bar(total: int | None, wanted: bool | None = None, **style):
 @contextmanager
 def stages(wanted: bool | None = None) -> Iterator[Callable[[str, int, int], None]]:
     """A function progress(what, done, total) that draws one bar after the other, one for each `what`."""
-    bars: dict = {}
+    shown, name = bar(0, wanted=False), None
 
     def progress(what: str, done: int, total: int) -> None:
-        if what not in bars:
-            close()
-            bars[what] = bar(total, wanted, desc=what, leave=False, **UNITS.get(what, {}))
-        bars[what].total = total
-        bars[what].update(done - bars[what].n)
-
-    def close():
-        for shown in bars.values():
+        nonlocal shown, name
+        if what != name:
             shown.close()
+            shown, name = bar(total, wanted, desc=what, leave=False, **STYLES.get(what, {})), what
+        shown.total = total
+        shown.update(done - shown.n)
 
     try:
         yield progress
     finally:
-        close()
+        shown.close()
