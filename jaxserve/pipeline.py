@@ -24,12 +24,12 @@ Prompt = str | list[dict] | list[int]  # a text, OpenAI messages, token ids
 
 
 def pipeline(
-    model: str | None = None,
+    model: str | Path | None = None,
     backend_config: EngineConfig | None = None,
     chat_template_config: ChatTemplateConfig | str | Path | None = None,
-    log_level: str | int = "WARNING",
+    log_level: str | int | None = None,
     *,
-    model_path: str | None = None,
+    model_path: str | Path | None = None,
     meta_instruction: str | None = None,
     capability: str | None = None,
     report: Callable[[str], Any] = log.info,
@@ -52,9 +52,10 @@ def pipeline(
     from jaxserve.text.chat import ChatTemplate
     from jaxserve.text.tokenizer import Tokenizer
 
-    log.setLevel(log_level)
-    config = backend_config or EngineConfig()
-    path = hub.resolve(model_path if model is None else model, config.revision, config.download_dir)
+    if log_level is not None:
+        log.setLevel(log_level)
+    config, model = backend_config or EngineConfig(), model_path if model is None else model
+    path = hub.resolve(None if model is None else str(model), config.revision, config.download_dir)
     with checkpoint.open(path) as source:  # text first: it is quick, and weights without a tokenizer are of no use
         tokenizer = Tokenizer.load(source)
         template = ChatTemplate.for_model(source.config, tokenizer, chat_template_config, meta_instruction, capability)

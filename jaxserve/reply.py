@@ -37,7 +37,8 @@ class Response:
     cached_tokens: int = field(default=0, repr=False)  # prompt tokens found in the prefix cache
     logits: Any = field(default=None, repr=False)
     last_hidden_state: Any = field(default=None, repr=False)
-    error_message: str | None = field(default=None, repr=False)  # with finish_reason "error"
+    error_code: int | None = field(default=None, repr=False)  # with finish_reason "error": HTTP's, 400 or 500
+    error_message: str | None = field(default=None, repr=False)
 
 
 def sampling_params(config: GenerationConfig, tokenizer, seed: int) -> SamplingParams:
@@ -115,6 +116,8 @@ class Reply:
         whole.token_ids += ids
         whole.generate_token_len += len(ids)
         whole.finish_reason, whole.error_message = finish, error
+        if finish == "error" and whole.error_code is None:
+            whole.error_code = 500
         whole.cached_tokens = self.request.cached if self.request else 0
         if whole.logprobs is not None:
             whole.logprobs += chances
@@ -219,4 +222,5 @@ def _submit(engine, reply: Reply) -> None:
     try:
         engine.submit(reply.request)
     except ValueError as error:  # it can never fit
+        reply.whole.error_code = 400
         reply.put(Output(None, "error", error=str(error)))

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from jaxserve.engine.engine import EngineDead
 from jaxserve.engine.request import Output
 from jaxserve.pipeline import Pipeline
 from jaxserve.text.chat import ChatTemplate
@@ -66,7 +67,7 @@ class FakeEngine:
             raise ValueError("it never fits")
         with self._wake:
             if self._closed:
-                raise RuntimeError("the engine is closed")
+                raise EngineDead("the engine is closed")
             self.submitted.append(request)
             self._live.append((request, deque(self._answer(request))))
             self.most = max(self.most, len(self._live))
@@ -100,7 +101,13 @@ class FakeEngine:
                 self._turn(*entry, entry)
 
     def _turn(self, request, answer, entry):
-        if request.finish is None:
+        if 1 in request.tokens:  # a step that fails
+            request.finish = "error"
+            output = Output(None, "error", error="the step failed")
+        elif 2 in request.tokens:  # one too many
+            self._closed, request.finish = True, "error"
+            output = Output(None, "error", error="the engine has stopped")
+        elif request.finish is None:
             token = answer.popleft()
             request.tokens.append(token)
             if token in request.stop_ids:
@@ -116,6 +123,10 @@ class FakeEngine:
             with self._wake:
                 self._live.remove(entry)
         request.outbox.put(output)
+
+    @property
+    def alive(self):
+        return not self._closed
 
     def score(self, tokens, want="logprobs"):
         import numpy as np

@@ -14,6 +14,7 @@ import pytest
 
 from jaxserve import GenerationConfig, protocol
 from jaxserve.commands import batch
+from jaxserve.engine.engine import EngineDead
 from tests import fake_engine
 
 HOME = Path(__file__).parents[1]
@@ -157,6 +158,20 @@ def test_a_bad_line_is_an_error_answer_and_not_the_end(line, said):
     assert answer["response"]["body"]["error"]["message"] == answer["error"]["message"]
     expected = line.get("custom_id") if isinstance(line, dict) else None
     assert answer["custom_id"] == expected and answer["id"] == "batch_req_2"
+
+
+def test_a_failed_step_is_a_servers_error():
+    answer, after = run([chat("\x01"), chat("b")])
+    assert (answer["response"]["status_code"], answer["error"]["code"]) == (500, "server_error")
+    assert texts([after]) == ["answer 1: b"]
+
+
+def test_when_the_engine_stops_nothing_is_written_for_it(capsys):
+    questions = io.BytesIO("".join(json.dumps(chat(text)) + "\n" for text in ("a", "\x02", "c")).encode())
+    answers = io.BytesIO()
+    with fake_engine.make(max_batch_size=1) as pipe, pytest.raises(EngineDead, match="has stopped"):
+        batch.Batch(pipe, "fake-1b").run(questions, answers, 0, 3)
+    assert texts(map(json.loads, answers.getvalue().splitlines())) == ["answer 1: a"]
 
 
 def test_only_bad_lines():

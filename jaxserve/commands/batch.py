@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import click
 
-from jaxserve import protocol
+from jaxserve import hub, protocol
 from jaxserve.config import EngineConfig
 from jaxserve.options import INTERRUPTED, mistakes
 
@@ -56,20 +56,19 @@ def run(
             capability=capability,
             report=lambda text: click.echo(text, err=True),
         )
+        from jaxserve.engine.engine import EngineDead
+
         with pipe:
-            batch = Batch(pipe, model_name(pipe, config), config.seed or 0)
+            batch = Batch(pipe, config.model_name or model or hub.DEFAULT_NAME, config.seed or 0)
             try:
                 failed = batch.run(questions, answers, done, total)
             except KeyboardInterrupt:
                 click.echo(f"interrupted; the same command goes on with what {target} lacks", err=True)
                 raise click.exceptions.Exit(INTERRUPTED) from None
+            except EngineDead as error:
+                raise click.ClickException(f"{error}; the same command goes on with what {target} lacks") from error
     errors = f", {failed} of them errors" if failed else ""
     click.echo(f"{target}: {total - done} lines answered{errors}", err=True)
-
-
-def model_name(pipe, config: EngineConfig) -> str:
-    """What answers call the model."""
-    return config.model_name or pipe.engine.path.stem
 
 
 @contextmanager
@@ -154,6 +153,7 @@ class Batch:
 
     def run(self, questions: BinaryIO, answers: BinaryIO, done: int, total: int) -> int:
         """Answers all but the first `done` lines; how many of the answers are errors."""
+        from jaxserve.engine.engine import EngineDead
         from jaxserve.progress import bar
 
         with bar(total, initial=done, unit=" answers") as progress:
@@ -162,6 +162,8 @@ class Batch:
             with closing(self.pipe.drive(self._replies(questions, done))) as news:
                 for reply, _ in news:
                     if reply.finished:
+                        if reply.whole.finish_reason == "error" and not self.pipe.engine.alive:
+                            raise EngineDead(reply.whole.error_message)
                         line = self._line_of.pop(reply)
                         line.missing -= 1
                         line.responses.append(reply.whole)
@@ -227,8 +229,10 @@ class Batch:
 
     def _record(self, line: Line) -> dict:
         """A line of the output, in OpenAI's form."""
-        message = line.error or next((r.error_message for r in line.responses if r.finish_reason == "error"), None)
+        failed = next((r for r in line.responses if r.finish_reason == "error"), None)
+        message = line.error or (failed.error_message if failed else None)
         responses = sorted(line.responses, key=lambda response: (response.index, response.choice))
+        status, error = 200, None
         if message is None:
             prefix = "chatcmpl" if line.ask.chat else "cmpl"
             body = protocol.answer(
@@ -241,11 +245,12 @@ class Batch:
             )
         else:
             self.failed += 1
-            body = protocol.error(message)
-        status, code = (200, None) if message is None else (400, {"code": "invalid_request", "message": message})
+            status = failed.error_code if failed else 400
+            code = "server_error" if status == 500 else "invalid_request_error"
+            body, error = protocol.error(message, type=code), {"code": code, "message": message}
         return {
             "id": f"batch_req_{line.number}",
             "custom_id": line.custom_id,
             "response": {"status_code": status, "request_id": f"req_{line.number}", "body": body},
-            "error": code,
+            "error": error,
         }
