@@ -152,7 +152,7 @@ def test_input_that_is_no_utf8():
 
 def test_a_line_about_each_reply(talk):
     _, err = talk("hello\n\n")
-    figures = r"\[15 tokens, [\d.]+ tokens/s, first after [\d.]+ s, session 25/256, cache 30 %, memory "
+    figures = r"\[15 tokens, [\d.]+ tokens/s, first after [\d.]+ s, session 25/256, cache 36 %, memory "
     assert re.search(figures + r"[\d.]+ GiB\]", err)
 
 

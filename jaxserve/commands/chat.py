@@ -123,9 +123,8 @@ def figures(pipe, response, times: list[float], stopped: bool) -> str:
     parts.append(f"first after {times[1] - times[0]:.2f} s")
     held = response.input_token_len + made
     parts.append(f"session {held:,}/{pipe.session_len:,}")
-    pages = [stats[name] for name in ("pages_used", "pages_cached", "pages_free") if name in stats]
-    if len(pages) == 3:
-        parts.append(f"cache {100 - 100 * pages[2] / max(1, pages[0] + pages[2]):.0f} %")
+    filled, blank = stats["pages_used"] + stats["pages_cached"], stats["pages_free"]
+    parts.append(f"cache {100 * filled / (filled + blank):.0f} %")
     parts.append(f"memory {memory_used() / GIB:.2f} GiB")
     return "[" + ", ".join(parts) + "]"
 
