@@ -97,12 +97,13 @@ class Engine:
         }
 
     def close(self):
-        """Stops the loop; requests that still run are aborted.  Closing twice is fine."""
+        """Stops the loop and frees the device; requests that still run are aborted.  Closing twice is fine."""
         with self._wake:
             self._closed = True
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            self.runner.release()
 
     def __enter__(self):
         return self

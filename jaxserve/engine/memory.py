@@ -1,6 +1,7 @@
 """The memory plan: what weights, KV cache and workspace take on each device, decided and printed before loading."""
 
 import math
+import os
 import subprocess
 from dataclasses import dataclass
 
@@ -63,16 +64,18 @@ def free_bytes(devices):
 def _free_on_gpu(device):
     stats = device.memory_stats() or {}
     own = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    held = max(stats.get("pool_bytes", 0) - stats.get("bytes_in_use", 0), 0)  # taken from the driver, free for JAX
+    visible = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    number = device.local_hardware_id
+    query = [
+        "nvidia-smi",
+        "--query-gpu=memory.free",
+        "--format=csv,noheader,nounits",
+        f"--id={visible[number].strip() if number < len(visible) else number}",
+    ]
     try:  # other processes' memory is not in JAX's figures
-        query = [
-            "nvidia-smi",
-            "--query-gpu=memory.free",
-            "--format=csv,noheader,nounits",
-            f"--id={device.local_hardware_id}",
-        ]
-        free = (
-            int(subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]) << 20
-        )
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        free = (int(found.split()[0]) << 20) + held
     except (OSError, ValueError, IndexError, subprocess.SubprocessError):
         return own
     return min(own, free) if own else free

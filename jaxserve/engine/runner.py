@@ -144,6 +144,11 @@ class Runner:
         self.state = make()
         self.seated = [None] * self.plan.lanes
 
+    def release(self):
+        """Gives the device's memory back."""
+        self.state = self.params = None
+        self.programs = {}
+
     def warm_up(self):
         """Runs every program once on padding, so that the first request meets nothing new."""
         for shape in self._shapes():
