@@ -120,7 +120,7 @@ assert not {*heavy.split()} & {*sys.modules}, {*heavy.split()} & {*sys.modules}
 def declared(*extras):
     """The requirements of setup.cfg, with those of some extras."""
     texts = [SETUP["options"]["install_requires"], *(SETUP["options.extras_require"][extra] for extra in extras)]
-    return [Requirement(line) for text in texts for line in text.split("\n") if line.strip() and not line.strip().startswith("#")]
+    return [Requirement(line) for text in texts for line in text.split("\n") if line]
 
 
 def distributions(*folders):
