@@ -17,6 +17,9 @@ from jaxserve.sampling import Drawn, Sampling, Tables, greedy, sample, set_lane
 
 ROW = ("start", "count", "lane", "rope_len")  # words of a row ahead of its sampling words
 ROW_WIDTH = len(ROW) + Sampling.WIDTH
+# XLA counts the pools once more for every kernel that writes them in place, finds the memory too small, and recomputes what
+# all layers share (rotations, pieces of attention) in each layer: four kernels a layer more.
+OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 
 
 class Shape(NamedTuple):
@@ -74,7 +77,7 @@ def _logits(cfg, params, hidden):
     return logits if padded == cfg.vocab else jnp.where(jnp.arange(padded) < cfg.vocab, logits, -jnp.inf)
 
 
-@partial(jax.jit, static_argnames=("cfg", "shape"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("cfg", "shape"), donate_argnames="state", compiler_options=OPTIONS)
 def step(cfg, shape, params, state, words):
     """Computes the batch packed in `words` and samples one token a row.  Returns the new state and what was drawn."""
     batch = Batch.unpack(words, shape)
@@ -90,10 +93,11 @@ def step(cfg, shape, params, state, words):
         else:
             drawn, tables = greedy(logits), state.tables
     newest = state.newest.at[batch.lane].set(drawn.tokens, mode="drop")
-    return State(cache, newest, tables), drawn
+    # One array for the host to wait for: a token below 0 is a row whose logits were not numbers.
+    return State(cache, newest, tables), drawn.replace(tokens=jnp.where(drawn.bad, -1, drawn.tokens), bad=None)
 
 
-@partial(jax.jit, static_argnames=("cfg", "shape"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("cfg", "shape"), donate_argnames="state", compiler_options=OPTIONS)
 def score(cfg, shape, params, state, words, target):
     """For known tokens: the log-probability of each place's target [T], the logits [T, V], the hidden states [T, D]."""
     batch = Batch.unpack(words, shape)
@@ -103,7 +107,7 @@ def score(cfg, shape, params, state, words, target):
     return state.replace(cache=cache), (logprob, logits, hidden)
 
 
-@partial(jax.jit, donate_argnames="state")
+@partial(jax.jit, donate_argnames="state", compiler_options=OPTIONS)
 def seat(state, *row):
     """Writes the tables of a request that takes a lane (see sampling.set_lane)."""
     return state.replace(tables=set_lane(state.tables, *row))
