@@ -3,6 +3,8 @@
 Imports nothing slow: `jaxserve --help` answers at once.
 """
 
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -175,3 +177,18 @@ def mistakes() -> Iterator[None]:
         yield
     except (ValueError, OSError, MemoryError) as error:
         raise click.UsageError(str(error) or type(error).__name__) from error
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends the process at once: for loading, as a compilation under way would be waited for."""
+
+    def leave(*_):
+        click.echo("\ninterrupted", err=True)
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

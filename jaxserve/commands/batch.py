@@ -10,7 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +19,7 @@ import click
 
 from jaxserve import hub, protocol
 from jaxserve.config import EngineConfig
-from jaxserve.options import INTERRUPTED, mistakes
+from jaxserve.options import INTERRUPTED, interruptible, mistakes
 
 AHEAD = 2048  # answers that may wait for one before them
 BEGINNING = b'{"id": "batch_req_'  # of every answer
@@ -37,36 +37,40 @@ def run(
     log_level: str = "WARNING",
 ) -> None:
     """Answers the lines of `source` that `target` does not answer yet."""
-    with mistakes(), opened(source, target) as (questions, answers):
-        total = sum(1 for _ in numbered(questions))
-        done = resume(questions, answers)
-        if done == total:
-            click.echo(f"{target}: all {total} lines are answered", err=True)
-            return
-        if done:
-            click.echo(f"{target}: {done} of {total} lines are answered, going on", err=True)
-        from jaxserve.pipeline import pipeline
+    from jaxserve.pipeline import pipeline
 
-        pipe = pipeline(
-            model,
-            config,
-            chat_template,
-            log_level,
-            meta_instruction=meta_instruction,
-            capability=capability,
-            report=lambda text: click.echo(text, err=True),
-        )
+    goes_on = f"the same command goes on with what {target} lacks"
+    with ExitStack() as stack:
+        with mistakes():
+            questions, answers = stack.enter_context(opened(source, target))
+            total = sum(1 for _ in numbered(questions))
+            done = resume(questions, answers)
+            if done == total:
+                click.echo(f"{target}: all {total} lines are answered", err=True)
+                return
+            if done:
+                click.echo(f"{target}: {done} of {total} lines are answered, going on", err=True)
+            with interruptible():
+                pipe = pipeline(
+                    model,
+                    config,
+                    chat_template,
+                    log_level,
+                    meta_instruction=meta_instruction,
+                    capability=capability,
+                    report=lambda text: click.echo(text, err=True),
+                )
         from jaxserve.engine.engine import EngineDead
 
-        with pipe:
-            batch = Batch(pipe, config.model_name or model or hub.DEFAULT_NAME, config.seed or 0)
-            try:
-                failed = batch.run(questions, answers, done, total)
-            except KeyboardInterrupt:
-                click.echo(f"interrupted; the same command goes on with what {target} lacks", err=True)
-                raise click.exceptions.Exit(INTERRUPTED) from None
-            except EngineDead as error:
-                raise click.ClickException(f"{error}; the same command goes on with what {target} lacks") from error
+        stack.enter_context(pipe)
+        batch = Batch(pipe, config.model_name or model or hub.DEFAULT_NAME, config.seed or 0)
+        try:
+            failed = batch.run(questions, answers, done, total)
+        except KeyboardInterrupt:
+            click.echo(f"interrupted; {goes_on}", err=True)
+            raise click.exceptions.Exit(INTERRUPTED) from None
+        except (EngineDead, OSError) as error:  # the latter: no room on the disk
+            raise click.ClickException(f"{error}; {goes_on}") from error
     errors = f", {failed} of them errors" if failed else ""
     click.echo(f"{target}: {total - done} lines answered{errors}", err=True)
 

@@ -14,7 +14,7 @@ import click
 
 from jaxserve import hub
 from jaxserve.config import EngineConfig, GenerationConfig
-from jaxserve.options import mistakes
+from jaxserve.options import interruptible, mistakes
 
 PROMPT = "\ndouble enter to end input >>> "
 FULL = "WARNING: exceed session max length. Please end the session."
@@ -41,8 +41,8 @@ def run(
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    note("loading; Ctrl-C interrupts")
-    with mistakes():
+    note("loading")
+    with mistakes(), interruptible():
         pipe = pipeline(
             model,
             config,
@@ -103,7 +103,7 @@ def turn(pipe, session, prompt: str) -> None:
         click.echo(f"error: {response.error_message}", err=True)
     elif response.finish_reason == "length" and full(pipe, response):
         click.echo(FULL, err=True)
-    if response.generate_token_len:
+    if response.generate_token_len and len(times) > 1:
         note(figures(pipe, response, times, stopped))
 
 
