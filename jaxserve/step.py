@@ -17,8 +17,8 @@ from jaxserve.sampling import Drawn, Sampling, Tables, greedy, sample, set_lane
 
 ROW = ("start", "count", "lane", "rope_len")  # words of a row ahead of its sampling words
 ROW_WIDTH = len(ROW) + Sampling.WIDTH
-# XLA counts the pools once more for every kernel that writes them in place, finds the memory too small, and recomputes what
-# all layers share (rotations, pieces of attention) in each layer: four kernels a layer more.
+# XLA counts the pools once more for every kernel that writes them in place, finds the memory too small, and recomputes
+# what all layers share (rotations, pieces of attention) in each layer: four kernels a layer more.
 OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 
 

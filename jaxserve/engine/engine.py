@@ -165,8 +165,8 @@ class Engine:
             self.dispatched += ahead.padded
         done, self.pending = self.pending, ahead
         if done:
-            tokens, bad, logprobs, tops = done.read()
-            for chunk in (c for c, wrong in zip(done.chunks, bad) if wrong and c.emits):
+            tokens, logprobs, tops = done.read()
+            for chunk in (c for c, token in zip(done.chunks, tokens) if token < 0 and c.emits):
                 self.scheduler.fail(
                     chunk.request,
                     "the model's logits were not numbers (NaN): the weights or the computation overflowed",

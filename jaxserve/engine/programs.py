@@ -22,7 +22,7 @@ SOURCES = ("cache.py", "ops.py", "sampling.py", "step.py", "models", "quant")  #
 
 
 def compile_all(jobs, devices, folder, progress=None, workers=None):
-    """{key: executable} of {key: (jitted function, arguments)}.
+    """{key: executable} of {key: (jitted function, arguments, compiler options)}.
 
     Arguments may be ShapeDtypeStructs on `devices`.  `progress(done, total, loaded)` is called after each; `folder`
     None keeps nothing.
@@ -30,8 +30,8 @@ def compile_all(jobs, devices, folder, progress=None, workers=None):
     store = Store(folder, devices)
     done, loaded, out = 0, 0, {}
     missing = []
-    for key, (function, arguments) in jobs.items():
-        found = store.load(store.name(key, function, arguments))
+    for key, job in jobs.items():
+        found = store.load(store.name(key, *job))
         if found is None:
             missing.append(key)
         else:
@@ -41,13 +41,13 @@ def compile_all(jobs, devices, folder, progress=None, workers=None):
 
     def compile_one(key_lowered):
         key, lowered = key_lowered
-        executable = lowered.compile()
+        executable = lowered.compile(compiler_options=jobs[key][2])
         store.save(store.name(key, *jobs[key]), executable)
         return key, executable
 
     def lowered():
         for key in missing:
-            function, arguments = jobs[key]
+            function, arguments, _ = jobs[key]
             yield key, function.lower(*arguments)
 
     # Lowering holds the interpreter lock, compiling does not.
@@ -67,12 +67,12 @@ class Store:
         self.folder, self.devices = folder and Path(folder), devices
         self.machine = _machine() if folder else ""
 
-    def name(self, key, function, arguments):
+    def name(self, key, function, arguments, options=None):
         """The entry's file name: a hash of the program, its arguments' shapes, types and places, and the machine."""
         if not self.folder:
             return None
         leaves, tree = jax.tree.flatten(arguments)
-        text = [self.machine, repr(key), function.__name__, str(tree)]
+        text = [self.machine, repr(key), function.__name__, repr(options), str(tree)]
         text += [
             f"{x.shape} {x.dtype} {getattr(x, 'sharding', None)}" if hasattr(x, "shape") else repr(x) for x in leaves
         ]
