@@ -76,8 +76,12 @@ class PagedKV:
         """Bytes of one token's keys and values in all layers."""
         return 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * jnp.dtype(dtype).itemsize
 
-    def attend(self, layer, q, k, v, spans, window=None):
-        """Stores this step's k and v [T, K, H], then attends with q [T, K, G, H].  Returns its shape and the cache."""
-        k_pool, v_pool = ops.kv_write(self.k, self.v, k, v, layer, spans.slot(self.k.shape[2]))
-        out = ops.paged_attention(q, k_pool, v_pool, layer, spans, window)
-        return out, PagedKV(k_pool, v_pool)
+    def attend(self, layer, qkv, cos, sin, spans, norms, eps, window=None):
+        """Attention of this step's queries, after its keys and values are stored.
+
+        qkv [T, K, G+2, H], not yet turned by cos and sin [T, H/2]; norms: weights [H] of queries and of keys,
+        or None and None.  Returns [T, K, G, H] and the new cache.
+        """
+        slot = spans.slot(self.k.shape[2])
+        q, k_pool, v_pool = ops.rope_kv_write(self.k, self.v, qkv, cos, sin, layer, slot, *norms, eps)
+        return ops.paged_attention(q, k_pool, v_pool, layer, spans, window), PagedKV(k_pool, v_pool)

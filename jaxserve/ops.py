@@ -5,7 +5,7 @@ H head dim.
 """
 
 import logging
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +32,18 @@ def _split(function, ins, outs):
     return jax.shard_map(function, in_specs=ins, out_specs=outs, check_vma=False)
 
 
-def kv_write(k_pool, v_pool, k, v, layer, slot):
-    """Stores k and v [T, K, H] in the slots [T] of one layer of the pools, in place.  Returns the pools."""
-    write = partial(pk.kv_write if kernels() else pk.kv_write_reference, layer=layer)
-    run = _split(
-        lambda kp, vp, k, v, slot: write(kp, vp, k, v, slot=slot), (POOL, POOL, HEADS, HEADS, P()), (POOL, POOL)
-    )
-    return run(k_pool, v_pool, k, v, slot)
+def rope_kv_write(k_pool, v_pool, qkv, cos, sin, layer, slot, q_norm=None, k_norm=None, eps=0.0):
+    """Rotates queries and keys of qkv [T, K, G+2, H], and stores keys and values in the slots [T] of one layer of the pools.
+
+    The pools change in place.  cos, sin [T, H/2]; q_norm, k_norm [H] where queries and keys are normalised before.  Returns the queries [T, K, G, H] and the pools.
+    """
+    write = pk.rope_kv_write if kernels() else pk.rope_kv_write_reference
+
+    def local(k_pool, v_pool, qkv, cos, sin, slot, q_norm, k_norm):
+        return write(k_pool, v_pool, qkv, cos, sin, layer, slot, q_norm=q_norm, k_norm=k_norm, eps=eps)
+
+    run = _split(local, (POOL, POOL, HEADS, P(), P(), P(), P(), P()), (HEADS, POOL, POOL))
+    return run(k_pool, v_pool, qkv, cos, sin, slot, q_norm, k_norm)
 
 
 def paged_attention(q, k_pool, v_pool, layer, spans, window=None):

@@ -8,9 +8,6 @@ from typing import Any
 import jax
 from flax import struct
 
-from jaxserve.models import rope
-from jaxserve.models.layers import rms_norm
-
 
 @struct.dataclass
 class GQA:
@@ -24,9 +21,6 @@ class GQA:
     def __call__(self, cfg, layer, x, cos, sin, cache, spans):
         """x [T, D] and the rotations [T, H/2] to [T, D] and the cache with this step's keys and values."""
         qkv = self.qkv.dot(x)  # [T, K, G+2, H]
-        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-        if self.q_norm is not None:
-            q, k = rms_norm(q, self.q_norm, cfg.eps), rms_norm(k, self.k_norm, cfg.eps)
-        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
-        out, cache = cache.attend(layer, q, k, v, spans, cfg.window_at(layer))
+        norms = self.q_norm, self.k_norm
+        out, cache = cache.attend(layer, qkv, cos, sin, spans, norms, cfg.eps, cfg.window_at(layer))
         return self.o.dot(out.reshape(x.shape[0], -1)), cache

@@ -1,7 +1,7 @@
-"""Rotary position embeddings: frequencies of each kind, angles, and the rotation of queries and keys.
+"""Rotary position embeddings: frequencies of each kind, and the angles of a step's tokens.
 
 T tokens, H head dim.  A head's first and second half are the two coordinates of H/2 planes (Hugging Face's order).
-Frequencies are computed in float64 on the host; angles and the rotation are float32 whatever the model computes in.
+Frequencies are computed in float64 on the host; angles are float32 whatever the model computes in.
 """
 
 import math
@@ -44,14 +44,6 @@ def rotation(cfg, spans):
         inv_freq = dynamic(cfg.rope, cfg.head_dim, spans.rope_len)[spans.row]
     angle = spans.position.astype(jnp.float32)[:, None] * inv_freq
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
-
-
-def rotate(x, cos, sin):
-    """x [T, ..., H] turned by the angles whose cos and sin are [T, H/2]."""
-    shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1] // 2)
-    cos, sin = cos.reshape(shape), sin.reshape(shape)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
 def _llama3(rope, inv_freq):

@@ -57,12 +57,8 @@ def test_yarn_attention_factor_of_the_config_wins():
 def test_rotation_turns_every_plane_by_position_times_frequency():
     cfg = config(rope_theta=100.0)
     spans = Spans.locate(5, *(jnp.array([n]) for n in (3, 5)), jnp.zeros((1, 1), jnp.int32), jnp.array([8]))
-    x = np.random.RandomState(0).standard_normal((5, 3, 16)).astype(np.float32)
-    got = rope.rotate(jnp.asarray(x), *rope.rotation(cfg, spans))
-    plane = x[..., :8] + 1j * x[..., 8:]  # the two halves of a head are the two coordinates
     angle = np.outer(3 + np.arange(5), 100.0 ** (-np.arange(8) / 8))
-    turned = plane * np.exp(1j * angle)[:, None]
-    np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rope.rotation(cfg, spans), (np.cos(angle), np.sin(angle)), rtol=1e-5, atol=1e-6)
 
 
 def test_rotation_is_computed_in_float32():
@@ -70,11 +66,6 @@ def test_rotation_is_computed_in_float32():
     spans = Spans.locate(2, jnp.array([100001]), jnp.array([2]), jnp.zeros((1, 1), jnp.int32), jnp.array([8]))
     cos, sin = rope.rotation(cfg, spans)
     assert cos.dtype == sin.dtype == jnp.float32
-    x = jnp.ones((2, 2, 3, 16), jnp.bfloat16)
-    got = rope.rotate(x, cos, sin)
-    assert got.dtype == jnp.bfloat16 and got.shape == x.shape
-    exact = rope.rotate(x.astype(jnp.float32), cos, sin)
-    np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
 
 
 def test_rows_of_a_batch_keep_their_own_base():
