@@ -95,8 +95,9 @@ class Runner:
         tables = Tables.shape(plan.lanes, vocab, whole)
         self.state_shape = State(PagedKV.shape(cfg, plan.pages, plan.page_size, mesh, dtype), newest, tables)
         self.programs, self.state = {}, None
+        self.on_cpu = mesh.devices.flat[0].platform == "cpu"
         # XLA's collectives between virtual CPU devices deadlock when two programs run at once.
-        self.one_at_a_time = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+        self.one_at_a_time = mesh.size > 1 and self.on_cpu
         # By lane: what is the same in every step of the request seated there.
         self.seated = [None] * plan.lanes
         self.rows = np.zeros((plan.lanes, ROW_WIDTH), np.int32)
@@ -119,7 +120,7 @@ class Runner:
 
     def _options(self, shape):
         """Compiler options of a program."""
-        if self.mesh.devices.flat[0].platform == "cpu" or shape.tokens < CUBLAS_FROM:
+        if self.on_cpu or shape.tokens < CUBLAS_FROM:
             return None
         return {"xla_gpu_enable_triton_gemm": False}
 

@@ -225,6 +225,8 @@ class Scheduler:
 
     def _enter(self, request: Request, left: int) -> bool:
         """Moves the head of the queue to the running, if the pages of its next chunk are free without preempting."""
+        if request.in_flight:  # preempted, and its newest tokens are still on the device
+            return False
         refused, needed = self._refused
         if refused is request and needed > self._spare(request):
             return False  # looking its prefix up again would tell nothing new

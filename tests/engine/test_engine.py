@@ -71,6 +71,17 @@ def test_preempted_equals_oracle(folder, expected):
         assert engine.stats()["pages_used"] == 0
 
 
+@pytest.mark.parametrize("pages", [150, 15])
+def test_two_steps_ahead_equal_oracle(folder, expected, pages):
+    with build.engine(folder, cache_max_entry_count=pages, session_len=56) as engine:
+        engine.ahead = 2  # as on a GPU
+        assert build.run(engine, random_requests()) == expected
+        params = SamplingParams(temperature=1.0, repetition_penalty=1.3, seed=2, logprobs=1)
+        sampled = build.run(engine, random_requests(), params)
+        assert sampled == [build.run(engine, [request], params)[0] for request in random_requests()]
+        assert (engine.stats()["preemptions"] > 0) == (pages == 15)
+
+
 @pytest.mark.parametrize("tp", [2, 4])
 def test_tensor_parallel_equals_oracle(folder, expected, tp):
     with build.engine(folder, tp=tp) as engine:

@@ -1,5 +1,6 @@
 """The scheduler against a device that is only a dictionary of slots, one step behind as in the engine."""
 
+from collections import deque
 from random import Random
 
 import pytest
@@ -46,7 +47,7 @@ class Device:
     """Slots that remember what was written into them, and the newest token of each lane."""
 
     def __init__(self, size):
-        self.size, self.slots, self.newest = size, {}, {}
+        self.size, self.slots, self.newest, self.drawn = size, {}, {}, {}
 
     def run(self, chunks):
         """Writes all positions of the step, then looks at what each row would attend to."""
@@ -56,7 +57,8 @@ class Device:
             tokens = request.tokens[: chunk.stop]
             assert chunk.unknown == (len(tokens) < chunk.stop)
             if chunk.unknown:
-                tokens.append(self.newest[request.lane])
+                tokens += self.drawn[request][len(tokens) - chunk.stop :]  # what the host has not seen
+                assert tokens[-1] == self.newest[request.lane]
             values = prefix(request, tokens)
             places = [(request.pages[at // self.size], at % self.size) for at in range(chunk.stop)]
             assert len(values) == chunk.stop and (0, 0) not in places
@@ -69,16 +71,17 @@ class Device:
         for chunk, token in zip(chunks, sampled, strict=True):
             if chunk.emits:
                 self.newest[chunk.request.lane] = token
+                self.drawn.setdefault(chunk.request, []).append(token)
         return sampled
 
 
 class Bench:
-    """The engine's loop, one step ahead, checking after every turn what must always hold."""
+    """The engine's loop, one step ahead or more, checking after every turn what must always hold."""
 
-    def __init__(self, pages=32, size=4, lanes=4, budget=16, **options):
+    def __init__(self, pages=32, size=4, lanes=4, budget=16, ahead=1, **options):
         self.scheduler = Scheduler(PagePool(pages, size), lanes, budget, **options)
         self.lanes, self.device = lanes, Device(size)
-        self.pending = None  # (chunks, tokens) of the step in flight
+        self.ahead, self.flight = ahead, deque()  # (chunks, tokens) of the steps in flight, oldest first
         self.prompts = {}  # request -> its prompt and the tokens it may get, in the order of arrival
         self.tables = {}  # request -> pages at its last chunk
 
@@ -92,20 +95,26 @@ class Bench:
     def turn(self):
         chunks = self.scheduler.plan()
         self.check_plan(chunks)
-        ahead = (chunks, self.device.run(chunks)) if chunks else None
-        self.commit()
-        self.pending = ahead
+        if chunks:
+            self.flight.append((chunks, self.device.run(chunks)))
+        for _ in range(max(0, len(self.flight) - self.ahead) if chunks else 1):
+            self.commit()
+        self.check_state()
         return chunks
 
     def commit(self):
-        if self.pending:
-            self.scheduler.commit(*self.pending)
-        self.pending = None
+        if self.flight:
+            self.scheduler.commit(*self.flight.popleft())
         self.check_state()
+
+    @property
+    def pending(self):
+        """The newest step in flight."""
+        return self.flight[-1] if self.flight else None
 
     def restart(self):
         """The step in flight failed, and with it all that was on the device."""
-        self.pending, self.device = None, Device(self.device.size)
+        self.flight, self.device = deque(), Device(self.device.size)
         self.scheduler.restart("the step failed")
         self.check_state()
 
@@ -478,6 +487,7 @@ def test_a_step_may_be_read_before_the_next_is_planned():
 def traces(draw):
     """A small machine, and what happens to it between turns."""
     options = {
+        "ahead": draw(st.sampled_from([1, 1, 2, 3])),
         "pages": draw(st.integers(3, 24)),
         "size": draw(st.integers(1, 4)),
         "lanes": draw(st.integers(1, 5)),
@@ -559,7 +569,11 @@ def test_long_random_traces(seed):
     """Enough of everything that preemptions, hits and evictions meet."""
     random = Random(seed)
     bench = Bench(
-        pages=random.choice([12, 40]), size=random.choice([1, 2, 4]), lanes=8, budget=random.choice([8, 12, 40])
+        pages=random.choice([12, 40]),
+        size=random.choice([1, 2, 4]),
+        lanes=8,
+        budget=random.choice([8, 12, 40]),
+        ahead=1 + seed % 2,
     )
     for _ in range(150):
         for _ in range(random.choice([0, 0, 1, 2])):
