@@ -4,17 +4,22 @@ import math
 import os
 import subprocess
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import psutil
 
 from jaxserve.cache import PagedKV
+from jaxserve.engine.runner import SCORED
+from jaxserve.sampling import Tables
 
 GIB = 1 << 30
 CPU_CACHE = 2 * GIB  # most that the cache takes on the CPU unless asked for
 DEFAULT_SHARE = 0.8  # of what the weights leave free on a GPU, as in LMDeploy
 SHORTEST = 256  # tokens; a session that doesn't fit even this is refused
+GPU_RUNTIME = 256 << 20  # CUDA graphs, matmul libraries and fragments between arrays
+CPU_RUNTIME = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -81,14 +86,26 @@ def _free_on_gpu(device):
     return min(own, free) if own else free
 
 
-def workspace_bytes(cfg, tp, dtype, tokens, rows):
-    """An estimate of the scratch memory of the largest programs."""
-    size = max(jnp.dtype(dtype).itemsize, 2)
+def workspace_bytes(cfg, devices, dtype, tokens, rows):
+    """An upper bound of what steps of `tokens` tokens and `rows` requests take on a device besides weights and cache.
+
+    Scratch memory of the largest program, as XLA compiles it; the sampler's tables; what the runtime itself takes.
+    """
+    tp, cpu = len(devices), devices[0].platform == "cpu"
+    size, logits = jnp.dtype(dtype).itemsize, cfg.vocab * 4
     heads = (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim
-    wide = max(cfg.ffn, cfg.expert_ffn * max(cfg.experts_per_token, 1))
-    a_token = (6 * cfg.width + 4 * wide + 3 * heads) * size
-    logits = rows * cfg.vocab * 4 * 6
-    return int(tokens * a_token / tp + logits / tp) + 256 * 2**20
+    wide = max(cfg.ffn, cfg.expert_ffn * cfg.experts_per_token, heads)
+    forward = tokens * size * (3 * wide // tp + 4 * cfg.width)
+    # XLA writes the rows of a ragged product once for each expert.
+    forward += tokens * size * cfg.experts_per_token * cfg.experts * max(cfg.width, cfg.expert_ffn // tp)
+    if cpu:  # where steps of different layers do not share scratch memory, and ragged products copy their weights
+        forward += cfg.layers * tokens * size * cfg.width * 4 // 3
+        forward += cfg.layers * cfg.experts * 3 * cfg.width * cfg.expert_ffn * size // tp
+        scratch = forward + 7 * rows * logits
+    else:
+        scratch = max(forward, rows * logits * 7 // 2)
+    tables = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(Tables.shape(rows, cfg.vocab)))
+    return scratch + SCORED * logits + tables + (CPU_RUNTIME if cpu else GPU_RUNTIME)
 
 
 def make_plan(cfg, config, devices, weights, dtype):
@@ -98,80 +115,98 @@ def make_plan(cfg, config, devices, weights, dtype):
     with what would help.
     """
     tp, cpu = len(devices), devices[0].platform == "cpu"
-    free, kind, notes = free_bytes(devices), devices[0].device_kind, []
+    free, notes = free_bytes(devices), []
     left = free - weights
-    if left < workspace_bytes(cfg, tp, dtype, 64, 1):
-        raise ValueError(
-            f"the model does not fit: its weights take {weights / GIB:.2f} GiB of the {free / GIB:.2f} GiB that are "
-            f"free on {kind}. {_remedies(tp, cpu, dtype)}"
-        )
-    lanes, budget = config.max_batch_size or (16 if cpu else 256), config.num_tokens_per_iter or (256 if cpu else 4096)
-    while workspace_bytes(cfg, tp, dtype, budget, lanes) > left // 3 and not (
-        config.max_batch_size and config.num_tokens_per_iter
-    ):
-        if budget > 256 and not config.num_tokens_per_iter:
-            budget //= 2
-        elif lanes > 1 and not config.max_batch_size:
-            lanes //= 2
-        else:
-            break
-        notes = [f"steps cut to {budget:,} tokens and {lanes} requests so that their workspace fits"]
-    workspace = workspace_bytes(cfg, tp, dtype, budget, lanes)
-
+    needs = partial(workspace_bytes, cfg, devices, dtype)
+    lanes, budget, workspace = _steps(config, cpu, left, needs, notes)
     page_size = config.cache_block_seq_len
     page = page_size * PagedKV.bytes_per_token(cfg, dtype) // tp
+    if left - workspace < 2 * page:
+        raise ValueError(
+            f"the model does not fit: {weights / GIB:.2f} GiB of weights, {workspace / GIB:.2f} GiB of workspace "
+            f"(steps of {budget:,} tokens and {lanes} requests) and a KV cache need more than the {free / GIB:.2f} GiB "
+            f"that are free on {devices[0].device_kind}. {_remedies(config, devices, dtype)}"
+        )
     pages = _pages(config, cpu, free, left, workspace, page, notes)
     tokens = (pages - 1) * page_size
     session_len = config.session_len or cfg.max_position
+    least = config.session_len or min(SHORTEST, session_len)
+    if tokens < least:
+        raise ValueError(
+            f"a request of {least:,} tokens does not fit: the KV cache has {pages * page / GIB:.2f} GiB, room for "
+            f"{tokens:,}. {_remedies(config, devices, dtype, 'raise cache_max_entry_count')}"
+        )
     if session_len > tokens:
-        if config.session_len or tokens < min(SHORTEST, session_len):
-            raise ValueError(
-                f"a request of {min(session_len, max(SHORTEST, config.session_len or 0)):,} tokens does not fit: the "
-                f"KV cache has room for {max(tokens, 0):,}. Lower session_len, raise cache_max_entry_count, or: "
-                f"{_remedies(tp, cpu, dtype)}"
-            )
         session_len = tokens
         notes.append(f"session_len cut from {cfg.max_position:,} to {session_len:,} tokens, which is what fits")
     if lanes > pages - 1:
         lanes = pages - 1
         notes.append(f"batch cut to {lanes} requests: each needs a page")
     return MemoryPlan(
-        kind,
-        tp,
-        free,
-        weights,
-        pages * page,
-        workspace,
-        page_size,
-        pages,
-        session_len,
-        lanes,
-        max(budget, lanes),
-        tuple(notes),
+        device=devices[0].device_kind,
+        devices=tp,
+        free=free,
+        weights=weights,
+        cache=pages * page,
+        workspace=workspace,
+        page_size=page_size,
+        pages=pages,
+        session_len=session_len,
+        lanes=lanes,
+        budget=budget,
+        notes=tuple(notes),
     )
+
+
+def _steps(config, cpu, left, needs, notes):
+    """Requests and tokens of a step, and its workspace: as asked for; or the defaults, or less where they take much."""
+    lanes, budget = config.max_batch_size or (16 if cpu else 256), config.num_tokens_per_iter or (256 if cpu else 4096)
+    if config.num_tokens_per_iter and lanes > budget:
+        lanes = budget
+        if config.max_batch_size:
+            notes.append(f"batch cut to {lanes} requests: a step of {budget} tokens has no more")
+    budget = max(budget, lanes)
+    before = lanes, budget
+    while needs(budget, lanes) > left // 3:
+        if not config.num_tokens_per_iter and budget > max(256, lanes):
+            budget = max(budget // 2, 256, lanes)
+        elif not config.max_batch_size and lanes > 1:
+            lanes //= 2
+        elif not config.num_tokens_per_iter and budget > max(64, lanes):
+            budget = max(budget // 2, 64, lanes)
+        else:
+            break
+    if (lanes, budget) != before:
+        notes.append(f"steps cut to {budget:,} tokens and {lanes} requests to leave memory for the KV cache")
+    return lanes, budget, needs(budget, lanes)
 
 
 def _pages(config, cpu, free, left, workspace, page, notes):
     """How many pages the cache gets."""
-    count, room = config.cache_max_entry_count, max(left - workspace, 0)
+    count, room = config.cache_max_entry_count, left - workspace
     if isinstance(count, int):
-        if count * page > room:
+        if (count + 1) * page > room:
             raise ValueError(
-                f"cache_max_entry_count={count} pages take {count * page / GIB:.2f} GiB; {room / GIB:.2f} GiB are free "
-                f"for them"
+                f"cache_max_entry_count={count} pages take {(count + 1) * page / GIB:.2f} GiB, and there is room for "
+                f"{room / GIB:.2f} GiB, which is {room // page - 1} pages"
             )
         return count + 1
     wanted = min(CPU_CACHE, free // 4) if cpu and count is None else left * (count or DEFAULT_SHARE)
     if wanted > room:
         notes.append(f"KV cache cut from {wanted / GIB:.2f} to {room / GIB:.2f} GiB to leave room for the workspace")
-    return max(math.floor(min(wanted, room) / page), 1)
+    return max(int(min(wanted, room) // page), 1)
 
 
-def _remedies(tp, cpu, dtype):
-    ways = []
-    if not cpu and len(jax.devices()) > tp:
-        ways.append(f"split it over more GPUs (tp={tp * 2})")
+def _remedies(config, devices, dtype, *ways):
+    """What would make more room, of what this machine and configuration have; `ways` are the first of them."""
+    tp, cpu, ways = len(devices), devices[0].platform == "cpu", list(ways)
+    if config.session_len:
+        ways.append("lower session_len")
+    if config.max_batch_size or config.num_tokens_per_iter:
+        ways.append("lower max_batch_size or num_tokens_per_iter")
+    if not cpu and (more := len(jax.devices())) > tp:
+        ways.append(f"split the model over more GPUs (tp={min(2 * tp, more)})")
     if jnp.dtype(dtype).itemsize > 2:
-        ways.append("use dtype=bfloat16")
+        ways.append("use dtype=bfloat16" + (", which is slower on most CPUs" if cpu else ""))
     ways += ["free memory that other programs hold", "take a smaller model"]
     return "What would help: " + "; ".join(ways) + "."

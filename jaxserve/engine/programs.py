@@ -7,17 +7,24 @@ and nothing else.
 """
 
 import hashlib
+import logging
 import os
 import pickle
 import platform
 import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 from jax.experimental import serialize_executable
 
+log = logging.getLogger("jaxserve")
 CACHE_BYTES = 4 << 30
+DIGEST = 32  # bytes of the hash ahead of an entry's data
+ASIDE = ".part"  # ends the name of a file that is not finished
+STALE = 3600  # seconds after which nobody will finish it
 SOURCES = ("cache.py", "ops.py", "sampling.py", "step.py", "models", "quant")  # what a program is traced from
 
 
@@ -27,35 +34,33 @@ def compile_all(jobs, devices, folder, progress=None, workers=None):
     Arguments may be ShapeDtypeStructs on `devices`.  `progress(done, total, loaded)` is called after each; `folder`
     None keeps nothing.
     """
-    store = Store(folder, devices)
-    done, loaded, out = 0, 0, {}
-    missing = []
-    for key, job in jobs.items():
-        found = store.load(store.name(key, *job))
-        if found is None:
-            missing.append(key)
-        else:
-            out[key] = found
-            done, loaded = done + 1, loaded + 1
-            progress and progress(done, len(jobs), loaded)
+    store, out, loaded = Store(folder, devices), {}, 0
+    names = {key: store.name(key, *job) for key, job in jobs.items()}
+    one_by_one = threading.Lock()
 
-    def compile_one(key_lowered):
-        key, lowered = key_lowered
+    def ready(key, executable):
+        with one_by_one:
+            out[key] = executable
+            progress and progress(len(out), len(jobs), loaded)
+
+    for key, name in names.items():
+        if (found := store.load(name)) is not None:
+            loaded += 1
+            ready(key, found)
+
+    def finish(key, lowered):
         executable = lowered.compile(compiler_options=jobs[key][2])
-        store.save(store.name(key, *jobs[key]), executable)
-        return key, executable
-
-    def lowered():
-        for key in missing:
-            function, arguments, _ = jobs[key]
-            yield key, function.lower(*arguments)
+        store.save(names[key], executable)
+        ready(key, executable)
 
     # Lowering holds the interpreter lock, compiling does not.
-    with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
-        for key, executable in pool.map(compile_one, lowered()):
-            out[key] = executable
-            done += 1
-            progress and progress(done, len(jobs), loaded)
+    pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))
+    try:
+        running = [pool.submit(finish, key, jobs[key][0].lower(*jobs[key][1])) for key in names if key not in out]
+        for future in running:
+            future.result()
+    finally:  # after an error, what has not begun will not
+        pool.shutdown(wait=False, cancel_futures=True)
     store.trim()
     return out
 
@@ -84,13 +89,16 @@ class Store:
             return None
         path = self.folder / name
         try:
-            payload, in_tree, out_tree = pickle.loads(path.read_bytes())  # our own file, in the user's own folder
+            entry = path.read_bytes()
+            digest, data = entry[:DIGEST], entry[DIGEST:]
+            # A damaged executable can end the process, and unpickling runs what a stranger put into a file.
+            if hashlib.sha256(data).digest() != digest or path.stat().st_uid not in (0, os.geteuid()):
+                return None
+            payload, in_tree, out_tree = pickle.loads(data)
             executable = serialize_executable.deserialize_and_load(
                 payload, in_tree, out_tree, execution_devices=self.devices
             )
-        except FileNotFoundError:
-            return None
-        except Exception:  # a damaged file or one of another build: compile again and replace it
+        except Exception:  # there is none, or it is of another build: compile again and replace it
             return None
         try:
             os.utime(path)
@@ -99,32 +107,48 @@ class Store:
         return executable
 
     def save(self, name, executable):
-        """Keeps an executable; a failure to write is no error."""
+        """Keeps an executable; a failure to do so is no error."""
         if name is None:
             return
+        aside = None
         try:
             data = pickle.dumps(serialize_executable.serialize(executable))
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as out:
-                out.write(data)
-            os.replace(out.name, self.folder / name)
-        except (OSError, ValueError, TypeError):
-            pass
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=ASIDE, delete=False) as out:
+                aside = out.name
+                out.write(hashlib.sha256(data).digest() + data)
+            os.replace(aside, self.folder / name)
+        except Exception as error:  # a full disk, a folder that can't be written, a program that can't be kept
+            log.debug("%s is not kept: %s", name, error)
+            if aside:
+                _remove(aside)
 
     def trim(self, bound=CACHE_BYTES):
-        """Removes the least recently used entries over `bound` bytes."""
-        if not self.folder or not self.folder.is_dir():
+        """Removes the least recently used entries over `bound` bytes, and what killed processes left unfinished."""
+        if not self.folder:
             return
+        entries, now = [], time.time()
         try:
-            entries = sorted((e.stat().st_mtime, e.stat().st_size, e.path) for e in os.scandir(self.folder))
-            total = sum(size for _, size, _ in entries)
-            for _, size, path in entries:
-                if total <= bound:
-                    break
-                os.unlink(path)
+            with os.scandir(self.folder) as found:
+                for entry in found:
+                    if entry.is_file():
+                        entries.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
+        except OSError:  # no folder, or another process trims too
+            return
+        total = sum(size for _, size, _ in entries)
+        for used, size, path in sorted(entries):
+            stale = path.endswith(ASIDE) and now - used > STALE
+            if (stale or total > bound) and _remove(path):
                 total -= size
-        except OSError:  # another process trims too
-            pass
+
+
+def _remove(path):
+    """Whether a file could be removed."""
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
 
 
 def _machine():
@@ -143,7 +167,7 @@ def _machine():
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
         cpu = "\n".join(line for line in lines[:40] if line.startswith(("model name", "flags", "Features")))
-    options = {k: v for k, v in jax.config.values.items() if k in ("jax_default_matmul_precision", "jax_enable_x64")}
-    versions = [jax.__version__, jax.lib.__version__]
+    options = {name: getattr(jax.config, name) for name in ("jax_default_matmul_precision", "jax_enable_x64")}
+    versions = [jax.__version__, jax.lib.__version__, device.client.platform_version]
     place = [device.platform, device.device_kind, str(jax.device_count()), cpu]
     return "\n".join([*versions, *place, os.environ.get("XLA_FLAGS", ""), repr(options), source])

@@ -3,6 +3,7 @@
 T tokens of a step, R rows, P pages a row; a lane is a request's seat on the device, a row its place in one step.
 """
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 
@@ -115,7 +116,9 @@ class Runner:
             (self.state_shape, *self._structs(table_rows(None, self.shapes.embed.shape[0], self.plan.session_len))),
             None,
         )
-        with meshes.on(self.mesh):
+        # What float32 means: a GPU would round the factors of a product to 10 bits (TF32) otherwise.
+        precision = "highest" if self.shapes.embed.dtype == jnp.float32 else None
+        with meshes.on(self.mesh), jax.default_matmul_precision(precision):
             self.programs = compile_all(jobs, list(self.mesh.devices.flat), folder, progress)
 
     def _options(self, shape):
@@ -145,9 +148,11 @@ class Runner:
         return (self.cfg, shape, self.shapes, self.state_shape, self._struct((shape.sections[-1],)))
 
     def workspace(self):
-        """Bytes of scratch memory that the largest program needs, as compiled."""
+        """Bytes on a device that the largest program, as compiled, and the sampler's tables take."""
         found = (program.memory_analysis() for program in self.programs.values())
-        return max((m.temp_size_in_bytes for m in found if m is not None), default=0)
+        sizes = [m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in found if m is not None]
+        tables = jax.tree.leaves(self.state_shape.tables)
+        return max(sizes, default=0) + sum(math.prod(x.shape) * x.dtype.itemsize for x in tables)
 
     def reset(self):
         """A fresh, empty state: at start, and after a step that failed with its state donated."""
