@@ -33,9 +33,10 @@ def _split(function, ins, outs):
 
 
 def rope_kv_write(k_pool, v_pool, qkv, cos, sin, layer, slot, q_norm=None, k_norm=None, eps=0.0):
-    """Rotates queries and keys of qkv [T, K, G+2, H], and stores keys and values in the slots [T] of one layer of the pools.
+    """Rotates queries and keys of qkv [T, K, G+2, H], and stores keys and values in the slots [T] of a layer's pools.
 
-    The pools change in place.  cos, sin [T, H/2]; q_norm, k_norm [H] where queries and keys are normalised before.  Returns the queries [T, K, G, H] and the pools.
+    The pools change in place.  cos, sin [T, H/2]; q_norm, k_norm [H] where queries and keys are normalised before.
+    Returns the queries [T, K, G, H] and the pools.
     """
     write = pk.rope_kv_write if kernels() else pk.rope_kv_write_reference
 
