@@ -66,7 +66,7 @@ def paged_decode_reference(q, k_pool, v_pool, layer: int, pages, length, *, scal
 
 
 # The kernel.  The rows' keys are cut into pieces of about equal length, so that a batch of any mixture of lengths
-# fills the GPU; every piece of a row that has several leaves a partial sum, and a second kernel adds those up.
+# fills the GPU; every piece of a row that has several leaves a partial sum, and the last one to be done adds those up.
 
 
 @jit
@@ -83,15 +83,52 @@ def pages_of(pages_ptr, at, end, S: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @jit
+def _combine(
+    first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr,
+    K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, GC: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Adds up the pieces of one row for one kv head, PARTS at a time.
+
+    Loads pass by the L1 cache (.cg), which knows nothing of what other programs stored.
+    """
+    g = tl.arange(0, GC)
+    h = tl.arange(0, HP)
+    heads = head * G + g
+    top = tl.full([GC], -1.0e30, tl.float32)
+    total = tl.zeros([GC], tl.float32)
+    sums = tl.zeros([GC, HP], tl.float32)
+    for at in tl.range(0, pieces, PARTS):
+        piece = at + tl.arange(0, PARTS)
+        partial = (first + piece)[:, None] * (K * G) + heads[None, :]
+        here = (piece < pieces)[:, None] & (g < G)[None, :]
+        inner = here[:, :, None] & (h < H)[None, None, :]
+        tops = tl.load(tops_ptr + partial, mask=here, other=-1.0e30, cache_modifier=".cg")
+        totals = tl.load(totals_ptr + partial, mask=here, other=0.0, cache_modifier=".cg")
+        parts = tl.load(
+            sums_ptr + partial[:, :, None] * H + h[None, None, :], mask=inner, other=0.0, cache_modifier=".cg"
+        )
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        weight = tl.exp2(tops - new_top[None, :])
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(totals * weight, 0)
+        sums = sums * fade[:, None] + tl.sum(parts * weight[:, :, None], 0)
+        top = new_top
+    out = sums / tl.maximum(total, 1.0e-30)[:, None]
+    place = (token * (K * G) + heads)[:, None] * H + h[None, :]
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=(g < G)[:, None] & (h < H)[None, :])
+
+
+@jit
 def _attend(
     q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, first_page, P, out_ptr, sums_ptr, tops_ptr, totals_ptr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
     GP: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    GC: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One piece of one row for one kv head: grid (K, pieces)."""
     head = tl.program_id(0)
     piece = tl.program_id(1)
-    work = work_ptr + piece * 6
+    work = work_ptr + piece * (7 + K)
     row = tl.load(work)
     if row < 0:
         return
@@ -99,7 +136,8 @@ def _attend(
     begin = tl.load(work + 2)
     end = tl.load(work + 3)
     oldest = tl.load(work + 4)
-    whole = tl.load(work + 5)
+    first = tl.load(work + 5)
+    pieces = tl.load(work + 6)
     g = tl.arange(0, GP)
     h = tl.arange(0, HP)
     mine = (g < G)[:, None] & (h < H)[None, :]
@@ -129,7 +167,7 @@ def _attend(
         total = total * fade + tl.sum(weight, 1)
         sums = sums * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
-    if whole:
+    if pieces == 1:
         out = sums / tl.maximum(total, 1.0e-30)[:, None]  # a row of length 0 has sums of 0
         place = (token * (K * G) + heads)[:, None] * H + h[None, :]
         tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mine)
@@ -138,49 +176,20 @@ def _attend(
         tl.store(sums_ptr + partial[:, None] * H + h[None, :], sums, mask=mine)
         tl.store(tops_ptr + partial, top, mask=g < G)
         tl.store(totals_ptr + partial, total, mask=g < G)
+        tl.debug_barrier()  # all threads have stored before one of them counts
+        done = work_ptr + first * (7 + K) + 7 + head
+        if tl.atomic_add(done, 1) == pieces - 1:
+            tl.store(done, 0)  # as the next launch wants it
+            _combine(first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr, K, G, H, HP, GC, PARTS)
 
 
-@jit
-def _combine(
-    sums_ptr, tops_ptr, totals_ptr, rows_ptr, out_ptr,
-    N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Adds up the pieces of one row for one of the N query heads: grid (N, R).  Rows of one piece are done already."""
-    head = tl.program_id(0)
-    row = rows_ptr + tl.program_id(1) * 3
-    token = tl.load(row)
-    first = tl.load(row + 1)
-    pieces = tl.load(row + 2)
-    if pieces < 2:
-        return
-    h = tl.arange(0, HP)
-    top = -1.0e30
-    total = 0.0
-    sums = tl.zeros([HP], tl.float32)
-    for at in tl.range(0, pieces, BLOCK):
-        piece = at + tl.arange(0, BLOCK)
-        here = piece < pieces
-        partial = (first + piece) * N + head
-        tops = tl.load(tops_ptr + partial, mask=here, other=-1.0e30)
-        totals = tl.load(totals_ptr + partial, mask=here, other=0.0)
-        inner = here[:, None] & (h < H)[None, :]
-        parts = tl.load(sums_ptr + partial[:, None] * H + h[None, :], mask=inner, other=0.0)
-        new_top = tl.maximum(top, tl.max(tops, 0))
-        weight = tl.exp2(tops - new_top)
-        fade = tl.exp2(top - new_top)
-        total = total * fade + tl.sum(totals * weight, 0)
-        sums = sums * fade + tl.sum(parts * weight[:, None], 0)
-        top = new_top
-    out = sums / total
-    tl.store(out_ptr + (token * N + head) * H + h, out.to(out_ptr.dtype.element_ty), mask=h < H)
-
-
-def _cut(length, token, window, block, smallest, pieces, most):
+def _cut(length, token, window, block, smallest, pieces, most, heads):
     """Cuts every row's visible keys into pieces of about total / pieces, at least `smallest` and a multiple of `block`.
 
-    Returns the pieces, int32[most, 6]: row (-1: none), token, first key, end, oldest visible key, whether the row has
-    no other piece; and the rows, int32[R, 3]: token, first piece, pieces.  Rows whose token is -1 have no piece.  The
-    same in every layer of a step, where XLA computes it once.
+    Returns the pieces, int32[most, 7 + heads]: row (-1: none), token, first key, end, oldest visible key, the row's
+    first piece, its number of pieces, and zeros: at a row's first piece a launch counts in them, for each head, the
+    pieces that are done, and leaves them zero.  Rows whose token is -1 have no piece.  The same in every layer of a
+    step, where XLA computes it once.
     """
     oldest = jnp.zeros_like(length) if window is None else jnp.maximum(length - window, 0)
     begin = oldest // block * block
@@ -195,9 +204,8 @@ def _cut(length, token, window, block, smallest, pieces, most):
     row = jnp.minimum(row, length.shape[0] - 1)
     start = begin[row] + (piece - (after - splits)[row]) * share
     end = jnp.minimum(start + share, length[row])
-    whole = (splits[row] == 1).astype(jnp.int32)
-    work = jnp.stack([jnp.where(used, row, -1), token[row], start, end, oldest[row], whole], axis=1)
-    return work, jnp.stack([token, after - splits, splits], axis=1)
+    columns = jnp.where(used, row, -1), token[row], start, end, oldest[row], (after - splits)[row], splits[row]
+    return jnp.pad(jnp.stack(columns, axis=1), ((0, 0), (0, heads)))
 
 
 def paged_decode(
@@ -217,8 +225,9 @@ def paged_decode(
     token = jnp.arange(R, dtype=jnp.int32) if token is None else token
     pieces = max(1, size["programs"] // K)
     most = min(pieces + R, R * cdiv(P * S, size["smallest"]))
-    work, rows = _cut(length, token, window, size["block"], size["smallest"], pieces, most)
-    held = most if most > R else 0  # no row has two pieces: nothing is kept for the second kernel
+    work = _cut(length, token, window, size["block"], size["smallest"], pieces, most, K)
+    held = most if most > R else 0  # else no row has two pieces
+    group, padded = power_of_two(G), power_of_two(H)
     partial = [jax.ShapeDtypeStruct((max(1, held * K * G * n),), jnp.float32) for n in (H, 1, 1)]
     inputs = (q, k_pool, v_pool, pages, work, int(layer) * N, P)
     fresh = out is None
@@ -226,13 +235,7 @@ def paged_decode(
     results = triton_call(
         _attend, *inputs, *(() if fresh else (out,)), out=made, in_place=() if fresh else (len(inputs),),
         grid=(K, most), warps=size["warps"], stages=size["stages"], SCALE=scale, WINDOW=window or 0, S=S, K=K, G=G, H=H,
-        GP=max(16, power_of_two(G)), HP=power_of_two(H), BLOCK=size["block"], STAGES=size["stages"],
-        PRECISION="ieee" if q.dtype == jnp.float32 else "tf32",
+        GP=max(16, group), HP=padded, BLOCK=size["block"], STAGES=size["stages"],
+        PRECISION="ieee" if q.dtype == jnp.float32 else "tf32", GC=group, PARTS=max(1, 4096 // (group * padded)),
     )  # fmt: skip
-    out, partial = (results[0], results[1:]) if fresh else (results[-1], results[:-1])
-    if held:
-        (out,) = triton_call(
-            _combine, *partial, rows, out, out=(), in_place=(4,), grid=(K * G, R), warps=4, stages=1, N=K * G, H=H,
-            HP=power_of_two(H), BLOCK=16,
-        )  # fmt: skip
-    return out
+    return results[0] if fresh else results[-1]

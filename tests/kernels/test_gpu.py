@@ -106,6 +106,26 @@ def test_rope_and_write(head_dim, dtype, norms):
         np.testing.assert_array_equal(got, expected)
 
 
+def test_launches_share_their_counters():
+    """Many launches in one program, whose pieces XLA cuts once: each leaves the counters of the pieces at zero."""
+    lengths = [4000, 1, 0, 700, 129, 64, 2000, 300]
+    case = Case(lengths, [min(n, 1) for n in lengths], padding=1, kv_heads=8, group=2, head_dim=128, page_size=64,
+                dtype=jnp.bfloat16)  # fmt: skip
+    q, k, v, pages, length = map(jnp.asarray, (case.q, case.k, case.v, case.pages, case.length))
+    expected = run(pk.paged_decode_reference, q, k, v, 1, pages, length, scale=0.1)
+
+    @jax.jit
+    def many(q, k, v, pages, length):
+        outs = [pk.paged_decode(q, k, v, 1, pages, length, scale=0.1)]
+        for _ in range(49):  # each needs the one before it
+            outs.append(pk.paged_decode(q + 0 * outs[-1], k, v, 1, pages, length, scale=0.1))
+        return outs
+
+    for _ in range(5):
+        for got in many(q, k, v, pages, length):
+            close(got, expected)
+
+
 def test_in_place():
     """Two layers of a step: the pools keep their addresses and nothing of their size is allocated beside them."""
 

@@ -42,10 +42,14 @@ class Memory:
 
 
 def run(kernel, *inputs, out, grid, in_place=(), warps, stages, **constants):
-    """`triton_call` by the interpreter; what a kernel leaves unwritten is NaN."""
+    """`triton_call` by the interpreter; what a kernel leaves unwritten is NaN; what it does not return stays."""
+    before = inputs
     inputs = [x if isinstance(x, int) else Memory(np.array(x)) for x in inputs]
     outputs = [Memory(np.full(x.shape, np.nan, x.dtype)) for x in out]
     kernel[grid](*inputs, *outputs, **constants)
+    for i, (x, old) in enumerate(zip(inputs, before, strict=True)):
+        if i not in in_place and not isinstance(x, int):
+            np.testing.assert_array_equal(x.array, old)
     return tuple(jnp.asarray(x.array) for x in [*outputs, *(inputs[i] for i in in_place)])
 
 
