@@ -43,19 +43,18 @@ def compile_all(jobs, devices, folder, progress=None, workers=None):
             out[key] = executable
             progress and progress(len(out), len(jobs), loaded)
 
-    for key, name in names.items():
-        if (found := store.load(name)) is not None:
-            loaded += 1
-            ready(key, found)
-
     def finish(key, lowered):
         executable = lowered.compile(compiler_options=jobs[key][2])
         store.save(names[key], executable)
         ready(key, executable)
 
-    # Lowering holds the interpreter lock, compiling does not.
+    # Lowering holds the interpreter lock, compiling and loading do not.
     pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))
     try:
+        for key, found in zip(names, pool.map(store.load, names.values())):
+            if found is not None:
+                loaded += 1
+                ready(key, found)
         running = [pool.submit(finish, key, jobs[key][0].lower(*jobs[key][1])) for key in names if key not in out]
         for future in running:
             future.result()
