@@ -113,6 +113,11 @@ def convert(model, folder, config, report=_quiet, progress=_quiet):
 
 def model_config(source, config):
     """The checkpoint's ModelConfig with what `config` overrides."""
+    if quantized := source.config.get("quantization_config"):
+        method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
+        raise ValueError(
+            f"{source.path}: its weights are quantized ({method}), which is not there yet; take the unquantized model"
+        )
     cfg = from_hf(source.config)
     if factor := config.rope_scaling_factor:
         cfg = replace(

@@ -271,6 +271,12 @@ def test_closing_ends_everything(folder):
         build.submit(engine, [1], 1)
 
 
+def test_quantized_weights_are_refused_by_name(tmp_path):
+    tiny_checkpoint.write(tmp_path, build.HF | {"quantization_config": {"quant_method": "awq", "bits": 4}})
+    with pytest.raises(ValueError, match=r"quantized \(awq\)"):
+        build.engine(tmp_path)
+
+
 def test_the_state_is_donated(engine):
     old = engine.runner.state.cache.k
     build.run(engine, [([1, 2, 3], 3)])
