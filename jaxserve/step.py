@@ -13,7 +13,7 @@ from flax import struct
 
 from jaxserve.cache import PagedKV, Spans
 from jaxserve.models.decoder import forward
-from jaxserve.sampling import Drawn, Sampling, Tables, greedy, sample, set_lane
+from jaxserve.sampling import Sampling, Tables, greedy, sample, set_lane
 
 ROW = ("start", "count", "lane", "rope_len")  # words of a row ahead of its sampling words
 ROW_WIDTH = len(ROW) + Sampling.WIDTH
@@ -111,6 +111,3 @@ def score(cfg, shape, params, state, words, target):
 def seat(state, *row):
     """Writes the tables of a request that takes a lane (see sampling.set_lane)."""
     return state.replace(tables=set_lane(state.tables, *row))
-
-
-__all__ = ["ROW", "ROW_WIDTH", "Batch", "Drawn", "Shape", "State", "score", "seat", "step"]

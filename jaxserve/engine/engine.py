@@ -194,7 +194,7 @@ class Engine:
             job.pages = pool.take(need)
         stop = min(len(job.tokens), job.start + SCORED)
         tokens, targets = job.tokens[job.start : stop], job.tokens[job.start + 1 : stop + 1]
-        logprob, logits, hidden = self.runner.score(tokens, job.start, job.pages, targets)
+        logprob, logits, hidden = self.runner.score(tokens, job.start, job.pages, len(job.tokens), targets)
         part = {"logprobs": logprob, "logits": logits, "hidden": hidden}[job.want]
         rows = len(targets) if job.want == "logprobs" else len(tokens)
         job.parts.append(np.asarray(part)[:rows])

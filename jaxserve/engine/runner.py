@@ -179,7 +179,7 @@ class Runner:
                 self.state, _drawn = self.programs[shape](self.params, self.state, words)
         if not self.on_cpu:
             self._sit(None, 0)
-            self.score((), 0, np.zeros(self.sizes.pages[-1], np.int32))
+            self.score((), 0, np.zeros(self.sizes.pages[-1], np.int32), 0)
         jax.block_until_ready(self.state)
 
     def check(self, request):
@@ -250,8 +250,8 @@ class Runner:
             at = stop
         return words
 
-    def score(self, tokens, start, pages, targets=()):
-        """Computes `tokens` at positions from `start` of a sequence whose pages are `pages`.  At most SCORED of them.
+    def score(self, tokens, start, pages, length, targets=()):
+        """Computes `tokens` at positions from `start` of a sequence of `length` in the pages `pages`.  At most SCORED.
 
         Returns device arrays with SCORED rows: log-probability of each target, logits, hidden states.
         """
@@ -260,7 +260,7 @@ class Runner:
         words, target = np.zeros(end, np.int32), np.zeros(SCORED, np.int32)
         words[: len(tokens)], target[: len(targets)] = tokens, targets
         row = words[at_rows : at_rows + ROW_WIDTH]
-        row[START], row[COUNT], row[LANE], row[ROPE] = start, len(tokens), NO_LANE, start + len(tokens)
+        row[START], row[COUNT], row[LANE], row[ROPE] = start, len(tokens), NO_LANE, length
         words[at_pages : at_pages + len(pages)] = pages
         self.state, out = self.programs["score"](self.params, self.state, words, target)
         return out

@@ -171,6 +171,16 @@ def test_score_equals_oracle(engine, folder):
         engine.score([1] * 101)
 
 
+def test_score_turns_all_chunks_alike(tmp_path):
+    """Dynamic NTK: the length of the whole sequence fixes the rotations, not where a chunk ends."""
+    scaling = {"max_position_embeddings": 32, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
+    tiny_checkpoint.write(tmp_path, build.HF | scaling)
+    tokens = list(range(90))  # two chunks
+    with build.engine(tmp_path, max_batch_size=1) as engine:
+        got = engine.score(tokens, "logits")[:, : build.VOCAB]
+    np.testing.assert_allclose(got, oracle.logits(tmp_path, None, tokens), atol=1e-3)
+
+
 def test_stop_ids_and_lengths(engine, expected):
     tokens, count = random_requests()[1]
     want = expected[1]
