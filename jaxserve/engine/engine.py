@@ -10,17 +10,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxserve.engine.pages import PagePool
-from jaxserve.engine.request import Output
+from jaxserve.engine.request import EngineDead, Output, Overloaded
 from jaxserve.engine.runner import SCORED
 from jaxserve.engine.scheduler import Scheduler
+
+__all__ = ["Engine", "EngineDead", "Overloaded"]
 
 log = logging.getLogger("jaxserve")
 GIVE_UP = 3  # failed steps in a row after which the engine stops
 SHORT = 32  # tokens: steps so short that launching one takes longer than running it (a 1.8B model on an H200: 1.9 ms)
-
-
-class EngineDead(RuntimeError):
-    """The engine has stopped and takes no more requests."""
 
 
 @dataclass

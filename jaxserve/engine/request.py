@@ -10,6 +10,18 @@ from functools import cached_property
 from typing import Any, Protocol
 
 
+class EngineDead(RuntimeError):
+    """The engine has stopped and takes no more requests."""
+
+
+class Overloaded(RuntimeError):
+    """Too much is queued already; the same request may be served later."""
+
+    def __init__(self, message: str = "the server has as many requests as it takes", retry_after: float = 1.0):
+        super().__init__(message)
+        self.retry_after = retry_after  # seconds
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are drawn."""
@@ -77,6 +89,7 @@ class Request:
     id: str = ""
     group: Hashable = None  # the same for all n answers to one prompt
     salt: Hashable = None  # cached pages are shared only between equal salts
+    grammar: str | None = field(default=None, repr=False)  # what the answer must match: llguidance's JSON text
 
     computed: int = 0  # positions whose keys are in the cache, or on their way
     in_flight: int = 0  # tokens sampled on the device that the host has not seen
