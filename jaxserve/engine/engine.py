@@ -49,7 +49,12 @@ class Engine:
         self.session_len, self.max_batch_size = plan.session_len, plan.lanes
         pool = PagePool(plan.pages, plan.page_size)
         self.scheduler = Scheduler(
-            pool, plan.lanes, plan.budget, session_len=plan.session_len, prefix_caching=prefix_caching
+            pool,
+            plan.lanes,
+            plan.budget,
+            session_len=plan.session_len,
+            prefix_caching=prefix_caching,
+            sizes=runner.sizes.tokens,
         )
         self.pending = deque()  # the steps in flight, oldest first
         self.ahead = 1 if runner.on_cpu else 2  # how many while the oldest is a short one; else one

@@ -11,6 +11,7 @@ device works off steps in the order of the plans: whoever gets a page writes it 
 its former owner.
 """
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,11 +40,20 @@ class Scheduler:
     """
 
     def __init__(
-        self, pool: PagePool, lanes: int, budget: int, *, session_len: int | None = None, prefix_caching: bool = True
+        self,
+        pool: PagePool,
+        lanes: int,
+        budget: int,
+        *,
+        session_len: int | None = None,
+        prefix_caching: bool = True,
+        sizes: Sequence[int] = (),
     ):
+        """sizes: ascending, the numbers of tokens to which steps with prompts are padded."""
         if lanes < 1 or budget < 1:
             raise ValueError(f"a step needs at least one row and one token, not {lanes} rows and {budget} tokens")
         self.pool, self.budget, self.session_len, self.prefix_caching = pool, budget, session_len, prefix_caching
+        self.sizes = tuple(sizes)
         # With more lanes than tokens in a step the youngest streams would stand still.
         self.lanes = list(range(min(lanes, budget)))[::-1]  # free ones
         self.running: dict[Request, None] = {}  # oldest first
@@ -206,11 +216,27 @@ class Scheduler:
         stop = min(length, start + left, (held + max(0, self._spare(request))) * size)
         if stop <= start:
             return None
+        stop = start + self._cut(self.budget - left, stop - start)
         request.pages += self.pool.take(-(-stop // size) - held)
         request.computed, emits = stop, stop == length
         request.in_flight += emits
         self._remember(request)
         return Chunk(request, start, stop, emits, False, True)
+
+    def _cut(self, before: int, wanted: int) -> int:
+        """How much of a chunk of `wanted` tokens goes into a step that has `before`: fewer tokens, if padding a step of
+        all of them would compute more than is put off.
+
+        Only beside streams, with which the rest of the prompt can ride, and only for what closes the step.
+        """
+        if not self.sizes or not before or self.waiting:
+            return wanted
+        total = before + wanted
+        above = bisect_left(self.sizes, total)
+        below = self.sizes[above - 1] if above else 0
+        if above == len(self.sizes) or below <= before or self.sizes[above] - total <= total - below:
+            return wanted
+        return below - before
 
     def _admit(self, chunks: list[Chunk], left: int) -> None:
         """Starts requests of the queue, in its order, as long as there are tokens, lanes and pages."""

@@ -192,6 +192,24 @@ def test_a_long_prompt_rides_along_with_streams():
     bench.run()
 
 
+def test_a_prompt_that_closes_a_step_ends_at_the_nearest_size():
+    bench = Bench(budget=32, sizes=(8, 16, 32))
+    bench.add([0, 1], 9)
+    bench.turn()
+    bench.add([1] * 17, 3)  # 18 tokens would be padded to 32: 14 for nothing, where 16 put off 2
+    assert spans(bench.turn()) == [(2, 3, True), (0, 15, False)]
+    assert spans(bench.turn()) == [(3, 4, True), (15, 17, True)]
+    bench.add([2] * 24, 3)
+    assert spans(bench.turn())[-1] == (0, 24, True)  # 26 tokens: 10 would be put off for 6
+    bench.run()
+
+
+def test_a_prompt_alone_is_not_cut():
+    bench = Bench(budget=32, sizes=(8, 16, 32))
+    bench.add([1] * 17, 3)
+    assert spans(bench.turn()) == [(0, 17, True)]
+
+
 def test_prompts_are_admitted_in_order_within_the_budget():
     bench = Bench(budget=10, lanes=4)
     for tokens in ([0] * 4, [1] * 9, [2]):
@@ -494,6 +512,7 @@ def traces(draw):
         "budget": draw(st.integers(1, 14)),
         "prefix_caching": draw(st.booleans()),
         "session_len": draw(st.none() | st.integers(2, 30)),
+        "sizes": sorted(draw(st.sets(st.integers(1, 14)))),
     }
     tokens = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=24)
     ask = st.fixed_dictionaries(
@@ -574,6 +593,7 @@ def test_long_random_traces(seed):
         lanes=8,
         budget=random.choice([8, 12, 40]),
         ahead=1 + seed % 2,
+        sizes=(4, 8, 24, 40),
     )
     for _ in range(150):
         for _ in range(random.choice([0, 0, 1, 2])):
