@@ -1,0 +1,1 @@
+"""The server: routes, and what stands between them and the engine."""
