@@ -1,214 +1,469 @@
-"""OpenAI's request bodies to prompts and a GenerationConfig, and Responses to OpenAI's answers.  Does no IO.
+"""OpenAI's request bodies, typed and bounded, to an Ask: prompts, a GenerationConfig and what else shapes the answer.
 
-LMDeploy's extra parameters are understood too.  What a body leaves open is the model's: its generation_config.json.
+LMDeploy's and vLLM's extra parameters are understood too, and unknown ones ignored.  What a body leaves open is the
+model's: its generation_config.json.  Does no IO; the OpenAPI document is made from the Structs here.
 """
 
 from __future__ import annotations
 
+import functools
+import reprlib
+import typing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
 
 from jaxserve.config import GenerationConfig
-
-if TYPE_CHECKING:
-    from jaxserve.reply import Response
+from jaxserve.text import chat as conversation
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat's answer may be as long as fits
+MOST_PROMPTS = 1024  # of one completion
+MOST_ANSWERS = 1024  # of one body: its prompts times n
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment")
+
+# Variables of chat templates that a client may set; the others are the server's.
+VARIABLES = (
+    *("enable_thinking", "thinking", "clear_thinking", "preserve_thinking", "thinking_budget", "reasoning_effort"),
+    *("date_string", "today_date", "strftime_now", "tools_in_user_message", "builtin_tools", "model_identity"),
+)
+
+
+class ParamError(ValueError):
+    """A parameter that cannot be used; `param` is its name, None for the body as a whole."""
+
+    def __init__(self, param: str | None, message: str):
+        super().__init__(message)
+        self.param = param
+
+
+def _number(low: float, high: float, words: str | None = None):
+    return Annotated[float, Meta(ge=low, le=high, description=words or f"a number from {low:g} to {high:g}")]
+
+
+def _whole(low: int, high: int, words: str | None = None):
+    return Annotated[int, Meta(ge=low, le=high, description=words or f"a whole number from {low} to {high}")]
+
+
+INT64 = 2**63 - 1
+Flag = Annotated[bool, Meta(description="true or false")]
+Count = _whole(1, INT64, "a whole number, 1 or more")
+Natural = _whole(0, INT64, "a whole number, 0 or more")
+Share = Annotated[float, Meta(gt=0, le=1, description="a number above 0 and up to 1")]
+StopText = Annotated[str, Meta(min_length=1, max_length=1000)]
+Ids = Annotated[list[_whole(0, 2**31 - 1)], Meta(max_length=1024, description="a list of token ids, 1024 at most")]
+Texts = Annotated[list[StopText], Meta(max_length=128, description="a list of texts, 128 at most")]
+Object = Annotated[dict[str, Any], Meta(description="an object")]
+Bias = Annotated[
+    dict[str, _number(-100, 100)],
+    Meta(max_length=300, description="an object of token ids and numbers from -100 to 100, 300 at most"),
+]
+
+
+class StreamOptions(Struct):
+    """What a stream tells beside the answer."""
+
+    include_usage: Flag | None = None
+    continuous_usage_stats: Flag | None = None
+
+
+class Sampling(Struct):
+    """What chats and completions have in common."""
+
+    model: Annotated[str, Meta(description="the name of a model that this server has")] | None = None
+    temperature: _number(0, 2) | None = None
+    top_p: Share | None = None
+    top_k: _whole(-1, 2**31 - 1, "a whole number; 0 and -1 stand for all tokens") | None = None
+    min_p: _number(0, 1) | None = None
+    max_tokens: Natural | None = None
+    min_tokens: Natural | None = None
+    min_new_tokens: Natural | None = None
+    n: _whole(1, 128) | None = None
+    seed: _whole(-(2**63), INT64, "a whole number of 64 bits") | None = None
+    stop: (
+        StopText
+        | Annotated[list[StopText], Meta(max_length=32, description="a text or up to 32 texts of 1 to 1000 characters")]
+        | None
+    ) = None
+    stop_token_ids: Ids | None = None
+    bad_words: Texts | None = None
+    bad_token_ids: Ids | None = None
+    presence_penalty: _number(-2, 2) | None = None
+    frequency_penalty: _number(-2, 2) | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100, description="a number above 0 and up to 100")] | None = None
+    logit_bias: Bias | None = None
+    ignore_eos: Flag | None = None
+    skip_special_tokens: Flag | None = None
+    include_stop_str_in_output: Flag | None = None
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: Flag | None = None
+    response_format: Object | None = None
+    structured_outputs: Object | None = None
+    guided_json: Any = None
+    guided_regex: Annotated[str, Meta(description="a regular expression")] | None = None
+    guided_choice: Annotated[list[str], Meta(description="a list of texts")] | None = None
+    guided_grammar: Annotated[str, Meta(description="a grammar")] | None = None
+
+
+class ChatBody(Sampling):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[
+        Any,
+        Meta(
+            extra_json_schema={
+                "anyOf": [
+                    {"type": "string", "minLength": 1, "description": "a whole prompt, without a chat template"},
+                    {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Message"}},
+                ]
+            }
+        ),
+    ] = None
+    max_completion_tokens: Count | None = None
+    logprobs: Flag | None = None
+    top_logprobs: _whole(0, 20) | None = None
+    tools: Annotated[list[Object], Meta(max_length=1024, description="a list of functions")] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Object | None = None
+    parallel_tool_calls: Flag | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    enable_thinking: Flag | None = None
+    chat_template_kwargs: Object | None = None
+    do_preprocess: Flag | None = None
+    modalities: Annotated[list[Literal["text"]], Meta(description='["text"]: models answer with text')] | None = None
+
+
+class CompletionBody(Sampling):
+    """The body of /v1/completions."""
+
+    prompt: Annotated[
+        Any,
+        Meta(
+            extra_json_schema={
+                "anyOf": [
+                    {"type": "string"},
+                    {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MOST_PROMPTS},
+                    {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                    {
+                        "type": "array",
+                        "items": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                        "minItems": 1,
+                        "maxItems": MOST_PROMPTS,
+                    },
+                ]
+            }
+        ),
+    ] = None
+    logprobs: _whole(0, 20) | bool | None = None
+    echo: Flag | None = None
+    suffix: Annotated[str, Meta(max_length=0, description="empty: filling in the middle is not there")] | None = None
+    best_of: _whole(1, 128) | None = None
+
 
 # Parameters that are fields of GenerationConfig: OpenAI's name -> ours.
 SAME = (
-    *("n", "temperature", "top_p", "top_k", "min_p", "logit_bias", "ignore_eos", "min_new_tokens"),
+    *("n", "temperature", "top_p", "min_p", "ignore_eos", "min_new_tokens"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "bad_words", "bad_token_ids", "stop_token_ids"),
-    *("skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"),
+    *("skip_special_tokens", "include_stop_str_in_output"),
 )
-FIELDS = {name: name for name in SAME} | {
-    "stop": "stop_words",
-    "seed": "random_seed",
-    "max_tokens": "max_new_tokens",
-    "max_completion_tokens": "max_new_tokens",
-    "min_tokens": "min_new_tokens",
-}
-# Parameters that do not bear on the answer.
-IGNORED = {
-    *("model", "user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key"),
-    *("prompt_cache_retention", "safety_identifier", "stream_options", "session_id"),
-}
-# Parameters with a value that asks for nothing: name -> (such values, what stands against others).
-NEUTRAL: dict[str, tuple[tuple, str]] = {
-    "stream": ((False,), "answers of a batch are not streamed"),
-    "tools": (([],), "tools are not there yet"),
-    "functions": (([],), "tools are not there yet"),
-    "tool_choice": (("none", "auto"), "tools are not there yet"),
-    "response_format": (({"type": "text"},), "guided decoding is not there yet"),
-    "modalities": ((["text"],), "models answer with text"),
-    "audio": ((), "models answer with text"),
-    "echo": ((False,), "prompts are not repeated"),
-    "suffix": (("",), "filling in the middle is not there"),
-    "adapter_name": ((), "LoRA adapters are not there yet"),
+FIELDS = {name: name for name in SAME} | {"stop": "stop_words", "min_tokens": "min_new_tokens"}
+# Parameters that ask for what is not there, and would change the answer.
+ABSENT = {
+    "functions": "send tools in the place of functions",
+    "function_call": "send tool_choice in the place of function_call",
+    "adapter_name": "LoRA adapters are not there yet",
+    "chat_template": "the chat template is the server's",
 }
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What a body asks for.  prompts: one conversation, or the prompts of a completion."""
+    """What a body asks for.
+
+    prompts: one conversation (messages, or a text that is a whole prompt), or the prompts of a completion (texts or
+    token ids).  tools: those that the model is shown.  tool_choice: "none", "auto", "required" or a function's name.
+    grammar: what the answer must look like, as llguidance has it.  best_of: answers made for the n that are returned.
+    """
 
     chat: bool
     prompts: list
     do_preprocess: bool
     config: GenerationConfig
     variables: dict = field(default_factory=dict)  # for the chat template
+    model: str | None = None
+    tools: list[dict] | None = None
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    tool_names: tuple[str, ...] = ()  # of all tools in the body, in its order
+    grammar: str | None = None
+    echo: bool = False
+    best_of: int | None = None
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    return_token_ids: bool = False
 
     @classmethod
     def parse(cls, url, body, advice: dict | None = None, **defaults) -> Ask:
         """advice: the model's generation_config.json.  defaults: of GenerationConfig's fields.
 
-        ValueError names the parameter that cannot be used.
+        ParamError names the parameter that cannot be used.
         """
         if url not in (CHAT, COMPLETION):
-            raise ValueError(f"url: {CHAT} and {COMPLETION} are answered, not {url!r}")
+            raise ParamError("url", f"url: {CHAT} and {COMPLETION} are answered, not {shown(url)}")
         if not isinstance(body, dict):
-            raise ValueError(f"body is an object, not {body!r:.80}")
-        given = {name: value for name, value in body.items() if value is not None}
+            raise ParamError(None, f"body is an object, not {shown(body)}")
         chat = url == CHAT
-        if chat:
-            prompts, do_preprocess = _messages(given)
-        else:
-            prompts, do_preprocess = _prompts(given), False
-        variables = given.pop("chat_template_kwargs", {})
-        if not isinstance(variables, dict):
-            raise ValueError(f"chat_template_kwargs is an object, not {variables!r:.80}")
-        if "enable_thinking" in given:
-            variables = {"enable_thinking": given.pop("enable_thinking"), **variables}
-        return cls(chat, prompts, do_preprocess, _config(given, chat, advice or {}, defaults), variables)
+        given: Any = convert(body, ChatBody if chat else CompletionBody)
+        for name, reason in ABSENT.items():
+            if body.get(name) not in (None, [], {}, "auto", "none"):
+                raise ParamError(name, f"{name}: {reason}")
+        options = given.stream_options or StreamOptions()
+        common: dict[str, Any] = {
+            "config": _config(given, chat, advice or {}, defaults),
+            "grammar": _grammar(given),
+            "model": given.model,
+            "stream": given.stream is True,
+            "include_usage": options.include_usage is True,
+            "continuous_usage": options.continuous_usage_stats is True,
+            "return_token_ids": given.return_token_ids is True,
+        }
+        ask = cls(**(_chat(given) if chat else _completion(given)), **common)
+        if len(ask.prompts) * (ask.best_of or ask.config.n) > MOST_ANSWERS:
+            raise ParamError("n", f"n: a body asks for {MOST_ANSWERS} answers at most, prompts times n")
+        return ask
 
 
-def _messages(given: dict) -> tuple[list, bool]:
-    messages = given.pop("messages", None)
+def convert(body: dict, kind: type[Struct]) -> Struct:
+    """A body as a Struct; ParamError names the parameter that does not fit, what it may be, and what it is."""
+    try:
+        return msgspec.convert(body, kind)
+    except msgspec.ValidationError as error:
+        raise _explained(str(error), body, kind) from None
+    except RecursionError:
+        raise ParamError(None, "the body is nested too deeply") from None
+
+
+def shown(value) -> str:
+    """A client's value inside a message: short, however large or deep it is."""
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr(maxlevel=2, maxdict=3, maxlist=4, maxstring=60, maxlong=40, maxother=60)
+
+
+def _explained(message: str, body: dict, kind: type[Struct]) -> ParamError:
+    """msgspec's "Expected `int`, got `str` - at `$.n`" in our words."""
+    expected, _, path = message.partition(" - at `$")
+    param = path.removesuffix("`").removeprefix(".")
+    name = param.partition(".")[0].partition("[")[0]
+    if not name:
+        missing = message.partition("missing required field `")[2].partition("`")[0]
+        return ParamError(missing or None, f"{missing} is missing" if missing else message.replace("`", ""))
+    words = _words(kind).get(name)
+    if param == name and words:
+        return ParamError(name, f"{name} is {words}, not {shown(body.get(name))}")
+    if words and not param.startswith(f"{name}."):
+        return ParamError(name, f"{name} is {words}; found {shown(body.get(name))}")
+    return ParamError(param, f"{param}: {expected[:1].lower()}{expected[1:].replace('`', '')}")
+
+
+@functools.cache
+def _words(kind: type[Struct]) -> dict[str, str]:
+    """What the parameters of a body may be, in words."""
+    found = {}
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        for part in (hint, *typing.get_args(hint)):
+            for meta in getattr(part, "__metadata__", ()):
+                if isinstance(meta, Meta) and meta.description:
+                    found[name] = meta.description
+            if typing.get_origin(part) is Literal:
+                found[name] = " or ".join(map(repr, typing.get_args(part)))
+    return found
+
+
+# Chats ----------------------------------------------------------------------------------------------------------------
+
+
+def _chat(given: ChatBody) -> dict:
+    messages = given.messages
+    raw = isinstance(messages, str)  # a whole prompt, as in LMDeploy
     if messages is None:
-        raise ValueError("messages is missing")
+        raise ParamError("messages", "messages is missing")
     if not isinstance(messages, str | list) or not messages:
-        raise ValueError(f"messages is a list of at least one message, not {messages!r:.80}")
-    return [messages], not isinstance(messages, str)  # a text is a whole prompt, as in LMDeploy
+        raise ParamError("messages", f"messages is a list of at least one message, not {shown(messages)}")
+    if not raw:
+        _check_messages(messages)
+    variables = _variables(given)
+    shown_tools, choice, names = _tools(given)
+    return {
+        "chat": True,
+        "prompts": [messages],
+        "do_preprocess": not raw and given.do_preprocess is not False,
+        "variables": variables,
+        "tools": shown_tools,
+        "tool_choice": choice,
+        "tool_names": names,
+        "parallel_tool_calls": given.parallel_tool_calls is not False,
+    }
 
 
-def _prompts(given: dict) -> list:
-    prompt = given.pop("prompt", None)
+def _check_messages(messages: list) -> None:
+    try:
+        conversation.checked(messages)
+    except ValueError as error:
+        raise ParamError("messages", str(error)) from None
+    for number, message in enumerate(messages):
+        if message["role"] not in ROLES:
+            raise ParamError(
+                "messages", f"message {number}: a role is one of {', '.join(ROLES)}, not {shown(message['role'])}"
+            )
+
+
+def _variables(given: ChatBody) -> dict:
+    variables = dict(given.chat_template_kwargs or {})
+    for name, value in variables.items():
+        if name not in VARIABLES:
+            raise ParamError(
+                "chat_template_kwargs", f"chat_template_kwargs holds {', '.join(VARIABLES)}, not {shown(name)}"
+            )
+        if not isinstance(value, bool | int | float | str | None):
+            raise ParamError("chat_template_kwargs", f"chat_template_kwargs: {name} is no list or object")
+    if given.reasoning_effort is not None:
+        variables = {"reasoning_effort": given.reasoning_effort, **variables}
+        if given.reasoning_effort == "none":
+            variables = {"enable_thinking": False, **variables}
+    if given.enable_thinking is not None:
+        variables = {"enable_thinking": given.enable_thinking, **variables}
+    return variables
+
+
+def _tools(given: ChatBody) -> tuple[list[dict] | None, str, tuple[str, ...]]:
+    """The tools that the model is shown, what it may do with them, and the names of all."""
+    try:
+        tools = conversation.checked_tools(given.tools) or []
+    except ValueError as error:
+        raise ParamError("tools", str(error)) from None
+    names = tuple(tool["function"]["name"] for tool in tools)
+    for number, name in enumerate(names):
+        if not 1 <= len(name) <= 128 or not all(letter.isalnum() or letter in "_-.:/" for letter in name):
+            raise ParamError("tools", f"tool {number}: a name is letters, digits, _ and -, not {shown(name)}")
+        parameters = tools[number]["function"].get("parameters")
+        if not isinstance(parameters, dict | None):
+            raise ParamError("tools", f"tool {number}: parameters is a JSON schema, not {shown(parameters)}")
+    choice: Any = given.tool_choice or ("auto" if tools else "none")
+    if isinstance(choice, dict):
+        function = choice.get("function", choice)
+        choice = function.get("name") if isinstance(function, dict) else None
+        if choice not in names:
+            raise ParamError("tool_choice", f"tool_choice names a function of tools, not {shown(choice)}")
+        tools = [tools[names.index(choice)]]
+    if choice == "required" and not tools:
+        raise ParamError("tool_choice", "tool_choice is 'required', but there are no tools")
+    return (None if choice == "none" else tools or None), choice, names
+
+
+# Completions ----------------------------------------------------------------------------------------------------------
+
+
+def _completion(given: CompletionBody) -> dict:
+    prompt = given.prompt
+    if prompt is None:
+        raise ParamError("prompt", "prompt is missing")
     if _is_prompt(prompt):
-        return [prompt]
-    if isinstance(prompt, list) and prompt and all(map(_is_prompt, prompt)):
-        return prompt
-    raise ValueError(
-        "prompt is missing"
-        if prompt is None
-        else f"prompt is a text, a list of texts, or one or several lists of token ids, not {prompt!r:.80}"
-    )
+        prompts = [prompt]
+    elif isinstance(prompt, list) and prompt and all(map(_is_prompt, prompt)):
+        prompts = prompt
+    else:
+        raise ParamError(
+            "prompt",
+            f"prompt is a text, a list of texts, or one or several lists of at least one token id, not {shown(prompt)}",
+        )
+    if len(prompts) > MOST_PROMPTS:
+        raise ParamError("prompt", f"prompt: {MOST_PROMPTS} prompts at most, not {len(prompts)}")
+    if given.best_of is not None and given.best_of < (given.n or 1):
+        raise ParamError("best_of", f"best_of is n or more, not {given.best_of} with n={given.n or 1}")
+    best_of = given.best_of if given.best_of != (given.n or 1) else None
+    if best_of and given.stream:
+        raise ParamError("best_of", "best_of: the best answers cannot be streamed, as they are known at the end")
+    return {"chat": False, "prompts": prompts, "do_preprocess": False, "echo": given.echo is True, "best_of": best_of}
 
 
 def _is_prompt(value) -> bool:
     """Whether it is a text, or token ids."""
     if isinstance(value, list):
-        return bool(value) and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
+        return bool(value) and all(type(token) is int for token in value)
     return isinstance(value, str)
 
 
-def _config(given: dict, chat: bool, advice: dict, defaults: dict) -> GenerationConfig:
+# Both -----------------------------------------------------------------------------------------------------------------
+
+
+def _config(given: Any, chat: bool, advice: dict, defaults: dict) -> GenerationConfig:
     wanted = dict(defaults) if chat else {"max_new_tokens": COMPLETION_TOKENS, **defaults}
-    logprobs, alternatives = given.pop("logprobs", None), given.pop("top_logprobs", None)
-    if given.pop("best_of", (count := given.get("n", 1))) != count:
-        raise ValueError("best_of is not there; n answers are all returned")
-    for name, value in given.items():
-        if name in FIELDS:
-            wanted[FIELDS[name]] = value
-        elif name in NEUTRAL:
-            values, reason = NEUTRAL[name]
-            if value not in values:
-                raise ValueError(f"{name}: {reason}")
-        elif name not in IGNORED:
-            raise ValueError(f"{name} is no parameter that is known here")
-    if chat:
-        if not isinstance(logprobs, bool | None):
-            raise ValueError(f"logprobs is true or false, not {logprobs!r:.80}")
-        if alternatives and not logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
-        wanted["logprobs"] = (0 if alternatives is None else alternatives) if logprobs else None
-    elif logprobs is not None and logprobs is not False:
-        wanted["logprobs"] = logprobs
+    for name, ours in FIELDS.items():
+        if (value := getattr(given, name)) is not None:
+            wanted[ours] = value
+    if given.seed is not None:
+        wanted["random_seed"] = given.seed % 2**32
+    if given.top_k is not None:
+        wanted["top_k"] = max(0, given.top_k)
+    most = given.max_tokens
+    if chat and given.max_completion_tokens is not None:
+        most = given.max_completion_tokens
+    if most == 0 and not (not chat and given.echo):
+        raise ParamError("max_tokens", "max_tokens is a whole number, 1 or more (0 only for completions with echo)")
+    if most is not None:
+        wanted["max_new_tokens"] = most
     wanted.setdefault("max_new_tokens", None)
-    if not {"temperature", "top_k", "top_p"} & wanted.keys() or "top_k" in {*wanted, *advice}:
-        return GenerationConfig.from_hf(advice, **wanted)
-    return GenerationConfig.from_hf(advice, top_k=0, **wanted)  # in OpenAI's sense: no bound but top_p
+    least, most = wanted.get("min_new_tokens"), wanted["max_new_tokens"]
+    if least is not None and most is not None and least > most:
+        raise ParamError("min_tokens", f"min_tokens is at most max_tokens, {most}, not {least}")
+    if given.logit_bias is not None:
+        wanted["logit_bias"] = {_token(key): value for key, value in given.logit_bias.items()}
+    wanted["logprobs"] = _logprobs(given, chat)
+    try:
+        if not {"temperature", "top_k", "top_p"} & wanted.keys() or "top_k" in {*wanted, *advice}:
+            return GenerationConfig.from_hf(advice, **wanted)
+        return GenerationConfig.from_hf(advice, top_k=0, **wanted)  # in OpenAI's sense: no bound but top_p
+    except ValueError as error:
+        raise ParamError(None, str(error)) from None
 
 
-def answer(ask: Ask, responses: list[Response], tokenizer, *, model: str, id: str, created: int) -> dict:
-    """The body of OpenAI's answer; responses: to each prompt its n, in order."""
-    choice = _chat_choice if ask.chat else _completion_choice
-    prompt_tokens = sum(response.input_token_len for response in responses if response.choice == 0)
-    completion_tokens = sum(response.generate_token_len for response in responses)
-    return {
-        "id": id,
-        "object": "chat.completion" if ask.chat else "text_completion",
-        "created": created,
-        "model": model,
-        "choices": [choice(index, response, tokenizer) for index, response in enumerate(responses)],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
-    }
+def _token(key: str) -> int:
+    if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+        raise ParamError("logit_bias", f"logit_bias is an object of token ids and numbers; {shown(key)} is no token id")
+    return int(key)
 
 
-def error(message: str, *, type: str = "invalid_request_error", code: str | None = None) -> dict:
-    """OpenAI's error object."""
-    return {"error": {"message": message, "type": type, "param": None, "code": code}}
+def _logprobs(given: Any, chat: bool) -> int | None:
+    """How many alternatives are told beside each token; None: no log-probabilities at all."""
+    if not chat:
+        return None if given.logprobs is False else given.logprobs
+    if given.top_logprobs and not given.logprobs:
+        raise ParamError("top_logprobs", "top_logprobs needs logprobs: true")
+    return (given.top_logprobs or 0) if given.logprobs else None
 
 
-def _chat_choice(index: int, response: Response, tokenizer) -> dict:
-    logprobs = None
-    if response.logprobs is not None:
-        logprobs = {"content": [_chances(chances, tokenizer) for chances in response.logprobs], "refusal": None}
-    return {
-        "index": index,
-        "message": {"role": "assistant", "content": response.text, "refusal": None},
-        "logprobs": logprobs,
-        "finish_reason": response.finish_reason,
-    }
+GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 
 
-def _completion_choice(index: int, response: Response, tokenizer) -> dict:
-    logprobs = None
-    if response.logprobs is not None:
-        taken = [next(iter(chances.items())) for chances in response.logprobs]
-        texts = [_text(token, tokenizer) for token, _ in taken]
-        offsets = [0]
-        for text in texts:
-            offsets.append(offsets[-1] + len(text))
-        logprobs = {
-            "tokens": texts,
-            "token_logprobs": [chance for _, chance in taken],
-            "top_logprobs": [
-                {_text(token, tokenizer): chance for token, chance in chances.items()} for chances in response.logprobs
-            ],
-            "text_offset": offsets[:-1],
-        }
-    return {"index": index, "text": response.text, "logprobs": logprobs, "finish_reason": response.finish_reason}
+def _grammar(given: Any) -> str | None:
+    """What the answer must look like, None if that is free."""
+    ways = [name for name in ("response_format", *GUIDED) if getattr(given, name) is not None]
+    if given.response_format == {"type": "text"}:
+        ways.remove("response_format")
+    if not ways:
+        return None
+    if len(ways) > 1:
+        raise ParamError(ways[1], f"{' and '.join(ways)} say the same thing in two ways: give one of them")
+    from jaxserve.text import grammar
 
-
-def _chances(chances: dict[int, float], tokenizer) -> dict:
-    """One token's log-probability and its alternatives, the likeliest first."""
-    token, chance = next(iter(chances.items()))
-    others = sorted(chances.items(), key=lambda pair: -pair[1])
-    return _chance(token, chance, tokenizer) | {"top_logprobs": [_chance(*pair, tokenizer) for pair in others]}
-
-
-def _chance(token: int, chance: float, tokenizer) -> dict:
-    return {"token": _text(token, tokenizer), "logprob": chance, "bytes": list(_bytes(token, tokenizer))}
-
-
-def _bytes(token: int, tokenizer) -> bytes:
-    return tokenizer.token_bytes[token] if token < tokenizer.vocab_size else b""
-
-
-def _text(token: int, tokenizer) -> str:
-    return _bytes(token, tokenizer).decode("utf-8", "replace")
+    try:
+        if ways == ["response_format"]:
+            return grammar.from_response_format(given.response_format)
+        return grammar.from_guided(**{ways[0]: getattr(given, ways[0])})
+    except ValueError as error:
+        raise ParamError(ways[0], str(error)) from None

@@ -4,6 +4,7 @@ The engine's thread calls `Reply.put`, which is cheap; whoever waits for the ans
 """
 
 import itertools
+import os
 import random
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
@@ -142,11 +143,18 @@ class Author:
         self._stop_words = tuple(stop_words)
         self._seeds = random.SystemRandom() if seed is None else random.Random(seed)
         self._sessions = itertools.count()
+        self._name = os.urandom(6).hex()  # many authors may share an engine
 
     def replies(
-        self, tokens: Sequence[int], config: GenerationConfig, *, index: int = 0, live: bool = False
+        self,
+        tokens: Sequence[int],
+        config: GenerationConfig,
+        *,
+        index: int = 0,
+        live: bool = False,
+        grammar: str | None = None,
     ) -> list[Reply]:
-        """config.n answers to one prompt, not yet submitted."""
+        """config.n answers to one prompt, not yet submitted.  grammar: what they must look like, as llguidance's."""
         if not tokens:
             raise ValueError("the prompt is empty")
         session = next(self._sessions)
@@ -155,7 +163,8 @@ class Author:
         seed = self._seeds.getrandbits(32) if config.random_seed is None else int(config.random_seed)
         stop_ids, stop_words = self._stops(config)
         keep_stop = config.include_stop_str_in_output
-        group = object() if config.n > 1 else None
+        name = f"{self._name}-{session}"
+        group = name if config.n > 1 else None
         made = []
         for choice in range(config.n):
             stream = TextStream(self.tokenizer, stop_words, config.skip_special_tokens, keep_stop)
@@ -164,8 +173,9 @@ class Author:
             reply = Reply(stream, whole, live=live or bool(stop_words), keep_stop=keep_stop)
             if wanted > 0:
                 params = sampling_params(config, self.tokenizer, (seed + choice) % 2**32)
-                name = f"{session}.{choice}"
-                reply.request = Request(list(tokens), wanted, params, stop_ids, reply, name, group)
+                reply.request = Request(
+                    list(tokens), wanted, params, stop_ids, reply, f"{name}.{choice}", group, grammar=grammar
+                )
             made.append(reply)
         return made
 

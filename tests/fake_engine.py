@@ -54,6 +54,7 @@ class FakeEngine:
         self.config = SimpleNamespace(vocab=self.tokenizer.vocab_size)
         self.path = Path("/models/fake-1b")
         self.generation_config = generation_config or {}
+        self.on_turn = []
         self.aborted, self.submitted = [], []
         self.most = 0  # requests that were there at once
         self._live = deque()
@@ -127,6 +128,21 @@ class FakeEngine:
     @property
     def alive(self):
         return not self._closed
+
+    @property
+    def info(self):
+        return {
+            "path": str(self.path),
+            "session_len": self.session_len,
+            "max_batch_size": self.max_batch_size,
+            "vocab": self.config.vocab,
+            "width": 8,
+            "dtype": "float32",
+            "checkpoint_config": {},
+            "generation_config": self.generation_config,
+            "cache_tokens": 4096,
+            "version": "0",
+        }
 
     def score(self, tokens, want="logprobs"):
         import numpy as np

@@ -18,7 +18,7 @@ LAYERS = [
     "hub step weights",
     "engine text",
     "reply",
-    "pipeline",
+    "answers pipeline",
     "options protocol",
     "check_env commands convert lite serve",
     "cli",

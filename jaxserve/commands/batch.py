@@ -18,6 +18,8 @@ from typing import BinaryIO
 import click
 
 from jaxserve import hub, protocol
+from jaxserve.answers import answer as openai_answer
+from jaxserve.answers import error as openai_error
 from jaxserve.config import EngineConfig
 from jaxserve.options import INTERRUPTED, interruptible, mistakes
 
@@ -239,7 +241,7 @@ class Batch:
         status, error = 200, None
         if message is None:
             prefix = "chatcmpl" if line.ask.chat else "cmpl"
-            body = protocol.answer(
+            body = openai_answer(
                 line.ask,
                 responses,
                 self.pipe.tokenizer,
@@ -251,7 +253,7 @@ class Batch:
             self.failed += 1
             status = failed.error_code if failed else 400
             code = "server_error" if status == 500 else "invalid_request_error"
-            body, error = protocol.error(message, type=code), {"code": code, "message": message}
+            body, error = openai_error(message, type=code), {"code": code, "message": message}
         return {
             "id": f"batch_req_{line.number}",
             "custom_id": line.custom_id,
