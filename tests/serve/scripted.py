@@ -1,0 +1,106 @@
+"""A server whose engine says what a script says: tests/fake_engine.py behind a Door, a Service and the whole app."""
+
+import threading
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+import numpy as np
+from werkzeug.serving import make_server
+
+from jaxserve.serve.app import create_app
+from jaxserve.serve.door import Door
+from jaxserve.serve.options import ServerOptions
+from jaxserve.serve.service import Limits, Service
+from jaxserve.text.chat import ChatTemplate
+from tests.fake_engine import FakeEngine, echo
+
+WIDTH = 8
+MODEL = "fake-1b"
+
+
+class Engine(FakeEngine):
+    """FakeEngine with what the server asks of an engine beside."""
+
+    def __init__(self, **settings):
+        self.on_turn = []
+        super().__init__(**settings)
+
+    @property
+    def info(self):
+        return {
+            "path": str(self.path),
+            "session_len": self.session_len,
+            "max_batch_size": self.max_batch_size,
+            "vocab": self.config.vocab,
+            "width": WIDTH,
+            "dtype": "float32",
+            "checkpoint_config": {},
+            "generation_config": self.generation_config,
+            "cache_tokens": 100_000,
+            "version": "0",
+        }
+
+    def score(self, tokens, want="logprobs"):
+        return self.score_async(tokens, want).result()
+
+    def score_async(self, tokens, want="logprobs"):
+        future = Future()
+        if want == "last":  # the same tokens, the same state; each position of a width counts other tokens
+            state = np.bincount(np.asarray(tokens) % WIDTH, minlength=WIDTH).astype(np.float32)
+            future.set_result(state)
+        else:
+            future.set_result(super().score(tokens, want))
+        return future
+
+
+def service(say=echo, *, engine=None, heartbeat=10.0, door=True, **options):
+    """A Service over a scripted engine; options: of the engine and of Service."""
+    own = {name: options.pop(name) for name in ("tool_format", "reasoning_format") if name in options}
+    engine = engine or Engine(say=say, **options)
+    template = ChatTemplate.for_model({}, engine.tokenizer)
+    return Service(
+        Door(engine) if door else engine,
+        engine.tokenizer,
+        template,
+        model_names=[MODEL, "other-name"],
+        limits=Limits(heartbeat=heartbeat),
+        **own,
+    )
+
+
+@contextmanager
+def app(say=echo, *, keys=(), **options):
+    """The Flask app; closes its engine."""
+    made = service(say, **options)
+    try:
+        flask = create_app(made, ServerOptions(api_keys=list(keys)))
+        flask.service = made
+        yield flask
+    finally:
+        made.engine.close()
+
+
+@contextmanager
+def serving(flask):
+    """Serves an app in threads; gives its address."""
+    server = make_server("127.0.0.1", 0, flask, threaded=True)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def events(response):
+    """A stream's events: (name, data) each, data as text."""
+    found = []
+    for block in response.get_data(as_text=True).split("\n\n"):
+        lines = [line for line in block.splitlines() if line and not line.startswith(":")]
+        if lines:
+            fields = dict(line.split(": ", 1) for line in lines)
+            found.append((fields.get("event"), fields["data"]))
+    return found
