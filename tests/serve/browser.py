@@ -1,0 +1,194 @@
+"""Headless Chromium by the DevTools protocol over a pipe: no driver, no port, no library.
+
+`Browser` is the process, `Page` a tab of a profile of its own; a page remembers each address asked for, each exception and
+each complaint (such as of the content security policy), and that a dialog was opened.
+"""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+from queue import Empty, Queue
+
+PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--mute-audio"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
+    *("--disable-extensions", "--disable-default-apps", "--font-render-hinting=none", "--remote-debugging-pipe"),
+)
+PATIENCE = 30.0  # seconds: a busy machine is slow
+KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, "")}
+
+
+class Browser:
+    """A Chromium without windows."""
+
+    def __init__(self):
+        self._profile = tempfile.mkdtemp(prefix="jaxserve-chromium-")
+        read_commands, self._commands = os.pipe()
+        self._answers, write_answers = os.pipe()
+        shell = f'exec "$0" "$@" 3<&{read_commands} 4>&{write_answers}'  # Chromium wants these two numbers
+        self._process = subprocess.Popen(
+            ["sh", "-c", shell, PROGRAM, *FLAGS, f"--user-data-dir={self._profile}"],
+            pass_fds=(read_commands, write_answers),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"HOME": self._profile},
+        )
+        os.close(read_commands)
+        os.close(write_answers)
+        self._lock = threading.Lock()
+        self._number = 0
+        self._waiting: dict[int, Queue] = {}
+        self._listeners: dict[str, callable] = {}
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def call(self, method, session=None, **params):
+        """Sends a command and returns its result."""
+        with self._lock:
+            self._number += 1
+            number, answer = self._number, Queue()
+            self._waiting[number] = answer
+            message = {"id": number, "method": method, "params": params} | ({"sessionId": session} if session else {})
+            os.write(self._commands, json.dumps(message).encode() + b"\0")
+        try:
+            found = answer.get(timeout=PATIENCE)
+        except Empty:
+            raise TimeoutError(f"Chromium did not answer {method}") from None
+        if "error" in found:
+            raise RuntimeError(f"{method}: {found['error']['message']}")
+        return found["result"]
+
+    def _read(self):
+        rest = b""
+        while part := os.read(self._answers, 1 << 16):
+            *messages, rest = (rest + part).split(b"\0")
+            for message in map(json.loads, messages):
+                if "id" in message:
+                    self._waiting.pop(message["id"]).put(message)
+                elif listener := self._listeners.get(message.get("sessionId")):
+                    listener(message["method"], message["params"])
+
+    def page(self, width=1280, height=800, *, phone=False, dark=False):
+        """A new tab that shares nothing with the others."""
+        context = self.call("Target.createBrowserContext")["browserContextId"]
+        target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
+        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        page = Page(self, session, context)
+        self._listeners[session] = page.heard
+        page.set_up(width, height, phone, dark)
+        return page
+
+    def close(self):
+        self._process.kill()
+        self._process.wait()
+        os.close(self._commands)
+        shutil.rmtree(self._profile, ignore_errors=True)
+
+
+class Page:
+    """One tab."""
+
+    def __init__(self, browser, session, context):
+        self.browser, self.session, self.context = browser, session, context
+        self.requests, self.complaints, self.dialogs = [], [], []
+
+    def call(self, method, **params):
+        return self.browser.call(method, self.session, **params)
+
+    def set_up(self, width, height, phone, dark):
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+        self.size(width, height, phone)
+        if phone:
+            self.call("Emulation.setTouchEmulationEnabled", enabled=True)
+        self.colours(dark)
+
+    def size(self, width, height, phone=False):
+        scale = 2 if phone else 1
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone
+        )
+
+    def colours(self, dark):
+        feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[feature])
+
+    def heard(self, method, params):
+        """On the thread that reads."""
+        if method == "Network.requestWillBeSent":
+            self.requests.append(params["request"]["url"])
+        elif method == "Runtime.exceptionThrown":
+            self.complaints.append(str(params["exceptionDetails"]))
+        elif method == "Log.entryAdded" and params["entry"]["level"] in ("warning", "error"):
+            self.complaints.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
+        elif method == "Page.javascriptDialogOpening":
+            self.dialogs.append(params["message"])
+            threading.Thread(target=self.call, args=("Page.handleJavaScriptDialog",), kwargs={"accept": False}).start()
+
+    def go(self, url):
+        """Opens an address and waits until its scripts have run."""
+        self.call("Page.navigate", url=url)
+        self.wait(f"location.href.startsWith({json.dumps(url)}) && document.readyState === 'complete'")
+
+    def js(self, code):
+        """The value of an expression, awaited."""
+        done = self.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in done:
+            raise RuntimeError(done["exceptionDetails"].get("exception", {}).get("description", str(done)))
+        return done["result"].get("value")
+
+    def wait(self, code, seconds=PATIENCE):
+        """Until an expression is true."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                if found := self.js(f"Promise.resolve({code}).then(x => x instanceof Node || x)"):
+                    return found
+            except RuntimeError:
+                pass  # the page is being changed
+            if time.monotonic() > end:
+                seen = self.js("document.body.innerText")
+                raise TimeoutError(f"never true: {code}\n{seen}\ncomplaints: {self.complaints}")
+            time.sleep(0.02)
+
+    def text(self, selector):
+        return self.js(f"document.querySelector({json.dumps(selector)})?.innerText ?? null")
+
+    def click(self, selector):
+        """With the mouse, where a person would: the element must be what is on top there."""
+        name = json.dumps(selector)
+        where = self.wait(
+            f"""(() => {{
+              const element = document.querySelector({name});
+              if (!element) return null;
+              element.scrollIntoView({{block: "nearest"}});
+              const box = element.getBoundingClientRect();
+              const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
+              return element.contains(document.elementFromPoint(x, y)) && [x, y];
+            }})()"""
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=where[0], y=where[1], button="left", clickCount=1)
+
+    def type(self, text):
+        self.call("Input.insertText", text=text)
+
+    def press(self, key, shift=False):
+        code, text = KEYS[key]
+        about = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 if shift else 0}
+        self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **about)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **about)
+
+    def screenshot(self, file):
+        Path(file).write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+    def close(self):
+        self.browser._listeners.pop(self.session, None)
+        self.browser.call("Target.disposeBrowserContext", browserContextId=self.context)
