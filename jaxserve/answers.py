@@ -30,7 +30,9 @@ def answer(ask, responses: list[Response], tokenizer, *, model: str, id: str, cr
     """The body of the answer to a protocol.Ask; responses: to each prompt its n, in order."""
     choices: list[dict]
     if ask.chat:
-        choices = [_chat_choice(index, response, tokenizer) for index, response in enumerate(responses)]
+        choices = [
+            _chat_choice(index, response, ask.config.logprobs, tokenizer) for index, response in enumerate(responses)
+        ]
     else:
         choices = [_completion_choice(index, response, tokenizer) for index, response in enumerate(responses)]
     firsts = [response for response in responses if response.choice == 0]
@@ -48,11 +50,11 @@ def answer(ask, responses: list[Response], tokenizer, *, model: str, id: str, cr
     }
 
 
-def _chat_choice(index: int, response: Response, tokenizer) -> dict:
+def _chat_choice(index: int, response: Response, most: int | None, tokenizer) -> dict:
     return {
         "index": index,
         "message": {"role": "assistant", "content": response.text, "refusal": None},
-        "logprobs": chat_logprobs(response.logprobs, tokenizer),
+        "logprobs": chat_logprobs(response.logprobs, most, tokenizer),
         "finish_reason": response.finish_reason,
     }
 
@@ -62,15 +64,15 @@ def _completion_choice(index: int, response: Response, tokenizer) -> dict:
     return {"index": index, "text": response.text, "logprobs": logprobs, "finish_reason": response.finish_reason}
 
 
-def chat_logprobs(chances: list[dict[int, float]] | None, tokenizer) -> dict | None:
-    """A chat's logprobs; chances: a token {id: log-probability}, the one taken first."""
+def chat_logprobs(chances: list[dict] | None, most: int | None, tokenizer) -> dict | None:
+    """A chat's logprobs; chances: a token {id: log-probability}, the one taken first.  most: alternatives told."""
     if chances is None:
         return None
-    return {"content": [_chances(row, tokenizer) for row in chances], "refusal": None}
+    return {"content": [_chances(row, most or 0, tokenizer) for row in chances], "refusal": None}
 
 
-def completion_logprobs(chances: list[dict[int, float]], tokenizer, start: int = 0) -> dict:
-    """A completion's logprobs; start: the characters of the text before.
+def completion_logprobs(chances: list[dict], tokenizer, start: int = 0) -> dict:
+    """A completion's logprobs; chances as above, None for what was not computed; start: the characters before.
 
     An alternative that prints like a likelier one is left out, as they are told by what they print.
     """
@@ -83,17 +85,21 @@ def completion_logprobs(chances: list[dict[int, float]], tokenizer, start: int =
         offsets.append(start)
         start += len(text)
         printed: dict[str, float] = {}
-        for other, value in sorted(row.items(), key=lambda pair: -pair[1]):
+        for other, value in _likeliest(row) if chance is not None else ():
             printed.setdefault(token_text(other, tokenizer), value)
-        others.append(printed)
+        others.append(printed if chance is not None else None)
     return {"tokens": texts, "token_logprobs": own, "top_logprobs": others, "text_offset": offsets}
 
 
-def _chances(chances: dict[int, float], tokenizer) -> dict:
+def _likeliest(chances: dict[int, float]) -> list[tuple[int, float]]:
+    return sorted(chances.items(), key=lambda pair: -pair[1])
+
+
+def _chances(chances: dict[int, float], most: int, tokenizer) -> dict:
     """One token's log-probability and its alternatives, the likeliest first."""
     token, chance = next(iter(chances.items()))
-    others = sorted(chances.items(), key=lambda pair: -pair[1])
-    return _chance(token, chance, tokenizer) | {"top_logprobs": [_chance(*pair, tokenizer) for pair in others]}
+    others = [_chance(*pair, tokenizer) for pair in _likeliest(chances)[:most]]
+    return _chance(token, chance, tokenizer) | {"top_logprobs": others}
 
 
 def _chance(token: int, chance: float, tokenizer) -> dict:

@@ -152,9 +152,14 @@ class Author:
         *,
         index: int = 0,
         live: bool = False,
+        continues: bool = False,
         grammar: str | None = None,
     ) -> list[Reply]:
-        """config.n answers to one prompt, not yet submitted.  grammar: what they must look like, as llguidance's."""
+        """config.n answers to one prompt, not yet submitted.
+
+        live: somebody reads along.  continues: the answer goes on with the prompt's text, and so may begin with a
+        space.  grammar: what it must look like, as llguidance's JSON text.
+        """
         if not tokens:
             raise ValueError("the prompt is empty")
         session = next(self._sessions)
@@ -167,7 +172,7 @@ class Author:
         group = name if config.n > 1 else None
         made = []
         for choice in range(config.n):
-            stream = TextStream(self.tokenizer, stop_words, config.skip_special_tokens, keep_stop)
+            stream = TextStream(self.tokenizer, stop_words, config.skip_special_tokens, keep_stop, continues)
             logprobs: list | None = None if config.logprobs is None else []
             whole = Response("", 0, len(tokens), session, None, [], logprobs, index, choice)
             reply = Reply(stream, whole, live=live or bool(stop_words), keep_stop=keep_stop)

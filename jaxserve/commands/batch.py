@@ -217,7 +217,7 @@ class Batch:
         return [
             reply
             for index, tokens in enumerate(prompts)
-            for reply in self.pipe.author.replies(tokens, ask.config, index=index)
+            for reply in self.pipe.author.replies(tokens, ask.config, index=index, continues=not ask.chat, grammar=ask.grammar)
         ]
 
     def _seed_of(self, line: Line) -> int:

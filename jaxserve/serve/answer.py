@@ -3,6 +3,7 @@
 Knows neither HTTP nor any protocol's JSON.
 """
 
+import math
 import queue
 import secrets
 from collections import deque
@@ -137,9 +138,14 @@ class Answer:
     choice: the prompt's number times n, plus which of its n.  `close`, from anywhere, aborts what still runs.
     """
 
-    def __init__(self, engine, ask: Ask, voices: list[Voice], *, window: int, heartbeat: float):
-        """Submits, as many as `window` at once; raises what the engine raises, with nothing left behind."""
-        self.ask, self.closed = ask, False
+    def __init__(
+        self, engine, ask: Ask, prompts: list[list[int]], voices: list[Voice], *, window: int, heartbeat: float
+    ):
+        """Submits, as many as `window` at once; raises what the engine raises, with nothing left behind.
+
+        prompts: their token ids.
+        """
+        self.ask, self.prompts, self.closed = ask, prompts, False
         self._engine, self._heartbeat = engine, heartbeat
         self._voices = {voice.reply: voice for voice in voices}
         self._news: queue.SimpleQueue = queue.SimpleQueue()
@@ -211,7 +217,18 @@ class Answer:
                     raise failure(delta)
         if self.closed:
             raise ApiError(CLIENT_GONE, "the client has left")
-        return messages
+        return self._best(messages) if self.ask.best_of else messages
+
+    def _best(self, messages: list[Message]) -> list[Message]:
+        """Of every prompt's answers those with the likeliest tokens, n of best_of."""
+        count, kept = self.ask.best_of or 1, []
+        for start in range(0, len(messages), count):
+            ranked = sorted(messages[start : start + count], key=_likelihood, reverse=True)
+            kept += ranked[: self.ask.config.n]
+        if self.ask.config.logprobs is None:
+            for message in kept:
+                message.logprobs = None
+        return kept
 
     def close(self) -> None:
         """Aborts what still runs.  From any thread; twice is fine."""
@@ -235,6 +252,12 @@ class Answer:
     @property
     def completion_tokens(self) -> int:
         return sum(response.generate_token_len for response in self._responses)
+
+
+def _likelihood(message: Message) -> float:
+    """The mean log-probability of the tokens."""
+    chances = [next(iter(row.values())) for row in message.logprobs or ()]
+    return sum(chances) / len(chances) if chances else -math.inf
 
 
 def failure(delta: Delta) -> ApiError:

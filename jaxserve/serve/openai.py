@@ -7,11 +7,28 @@ from collections.abc import Generator
 from flask import Blueprint
 
 from jaxserve import __version__, answers
-from jaxserve.protocol import CHAT, COMPLETION
-from jaxserve.serve import body, stream
+from jaxserve.protocol import CHAT, COMPLETION, ChatBody, CompletionBody
+from jaxserve.serve import body, schemas, stream
 from jaxserve.serve.answer import Answer, Delta, Message, failure
+from jaxserve.serve.openapi import Operation, path_parameter
 from jaxserve.serve.service import Service
 
+OPERATIONS = (
+    Operation("post", CHAT, "Answer a conversation", "OpenAI", ChatBody, schemas.Chat, streams=True, errors=(404,)),
+    Operation(
+        "post", COMPLETION, "Complete a text", "OpenAI", CompletionBody, schemas.Completion, streams=True, errors=(404,)
+    ),
+    Operation("get", "/v1/models", "The models that answer here", "OpenAI", answer=schemas.Models),
+    Operation(
+        "get",
+        "/v1/models/{model}",
+        "One model",
+        "OpenAI",
+        answer=schemas.Model,
+        errors=(404,),
+        parameters=(path_parameter("model", "its name"),),
+    ),
+)
 FINGERPRINT = f"jaxserve-{__version__}"
 
 
@@ -27,19 +44,18 @@ def blueprint(service: Service) -> Blueprint:
         if ask.stream:
             return stream.sse(answer, frame.stream(), slow_reader=service.limits.slow_reader)
         with stream.watched(answer):
-            messages = answer.collect()
-        return body.send(frame.whole(messages))
+            return body.send(frame.whole(answer.collect()))
 
     @routes.post(COMPLETION)
     def completions():
         ask = service.parse(COMPLETION, body.read())
         answer = service.start(ask)
         frame = Completion(service, answer)
-        if ask.stream:
-            return stream.sse(answer, frame.stream(), slow_reader=service.limits.slow_reader)
-        with stream.watched(answer):
-            messages = answer.collect()
-        return body.send(frame.whole(messages))
+        with stream.watched(answer, keep=ask.stream):
+            frame.prepare()
+            if not ask.stream:
+                return body.send(frame.whole(answer.collect()))
+        return stream.sse(answer, frame.stream(), slow_reader=service.limits.slow_reader)
 
     @routes.get("/v1/models")
     def models():
@@ -62,6 +78,7 @@ def _model(service: Service, name: str) -> dict:
         "root": name,
         "parent": None,
         "max_model_len": service.session_len,
+        "permission": [],
     }
 
 
@@ -141,7 +158,7 @@ class Chat(Frame):
         return {
             "index": index,
             "message": told,
-            "logprobs": answers.chat_logprobs(message.logprobs, self.tokenizer),
+            "logprobs": answers.chat_logprobs(message.logprobs, self.ask.config.logprobs, self.tokenizer),
             "finish_reason": message.finish,
         }
 
@@ -157,7 +174,11 @@ class Chat(Frame):
         if delta.reasoning:
             piece({"reasoning_content": delta.reasoning})
         if delta.content or delta.logprobs:
-            piece({"content": delta.content}, None, answers.chat_logprobs(delta.logprobs or None, self.tokenizer))
+            piece(
+                {"content": delta.content},
+                None,
+                answers.chat_logprobs(delta.logprobs or None, self.ask.config.logprobs, self.tokenizer),
+            )
         for call in delta.calls:
             function = {"arguments": call.arguments}
             if call.id is None:
@@ -171,20 +192,56 @@ class Chat(Frame):
 
 
 class Completion(Frame):
-    """Completions."""
+    """Completions; with echo, each begins with its prompt."""
 
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 
+    def __init__(self, service, answer):
+        super().__init__(service, answer)
+        self.count = answer.ask.best_of or answer.ask.config.n  # answers to one prompt, on their way
+        self.length: dict[int, int] = {}  # choice -> characters that its tokens have printed so far
+        self.echoes: list[tuple[str, list[dict] | None]] = []
+
+    def prepare(self) -> None:
+        """What is echoed of each prompt: its text and, if asked for, its log-probabilities."""
+        ask = self.ask
+        if not ask.echo:
+            return
+        for prompt, tokens in zip(ask.prompts, self.answer.prompts, strict=True):
+            text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, skip_special=False)
+            chances = None if ask.config.logprobs is None else self.service.scores(tokens, ask.config.logprobs)
+            self.echoes.append((text, chances))
+            if self.answer.closed:
+                return
+
+    def whole(self, messages):
+        self.count = self.ask.config.n
+        return super().whole(messages)
+
     def choice(self, index, message):
-        logprobs = None
-        if message.logprobs is not None:
-            logprobs = answers.completion_logprobs(message.logprobs, self.tokenizer)
-        return {"index": index, "text": message.content, "logprobs": logprobs, "finish_reason": message.finish}
+        return self._piece(index, message.content, message.logprobs, message.token_ids, message.finish)
 
     def pieces(self, index, delta):
-        logprobs = answers.completion_logprobs(delta.logprobs, self.tokenizer) if delta.logprobs else None
-        if not (delta.content or logprobs or delta.finish):
+        if not (delta.content or delta.logprobs or delta.finish):
             return []
         finish = None if delta.finish in ("error", "abort") else delta.finish
-        return [{"index": index, "text": delta.content, "logprobs": logprobs, "finish_reason": finish}]
+        return [self._piece(index, delta.content, delta.logprobs, delta.token_ids, finish)]
+
+    def _piece(self, index, text, chances, token_ids, finish):
+        """A choice, or its newest part; its first part begins with the prompt."""
+        start = self.length.get(index)
+        if start is None and self.echoes:
+            told, scores = self.echoes[index // self.count]
+            text = told + text
+            chances = None if chances is None else [*(scores or ()), *chances]
+        logprobs = None
+        if chances is not None:
+            logprobs = answers.completion_logprobs(chances, self.tokenizer, start or 0)
+        self.length[index] = (start or 0) + sum(map(len, logprobs["tokens"])) if logprobs else 0
+        piece = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        if self.ask.return_token_ids:
+            piece["token_ids"] = token_ids
+            if start is None:
+                piece["prompt_token_ids"] = self.answer.prompts[index // self.count]
+        return piece

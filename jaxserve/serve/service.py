@@ -97,9 +97,11 @@ class Service:
             config = dataclasses.replace(config, n=count, logprobs=config.logprobs or 0)
         voices = []
         for index, tokens in enumerate(prompts):
-            replies = self.author.replies(tokens, config, index=index, live=ask.stream, grammar=ask.grammar)
+            replies = self.author.replies(
+                tokens, config, index=index, live=ask.stream, continues=not ask.chat, grammar=ask.grammar
+            )
             voices += [Voice(reply, index * count + reply.whole.choice) for reply in replies]
-        return Answer(self.engine, ask, voices, window=self.window, heartbeat=self.limits.heartbeat)
+        return Answer(self.engine, ask, prompts, voices, window=self.window, heartbeat=self.limits.heartbeat)
 
     def tokens(self, prompt, ask: Ask) -> list[int]:
         """One prompt of an Ask as token ids.  ParamError if it is empty, too long, or no prompt of this model."""
@@ -128,6 +130,20 @@ class Service:
                 f"{name}: the prompt has {len(tokens)} tokens; prompt and answer together may have {self.session_len}",
             )
         return tokens
+
+    def scores(self, tokens: list[int], alternatives: int) -> list[dict[int, float | None]]:
+        """Each token of a prompt with its log-probability given those before it, and so many alternatives.
+
+        {id: log-probability}, the prompt's token first; {id: None} for the first token, which nothing is before.
+        """
+        rows: list[dict[int, float | None]] = [{tokens[0]: None}]
+        if len(tokens) == 1:
+            return rows
+        chances, ids, values = self.engine.score(tokens, want="alternatives")
+        for token, chance, others, theirs in zip(tokens[1:], chances, ids, values, strict=True):
+            others, theirs = others[:alternatives].tolist(), theirs[:alternatives].tolist()
+            rows.append({token: float(chance), **dict(zip(others, theirs, strict=True))})
+        return rows
 
     def _check_size(self, name: str, characters: int) -> None:
         """Refuses, without tokenizing it, a text that cannot fit whatever its tokens are."""

@@ -83,16 +83,23 @@ class _Stream:
 
 
 @contextmanager
-def watched(answer) -> Generator[None]:
-    """While this lasts, `answer` is closed as soon as the client of the current request leaves."""
+def watched(answer, keep: bool = False) -> Generator[None]:
+    """While this lasts, `answer` is closed as soon as the client of the current request leaves.
+
+    keep: it goes on after this, if nothing was raised.
+    """
     client = client_socket()
     if client is not None:
         _watch().add(client, answer.close)
     try:
         yield
+    except BaseException:
+        answer.close()
+        raise
     finally:
         if client is not None:
             _watch().remove(client)
+    if not keep:
         answer.close()
 
 
