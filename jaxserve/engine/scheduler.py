@@ -225,7 +225,7 @@ class Scheduler:
 
     def _cut(self, before: int, wanted: int) -> int:
         """How much of a chunk of `wanted` tokens goes into a step that has `before`: fewer tokens, if padding a step of
-        all of them would compute more than is put off.
+        all of them would compute more than is put off, and no more is put off than done.
 
         Only beside streams, with which the rest of the prompt can ride, and only for what closes the step.
         """
@@ -234,7 +234,8 @@ class Scheduler:
         total = before + wanted
         above = bisect_left(self.sizes, total)
         below = self.sizes[above - 1] if above else 0
-        if above == len(self.sizes) or below <= before or self.sizes[above] - total <= total - below:
+        off = total - below
+        if above == len(self.sizes) or off >= self.sizes[above] - total or off > below - before:
             return wanted
         return below - before
 

@@ -204,6 +204,16 @@ def test_a_prompt_that_closes_a_step_ends_at_the_nearest_size():
     bench.run()
 
 
+def test_a_prompt_is_not_read_a_token_at_a_time():
+    bench = Bench(budget=32, lanes=8, sizes=(8, 16, 32))
+    for i in range(7):
+        bench.add([i % 3] * (2 + i), 9)
+    bench.turn()
+    bench.add([1] * 4, 3)  # 11 tokens: 1 of them would fill 8, with 3 put off
+    assert spans(bench.turn())[-1] == (0, 4, True)
+    bench.run()
+
+
 def test_a_prompt_alone_is_not_cut():
     bench = Bench(budget=32, sizes=(8, 16, 32))
     bench.add([1] * 17, 3)
