@@ -18,6 +18,7 @@ __all__ = ["Engine", "EngineDead", "Overloaded"]
 
 log = logging.getLogger("jaxserve")
 GIVE_UP = 3  # failed steps in a row after which the engine stops
+WANTS = ("logprobs", "alternatives", "logits", "hidden", "last")
 SHORT = 32  # tokens: steps so short that launching one takes longer than running it (a 1.8B model on an H200: 1.9 ms)
 
 
@@ -26,7 +27,7 @@ class Scoring:
     """A sequence whose tokens are all known: computed a chunk at a time beside the requests, sharing no pages."""
 
     tokens: list[int]
-    want: str  # "logprobs", "logits" or "hidden"
+    want: str  # one of WANTS
     done: Future = field(default_factory=Future)
     start: int = 0
     pages: list[int] = field(default_factory=list)
@@ -56,6 +57,8 @@ class Engine:
             prefix_caching=prefix_caching,
             sizes=runner.sizes.tokens,
         )
+        self.info = {}  # plain data about the model, set by whoever loads it
+        self.on_turn = []  # called on the engine's thread when a turn's tokens are in their outboxes
         self.pending = deque()  # the steps in flight, oldest first
         self.ahead = 1 if runner.on_cpu else 2  # how many while the oldest is a short one; else one
         self.steps, self.computed, self.dispatched, self.busy = 0, 0, 0, 0.0
@@ -83,14 +86,26 @@ class Engine:
     def score(self, tokens, want="logprobs"):
         """What the model thinks of a known sequence of n token ids; waits for the answer.
 
-        "logprobs": float32[n-1], of each token after the first given those before it.  "logits": float32[n, V].
-        "hidden": [n, D].
+        "logprobs": float32[n-1], of each token after the first given those before it.  "alternatives": those, and the
+        20 likeliest tokens of each place, int32[n-1, 20], with their log-probabilities, float32[n-1, 20].  "logits":
+        float32[n, V].  "hidden": float32[n, D].  "last": float32[D], the hidden state of the last token.
         """
+        future = self.score_async(tokens, want)
+        try:
+            return future.result()
+        except BaseException:  # whoever waits is interrupted
+            future.cancel()
+            raise
+
+    def score_async(self, tokens, want="logprobs"):
+        """A concurrent.futures.Future of what `score` returns.  Cancelling it frees what it holds."""
+        if want not in WANTS:
+            raise ValueError(f"score gives {', '.join(WANTS)}, not {want!r}")
         if not 1 <= len(tokens) <= min(self.session_len, (self.scheduler.pool.count - 1) * self.scheduler.pool.size):
             raise ValueError(f"a sequence to score has 1 to {self.session_len} tokens, not {len(tokens)}")
         job = Scoring(list(tokens), want)
         self._send(self._scoring.append, job)
-        return job.done.result()
+        return job.done
 
     def stats(self):
         """Counts of requests, pages and tokens at this moment, and of steps since the start."""
@@ -141,8 +156,18 @@ class Engine:
             except Exception as error:
                 log.exception("a step failed")
                 self._recover(error)
+            self._told()
             self.busy += time.perf_counter() - began
         self._end("the engine was closed" if self._dead is None else f"the engine has stopped: {self._dead}")
+        self._told()
+
+    def _told(self):
+        """Lets those know who wait for the end of a turn."""
+        for hook in self.on_turn:
+            try:
+                hook()
+            except Exception:
+                log.exception("a hook on the engine's turns failed")
 
     def _receive(self):
         """Does what was sent, after waiting if there is nothing else to do.  False when the loop must end."""
@@ -190,6 +215,9 @@ class Engine:
     def _score(self, job):
         """The next chunk of a sequence to score, once there are pages for it."""
         pool = self.scheduler.pool
+        if job.done.cancelled():
+            self._scoring.popleft()
+            return pool.release(job.pages)
         if job.start == 0 and not job.pages:
             need = -(-len(job.tokens) // pool.size)
             if pool.free < need:
@@ -198,14 +226,28 @@ class Engine:
         stop = min(len(job.tokens), job.start + SCORED)
         tokens, targets = job.tokens[job.start : stop], job.tokens[job.start + 1 : stop + 1]
         logprob, logits, hidden = self.runner.score(tokens, job.start, job.pages, len(job.tokens), targets)
-        part = {"logprobs": logprob, "logits": logits, "hidden": hidden}[job.want]
-        rows = len(targets) if job.want == "logprobs" else len(tokens)
-        job.parts.append(np.asarray(part)[:rows])
+        if job.want == "alternatives":
+            job.parts.append((np.asarray(logprob)[: len(targets)], np.asarray(logits)[: len(targets)]))
+        else:
+            part = {"logprobs": logprob, "logits": logits, "hidden": hidden, "last": hidden}[job.want]
+            job.parts.append(np.asarray(part, np.float32)[: len(targets) if job.want == "logprobs" else len(tokens)])
         job.start = stop
         if stop == len(job.tokens):
             self._scoring.popleft()
             pool.release(job.pages)
-            job.done.set_result(np.concatenate(job.parts))
+            if job.done.set_running_or_notify_cancel():
+                job.done.set_result(self._scored(job))
+
+    def _scored(self, job):
+        if job.want == "last":
+            return job.parts[-1][-1]
+        if job.want != "alternatives":
+            return np.concatenate(job.parts)
+        logprobs, logits = (np.concatenate(part) for part in zip(*job.parts))
+        ids = np.argsort(-logits, -1, kind="stable")[:, :20].astype(np.int32)
+        best = np.take_along_axis(logits, ids, -1)
+        total = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        return logprobs, ids, best - logits.max(-1, keepdims=True) - total
 
     def _recover(self, error):
         """After a failed step the state on the device is lost: its requests fail, those that wait go on."""
@@ -215,7 +257,7 @@ class Engine:
         while self._scoring:
             job = self._scoring.popleft()
             self.scheduler.pool.release(job.pages)
-            job.done.set_exception(RuntimeError(f"the step failed: {error}"))
+            _failed(job.done, RuntimeError(f"the step failed: {error}"))
         try:
             self.runner.reset()
         except Exception as again:
@@ -237,4 +279,9 @@ class Engine:
             else:
                 self.scheduler.fail(request, why)
         for job in self._scoring:
-            job.done.set_exception(EngineDead(why))
+            _failed(job.done, EngineDead(why))
+
+
+def _failed(future, error):
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve import checkpoint, hub, weights
+from jaxserve import __version__, checkpoint, hub, weights
 from jaxserve import mesh as meshes
 from jaxserve.checkpoint.orbax import save
 from jaxserve.engine.engine import Engine
@@ -86,6 +86,18 @@ def load(model, config, report=_quiet, progress=_quiet):
     engine = Engine(runner, prefix_caching=config.enable_prefix_caching, rope_original=original)
     engine.path, engine.config, engine.plan, engine.dtype = held.source.path, held.cfg, plan, held.dtype.name
     engine.checkpoint_config, engine.generation_config = held.source.config, held.source.generation_config
+    engine.info = {
+        "path": str(held.source.path),
+        "session_len": plan.session_len,
+        "max_batch_size": plan.lanes,
+        "vocab": held.cfg.vocab,
+        "width": held.cfg.width,
+        "dtype": held.dtype.name,
+        "checkpoint_config": held.source.config,
+        "generation_config": held.source.generation_config,
+        "cache_tokens": plan.tokens,
+        "version": __version__,
+    }
     held.source.close()
     report(f"ready after {time.perf_counter() - began:.1f} s")
     return engine

@@ -291,3 +291,45 @@ def test_the_state_is_donated(engine):
     old = engine.runner.state.cache.k
     build.run(engine, [([1, 2, 3], 3)])
     assert old.is_deleted()
+
+
+def test_scores_of_every_kind(engine, folder):
+    tokens = random_requests()[0][0] * 3
+    logits = oracle.logits(folder, None, tokens)
+    want = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[:-1]
+    logprobs, ids, values = engine.score(tokens, "alternatives")
+    np.testing.assert_array_equal(logprobs, engine.score(tokens))
+    np.testing.assert_array_equal(ids, np.argsort(-want, -1, kind="stable")[:, :20])
+    np.testing.assert_allclose(values, np.take_along_axis(want, ids, -1), atol=1e-4)
+    hidden, last = engine.score(tokens, "hidden"), engine.score(tokens, "last")
+    assert hidden.shape == (len(tokens), 64) and last.dtype == hidden.dtype == np.float32
+    np.testing.assert_array_equal(last, hidden[-1])
+    with pytest.raises(ValueError, match="'loss'"):
+        engine.score(tokens, "loss")
+
+
+def test_a_score_can_be_cancelled(engine):
+    futures = [engine.score_async([3] * 90) for _ in range(6)]
+    assert futures[0].cancel() | futures[3].cancel()
+    assert engine.score([5, 6, 7]).shape == (2,)
+    assert futures[5].result(60).shape == (89,)
+    assert engine.stats()["pages_used"] == 0
+
+
+def test_hooks_run_after_every_turn(folder, caplog):
+    with build.engine(folder) as engine:
+        seen = []
+
+        def broken():
+            raise RuntimeError("not my day")
+
+        engine.on_turn += [broken, lambda: seen.append(len(answer.outputs) + answer.qsize())]
+        answer = build.submit(engine, [1, 2, 3], 5)
+        assert len(answer.wait()) == 5
+        assert {1, 2, 3, 4} <= set(seen) and "hook" in caplog.text
+
+
+def test_what_an_engine_says_of_itself(engine, folder):
+    assert engine.info["path"] == str(folder) and engine.info["vocab"] == build.VOCAB
+    assert engine.info["cache_tokens"] == 600 and engine.info["session_len"] == 100
+    assert engine.info["width"] == 64 and engine.info["checkpoint_config"]["vocab_size"] == build.VOCAB
