@@ -96,7 +96,7 @@ class Writer:
     def begin(self) -> Iterator[dict]:
         """The first two events."""
         for kind in ("response.created", "response.in_progress"):
-            yield self._event(kind, response=copy.deepcopy(self.resource))
+            yield self.event(kind, response=copy.deepcopy(self.resource))
 
     def feed(self, reasoning: str, text: str, calls, logprobs: list | None = None) -> Iterator[dict]:
         """What a Delta adds; calls: with index, id, name (in the first of each) and arguments."""
@@ -127,7 +127,7 @@ class Writer:
             made["incomplete_details"] = {"reason": "max_output_tokens"}
         self.resource |= made
         kind = {"cancelled": "failed"}.get(status, status)
-        yield self._event(f"response.{kind}", response=self.resource)
+        yield self.event(f"response.{kind}", response=self.resource)
 
     @property
     def _item(self) -> dict:
@@ -155,7 +155,7 @@ class Writer:
             item, part = item | {"arguments": ""}, None
         item["status"] = "in_progress"
         self.resource["output"].append(item)
-        yield self._event("response.output_item.added", output_index=self._index, item=copy.deepcopy(item))
+        yield self.event("response.output_item.added", output_index=self._index, item=copy.deepcopy(item))
         if part is not None:
             item["content"].append(part)
             yield self._of_part("response.content_part.added", part=copy.deepcopy(part))
@@ -177,7 +177,7 @@ class Writer:
             kind = "response.function_call_arguments.done"
             yield self._of_item(kind, name=item["name"], arguments=item["arguments"])
         item["status"] = status
-        yield self._event("response.output_item.done", output_index=self._index, item=item)
+        yield self.event("response.output_item.done", output_index=self._index, item=item)
 
     def _grow(self, kind: str, text: str, **more) -> Iterator[dict]:
         self._item["content"][0]["text"] += text
@@ -187,13 +187,14 @@ class Writer:
     def _index(self) -> int:
         return len(self.resource["output"]) - 1
 
-    def _event(self, kind: str, **fields) -> dict:
+    def event(self, kind: str, **fields) -> dict:
+        """An event with the next number."""
         event = {"type": kind, "sequence_number": self._sequence, **fields}
         self._sequence += 1
         return event
 
     def _of_item(self, kind: str, **fields) -> dict:
-        return self._event(kind, item_id=self._item["id"], output_index=self._index, **fields)
+        return self.event(kind, item_id=self._item["id"], output_index=self._index, **fields)
 
     def _of_part(self, kind: str, **fields) -> dict:
         return self._of_item(kind, content_index=0, **fields)
