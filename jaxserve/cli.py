@@ -5,6 +5,7 @@ import logging
 import click
 
 from jaxserve import __version__
+from jaxserve.commands.bench import bench
 from jaxserve.config import GenerationConfig
 from jaxserve.options import Group, Option, engine_config, engine_options, from_field, mistakes, sampling_options
 
@@ -157,3 +158,6 @@ def check_env(dump_file):
 
     with mistakes():
         click.echo(report(dump_file))
+
+
+main.add_command(bench)

@@ -19,7 +19,7 @@ LAYERS = [
     "engine text",
     "reply",
     "answers pipeline",
-    "options protocol",
+    "bench options protocol",
     "check_env commands convert lite serve",
     "cli",
 ]
