@@ -108,7 +108,7 @@ class Sampling(Struct):
     guided_grammar: Annotated[str, Meta(description="a grammar")] | None = None
 
 
-class ChatBody(Sampling):
+class ChatBody(Sampling, kw_only=True):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[
@@ -121,7 +121,7 @@ class ChatBody(Sampling):
                 ]
             }
         ),
-    ] = None
+    ]
     max_completion_tokens: Count | None = None
     logprobs: Flag | None = None
     top_logprobs: _whole(0, 20) | None = None
@@ -135,7 +135,7 @@ class ChatBody(Sampling):
     modalities: Annotated[list[Literal["text"]], Meta(description='["text"]: models answer with text')] | None = None
 
 
-class CompletionBody(Sampling):
+class CompletionBody(Sampling, kw_only=True):
     """The body of /v1/completions."""
 
     prompt: Annotated[
@@ -155,7 +155,7 @@ class CompletionBody(Sampling):
                 ]
             }
         ),
-    ] = None
+    ]
     logprobs: _whole(0, 20) | bool | None = None
     echo: Flag | None = None
     suffix: Annotated[str, Meta(max_length=0, description="empty: filling in the middle is not there")] | None = None

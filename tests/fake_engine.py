@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,9 +148,18 @@ class FakeEngine:
     def score(self, tokens, want="logprobs"):
         import numpy as np
 
+        logprobs = -np.asarray(tokens[1:], np.float32)
         if want == "logprobs":
-            return -np.asarray(tokens[1:], np.float32)
+            return logprobs
+        if want == "alternatives":  # the token itself, then those with the ids above it
+            steps = np.arange(20)
+            return logprobs, (np.asarray(tokens[1:])[:, None] + steps) % self.config.vocab, logprobs[:, None] - steps
         return np.repeat(np.asarray(tokens, np.float32)[:, None], self.config.vocab, 1)
+
+    def score_async(self, tokens, want="logprobs"):
+        future = Future()
+        future.set_result(self.score(tokens, want))
+        return future
 
     def stats(self):
         return {"running": len(self._live), "pages_used": 3, "pages_cached": 1, "pages_free": 7}

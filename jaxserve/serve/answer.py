@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from jaxserve.engine.request import Output, Overloaded
 from jaxserve.protocol import Ask
 from jaxserve.reply import Reply, Response
-from jaxserve.serve.errors import CLIENT_GONE, ApiError, of_finish
+from jaxserve.serve.errors import CLIENT_GONE, ApiError, of, of_finish
 
 TRY_AGAIN = 0.2  # seconds until a full engine is asked again for the rest of a long list of prompts
 
@@ -169,8 +169,10 @@ class Answer:
             return
         try:
             self._engine.submit(reply.request)
-        except BaseException:
+        except BaseException as error:
             self._running.discard(reply)
+            if isinstance(error, ValueError):
+                raise ApiError(400, str(error)) from None
             raise
 
     def _submit_waiting(self) -> None:
@@ -182,7 +184,7 @@ class Answer:
                 return
             except Exception as error:
                 self._running.add(self._waiting[0])
-                self._waiting[0].put(Output(None, "error", error=str(error)))
+                self._waiting[0].put(Output(None, "error", error=of(error).message))
             self._waiting.popleft()
 
     def __iter__(self):

@@ -108,7 +108,11 @@ class Frame:
 
     def whole(self, messages: list[Message]) -> dict:
         choices = [self.choice(index, message) for index, message in enumerate(messages)]
-        return self.head(self.kind) | {"choices": choices, "usage": self.usage()}
+        return self.head(self.kind) | {"choices": choices, "usage": self.usage()} | self.prompt_ids()
+
+    def prompt_ids(self) -> dict:
+        """What a chat's answer, or the first chunk of its stream, tells of the prompt."""
+        return {}
 
     def choice(self, index: int, message: Message) -> dict:
         raise NotImplementedError
@@ -117,7 +121,7 @@ class Frame:
         raise NotImplementedError
 
     def stream(self) -> Generator[bytes]:
-        head = self.head(self.chunk_kind)
+        head, first = self.head(self.chunk_kind), self.prompt_ids()
         for index, delta in self.answer:
             if delta is None:
                 yield stream.KEEP_ALIVE
@@ -128,6 +132,8 @@ class Frame:
             elif self.ask.include_usage:
                 chunks = [chunk | {"usage": None} for chunk in chunks]
             if chunks:
+                chunks[0] |= first
+                first = {}
                 yield b"".join(map(stream.data, chunks))
             if delta.finish in ("error", "abort"):
                 raise failure(delta)
@@ -146,6 +152,9 @@ class Chat(Frame):
         super().__init__(service, answer)
         self.begun: set[int] = set()
 
+    def prompt_ids(self):
+        return {"prompt_token_ids": self.answer.prompts[0]} if self.ask.return_token_ids else {}
+
     def choice(self, index, message):
         told = {"role": "assistant", "content": message.content, "refusal": None}
         if message.reasoning:
@@ -155,7 +164,8 @@ class Chat(Frame):
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
                 for call in message.calls
             ]
-        return {
+        ids = {"token_ids": message.token_ids} if self.ask.return_token_ids else {}
+        return ids | {
             "index": index,
             "message": told,
             "logprobs": answers.chat_logprobs(message.logprobs, self.ask.config.logprobs, self.tokenizer),
@@ -163,7 +173,7 @@ class Chat(Frame):
         }
 
     def pieces(self, index, delta):
-        made = []
+        made: list[dict] = []
 
         def piece(told, finish=None, logprobs=None):
             made.append({"index": index, "delta": told, "logprobs": logprobs, "finish_reason": finish})
@@ -188,6 +198,10 @@ class Chat(Frame):
                 piece({"tool_calls": [{"index": call.index, "id": call.id, "type": "function", "function": function}]})
         if delta.finish and delta.finish not in ("error", "abort"):
             piece({}, delta.finish)
+        if self.ask.return_token_ids:
+            if not made:
+                piece({"content": ""})
+            made[-1]["token_ids"] = delta.token_ids
         return made
 
 

@@ -139,7 +139,10 @@ class Service:
         rows: list[dict[int, float | None]] = [{tokens[0]: None}]
         if len(tokens) == 1:
             return rows
-        chances, ids, values = self.engine.score(tokens, want="alternatives")
+        try:
+            chances, ids, values = self.engine.score(tokens, want="alternatives")
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
         for token, chance, others, theirs in zip(tokens[1:], chances, ids, values, strict=True):
             others, theirs = others[:alternatives].tolist(), theirs[:alternatives].tolist()
             rows.append({token: float(chance), **dict(zip(others, theirs, strict=True))})
