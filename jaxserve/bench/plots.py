@@ -63,7 +63,10 @@ def throughput_latency(axes, runs: list[dict]) -> None:
             at = (run["out_tok_s"], run[name]["p99"])
             one.annotate(run["load"], at, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
         one.set(xlabel="output tokens/s", ylabel=f"{words} (ms)", yscale="log")
+        one.yaxis.set_major_formatter("{x:g}")
+        one.yaxis.set_minor_formatter("{x:g}")
         one.margins(0.12, 0.15)
+        one.set_xlim(left=0)
         one.grid(alpha=0.3, which="both")
         one.legend()
 

@@ -135,7 +135,12 @@ class Door:
 
     def score(self, tokens, want: str = "logprobs"):
         """As the engine's; waits.  Sequences to score count like queued requests."""
-        return self.score_async(tokens, want).result()
+        future = self.score_async(tokens, want)
+        try:
+            return future.result()
+        except BaseException:  # whoever waits is interrupted
+            future.cancel()
+            raise
 
     def score_async(self, tokens, want: str = "logprobs") -> Future:
         """As the engine's."""
