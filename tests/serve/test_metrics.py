@@ -1,5 +1,7 @@
 import json
+import re
 import time
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -149,3 +151,49 @@ def test_a_name_with_quotes_stays_one_label():
 
 def test_buckets_are_cumulative():
     assert cumulative((1, 2.5), [3, 0, 2]) == [("1.0", 3.0), ("2.5", 3.0), ("+Inf", 5.0)]
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+NAME = re.compile(r"\b(?:jaxserve|vllm):[a-z0-9_]+|\bprocess_[a-z_]+")
+
+
+def test_the_dashboard_asks_for_metrics_that_are_there(door):
+    board = json.loads((DOCS / "grafana-dashboard.json").read_text(encoding="utf-8"))
+    there = {name for name, _ in samples(door.metrics())}
+    expressions = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    expressions += [variable["definition"] for variable in board["templating"]["list"] if "definition" in variable]
+    asked = {name for expression in expressions for name in NAME.findall(expression)}
+    assert len(asked) > 20 and asked <= there, asked - there
+    for expression in expressions:
+        assert expression.count("(") == expression.count(")") and expression.count("{") == expression.count("}")
+
+
+def test_the_dashboard_is_in_order():
+    """Ids are unique, no panel lies on another, and each says what it shows."""
+    board = json.loads((DOCS / "grafana-dashboard.json").read_text(encoding="utf-8"))
+    panels = board["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        own = {(place["x"] + i, place["y"] + j) for i in range(place["w"]) for j in range(place["h"])}
+        assert place["x"] + place["w"] <= 24 and not own & cells, panel["title"]
+        cells |= own
+        if panel["type"] != "row":
+            assert panel["description"] and len({target["refId"] for target in panel["targets"]}) == len(
+                panel["targets"]
+            )
+
+
+def test_the_page_names_every_metric(door):
+    """Of ours; and none that is not there."""
+    page = (DOCS / "monitoring.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:5] for line in page.splitlines() if line.startswith("| `") and "kind" not in line]
+    named = {(name, row[1].strip()) for row in rows for name in re.findall(r"`([a-z0-9_]+)", row[0])}
+    families = text_string_to_metric_families(door.metrics())
+    real = {
+        (family.name.removeprefix("jaxserve:") + ("_total" if family.type == "counter" else ""), family.type)
+        for family in families
+        if family.name.startswith("jaxserve:")
+    }
+    assert named == real
