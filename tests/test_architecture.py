@@ -18,7 +18,7 @@ LAYERS = [
     "hub step weights",
     "engine text",
     "reply",
-    "answers pipeline",
+    "answers bodies pipeline",
     "bench options protocol",
     "check_env commands convert lite serve",
     "cli",

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 from flask import Response, request
 
-from jaxserve.protocol import ParamError
+from jaxserve.bodies import ParamError
 from jaxserve.serve.errors import ApiError
 
 JSON_TYPES = ("application/json", "text/json", "application/x-ndjson", "application/octet-stream")

@@ -10,8 +10,8 @@ from flask import Response
 from werkzeug.exceptions import HTTPException
 
 from jaxserve import answers
+from jaxserve.bodies import ParamError
 from jaxserve.engine.request import EngineDead, Overloaded
-from jaxserve.protocol import ParamError
 
 log = logging.getLogger("jaxserve")
 
