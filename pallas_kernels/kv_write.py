@@ -32,7 +32,7 @@ def kv_write_reference(k_pool, v_pool, k, v, layer: int, slot):
 
 @jit
 def _write(
-    k_pool, v_pool, k_ptr, v_ptr, slot_ptr, first_slot, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    k_pool, v_pool, k_ptr, v_ptr, slot_ptr, first_slot_ptr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """One token's keys and values, K * H elements each: grid (T,)."""
     token = tl.program_id(0)
@@ -40,7 +40,7 @@ def _write(
     mine = x < WIDTH
     k = tl.load(k_ptr + token * WIDTH + x, mask=mine)
     v = tl.load(v_ptr + token * WIDTH + x, mask=mine)
-    place = (first_slot + tl.load(slot_ptr + token)).to(tl.int64) * WIDTH + x
+    place = (tl.load(first_slot_ptr) + tl.load(slot_ptr + token)).to(tl.int64) * WIDTH + x
     tl.store(k_pool + place, k.to(k_pool.dtype.element_ty), mask=mine)
     tl.store(v_pool + place, v.to(v_pool.dtype.element_ty), mask=mine)
 
@@ -48,7 +48,8 @@ def _write(
 def kv_write(k_pool, v_pool, k, v, layer: int, slot):
     """`kv_write_reference` as one Triton kernel for keys and values."""
     N, S, K, H = k_pool.shape[1:]
+    first = jnp.full(1, layer * (N * S), jnp.int32)
     return triton_call(
-        _write, k_pool, v_pool, k, v, slot, int(layer) * N * S, out=(), in_place=(0, 1), grid=(slot.shape[0],), warps=4,
-        stages=1, WIDTH=K * H, PADDED=power_of_two(K * H),
+        _write, k_pool, v_pool, k, v, slot, first, out=(), in_place=(0, 1), grid=(slot.shape[0],), warps=4, stages=1,
+        WIDTH=K * H, PADDED=power_of_two(K * H),
     )  # fmt: skip

@@ -120,7 +120,7 @@ def _combine(
 
 @jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, first_page, P, out_ptr, sums_ptr, tops_ptr, totals_ptr,
+    q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, first_page_ptr, P, out_ptr, sums_ptr, tops_ptr, totals_ptr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
     GP: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     GC: tl.constexpr, PARTS: tl.constexpr,
@@ -133,6 +133,7 @@ def _attend(
     if row < 0:
         return
     token = tl.load(work + 1)
+    first_page = tl.load(first_page_ptr)
     begin = tl.load(work + 2)
     end = tl.load(work + 3)
     oldest = tl.load(work + 4)
@@ -229,7 +230,7 @@ def paged_decode(
     held = most if most > R else 0  # else no row has two pieces
     group, padded = power_of_two(G), power_of_two(H)
     partial = [jax.ShapeDtypeStruct((max(1, held * K * G * n),), jnp.float32) for n in (H, 1, 1)]
-    inputs = (q, k_pool, v_pool, pages, work, int(layer) * N, P)
+    inputs = (q, k_pool, v_pool, pages, work, jnp.full(1, layer * N, jnp.int32), P)
     fresh = out is None
     made = [jax.ShapeDtypeStruct(q.shape, q.dtype), *partial] if fresh else partial
     results = triton_call(

@@ -134,7 +134,7 @@ def _turn(
 
 @jit
 def _attend_tile(
-    q_ptr, k_ptr, v_ptr, pages_ptr, tiles_ptr, first_page, P, out_ptr,
+    q_ptr, k_ptr, v_ptr, pages_ptr, tiles_ptr, first_page_ptr, P, out_ptr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
     HP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -149,6 +149,7 @@ def _attend_tile(
         return
     x = tl.arange(0, ROWS)
     h = tl.arange(0, HP)
+    first_page = tl.load(first_page_ptr)
     mine = (x // G < tokens)[:, None] & (h < H)[None, :]
     place = ((token + x // G) * (K * G) + head * G + x % G)[:, None] * H + h[None, :]
     if row < 0:
@@ -220,8 +221,8 @@ def paged_prefill(
     tile = max(1, size["rows"] // G)
     most = T // tile + min(R, T // 2) + 1
     (out,) = triton_call(
-        _attend_tile, q, k_pool, v_pool, pages, _tiles(first, count, start, T, tile, most), int(layer) * N, P,
-        out=[jax.ShapeDtypeStruct(q.shape, q.dtype)], grid=(K, most), warps=size["warps"], stages=size["stages"],
+        _attend_tile, q, k_pool, v_pool, pages, _tiles(first, count, start, T, tile, most),
+        jnp.full(1, layer * N, jnp.int32), P, out=[jax.ShapeDtypeStruct(q.shape, q.dtype)], grid=(K, most), warps=size["warps"], stages=size["stages"],
         SCALE=scale * 1.4426950408889634, WINDOW=window or 0, S=S, K=K, G=G, H=H, HP=power_of_two(H), ROWS=size["rows"],
         BLOCK=size["block"], STAGES=size["stages"], PRECISION="ieee" if q.dtype == jnp.float32 else "tf32",
     )  # fmt: skip

@@ -39,7 +39,7 @@ def rope_kv_write_reference(
 
 @jit
 def _rope_write(
-    k_pool, v_pool, qkv_ptr, cos_ptr, sin_ptr, slot_ptr, q_norm_ptr, k_norm_ptr, first_slot, q_ptr,
+    k_pool, v_pool, qkv_ptr, cos_ptr, sin_ptr, slot_ptr, q_norm_ptr, k_norm_ptr, first_slot_ptr, q_ptr,
     K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, GP: tl.constexpr, HP: tl.constexpr, NORM: tl.constexpr,
     EPS: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def _rope_write(
     HALF: tl.constexpr = H // 2
     mine = (g < G + 2) & (h < HALF)
     turned = g < G + 1  # the value stays as it is
-    slot = (first_slot + tl.load(slot_ptr + token)).to(tl.int64)
+    slot = (tl.load(first_slot_ptr) + tl.load(slot_ptr + token)).to(tl.int64)
     cos = tl.load(cos_ptr + token * HALF + h, mask=h < HALF, other=1.0)
     sin = tl.load(sin_ptr + token * HALF + h, mask=h < HALF, other=0.0)
     place = ((token * K + head) * (G + 2) + g) * H + h
@@ -89,7 +89,7 @@ def rope_kv_write(k_pool, v_pool, qkv, cos, sin, layer: int, slot, *, q_norm=Non
     N, S = k_pool.shape[1:3]
     norms = (cos, cos) if q_norm is None else (q_norm, k_norm)  # without norms nothing is read there
     return triton_call(
-        _rope_write, k_pool, v_pool, qkv, cos, sin, slot, *norms, int(layer) * N * S,
+        _rope_write, k_pool, v_pool, qkv, cos, sin, slot, *norms, jnp.full(1, layer * (N * S), jnp.int32),
         out=[jax.ShapeDtypeStruct((T, K, heads - 2, H), qkv.dtype)], in_place=(0, 1), grid=(T, K), warps=2, stages=1,
         K=K, G=heads - 2, H=H, GP=power_of_two(heads), HP=power_of_two(H // 2), NORM=q_norm is not None, EPS=eps,
     )  # fmt: skip

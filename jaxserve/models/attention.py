@@ -18,9 +18,9 @@ class GQA:
     q_norm: jax.Array | None = None  # [H], of the families that normalise queries and keys
     k_norm: jax.Array | None = None  # [H]
 
-    def __call__(self, cfg, layer, x, cos, sin, cache, spans):
+    def __call__(self, cfg, layer, window, x, cos, sin, cache, spans):
         """x [T, D] and the rotations [T, H/2] to [T, D] and the cache with this step's keys and values."""
         qkv = self.qkv.dot(x)  # [T, K, G+2, H]
         norms = self.q_norm, self.k_norm
-        out, cache = cache.attend(layer, qkv, cos, sin, spans, norms, cfg.eps, cfg.window_at(layer))
+        out, cache = cache.attend(layer, qkv, cos, sin, spans, norms, cfg.eps, window)
         return self.o.dot(out.reshape(x.shape[0], -1)), cache

@@ -3,6 +3,7 @@
 A family is a table of weights; what a family lacks is a None leaf, and what differs is another node in a layer.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,9 +35,15 @@ def forward(cfg, params, cache, token, spans):
     cos, sin = rope.rotation(cfg, spans)  # [T, H/2]
     # Layers are unrolled: a scan over stacked weights makes XLA copy every layer's weights.
     for index, layer in enumerate(params.layers):
-        with jax.named_scope("mixer"):
-            mixed, cache = layer.mixer(cfg, index, rms_norm(x, layer.norm1, cfg.eps), cos, sin, cache, spans)
-            x = x + mixed
-        with jax.named_scope("ffn"):
-            x = x + layer.ffn(cfg, rms_norm(x, layer.norm2, cfg.eps))
+        x, cache = block(cfg, cfg.window_at(index), layer, index, x, cos, sin, cache, spans)
     return rms_norm(x, params.norm, cfg.eps), cache
+
+
+@partial(jax.jit, static_argnames=("cfg", "window"))  # traced once for all layers alike; XLA puts it in their places
+def block(cfg, window, layer, index, x, cos, sin, cache, spans):
+    """One layer, the `index`-th: x [T, D] to the same shape, and the cache with its keys and values."""
+    with jax.named_scope("mixer"):
+        mixed, cache = layer.mixer(cfg, index, window, rms_norm(x, layer.norm1, cfg.eps), cos, sin, cache, spans)
+        x = x + mixed
+    with jax.named_scope("ffn"):
+        return x + layer.ffn(cfg, rms_norm(x, layer.norm2, cfg.eps)), cache
