@@ -80,6 +80,13 @@ class Tokenizer:
             raise ValueError(_unencodable(text)) from None
         return [*self.bos_ids, *ids] if bos else ids
 
+    def spell(self, text: str) -> list[int]:
+        """Token ids that print `text` in the middle of a text; "<s>" is plain text."""
+        if self._style.spaces:  # below the normalizer, which would put a space before it
+            return [token.id for token in self.core.model.tokenize(text.replace(" ", vocabulary.SPACE))]
+        ids = self.encode(text, bos=False)
+        return ids if self.special_ids.isdisjoint(ids) else self.encode(text, bos=False, special=False)
+
     def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token nothing.
 
@@ -128,10 +135,7 @@ class Tokenizer:
                 continue
             bare = word.removeprefix(" ") or word
             for text in (bare, " " + bare):
-                if self._style.spaces:  # below the normalizer, which would put a space before both
-                    ids = [token.id for token in self.core.model.tokenize(text.replace(" ", vocabulary.SPACE))]
-                else:
-                    ids = self.encode(text, bos=False)
+                ids = self.spell(text)
                 if ids:
                     found[tuple(ids)] = None
         return tuple(found)
