@@ -8,6 +8,7 @@ from jaxserve import __version__
 from jaxserve.commands.bench import bench
 from jaxserve.config import GenerationConfig
 from jaxserve.options import Group, Option, engine_config, engine_options, from_field, mistakes, sampling_options
+from jaxserve.serve.command import client, serve, ui
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -160,4 +161,5 @@ def check_env(dump_file):
         click.echo(report(dump_file))
 
 
-main.add_command(bench)
+for command in (bench, serve, client, ui):
+    main.add_command(command)

@@ -26,6 +26,8 @@ UNUSED_COMMAND = {
 MISSING_COMMAND = {
     "speculative_algorithm": (None, "speculative decoding is not there yet"),
     "speculative_draft_model": (None, "speculative decoding is not there yet"),
+    "speculative_num_draft_tokens": ("1", "speculative decoding is not there yet"),
+    "speculative_dflash_block_size": (None, "speculative decoding is not there yet"),
 }
 
 
@@ -38,7 +40,9 @@ class Value(click.ParamType):
 
     def get_metavar(self, param, ctx):
         choices = "|".join(map(str, self.kind.choices))
-        return f"[{choices}]" if choices else {"int": "N", "float": "X", "str": "TEXT"}.get(self.name)
+        return (
+            f"[{choices}]" if choices else {"int": "N", "float": "X", "str": "TEXT", "texts": "TEXT,..."}.get(self.name)
+        )
 
     def convert(self, value, param, ctx):
         if not isinstance(value, str):
@@ -102,8 +106,11 @@ class Group(click.Group):
         sys.exit(status if isinstance(status, int) else 0)
 
 
-def from_field(cls, name: str, *, section: str, option: str | None = None, **settings) -> Callable:
-    """A click option for a field of a config class; `option` where its name on the command line is another."""
+def from_field(cls, name: str, *, section: str, option: str | None = None, also: str = "", **settings) -> Callable:
+    """A click option for a field of a config class; `option` where its name on the command line is another.
+
+    also: a second spelling, such as --system.
+    """
     knob = next(field for field in fields(cls) if field.name == name)
     kind = knob.metadata["kind"]
     words = (option or name).replace("_", "-")
@@ -116,7 +123,8 @@ def from_field(cls, name: str, *, section: str, option: str | None = None, **set
     }
     if kind is FLAG:
         return click.option(f"--{words}/--no-{words}", name, cls=Option, **settings)
-    return click.option(f"--{words}", name, cls=Option, type=Value(kind), **settings)
+    spellings = filter(None, (f"--{words}", also, name))
+    return click.option(*spellings, cls=Option, type=Value(kind), **settings)
 
 
 def engine_options(command: Callable) -> Callable:

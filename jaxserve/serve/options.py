@@ -5,15 +5,24 @@ The engine's options are in `jaxserve.config`.  Names are LMDeploy's where it ha
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+
+import click
 
 from jaxserve.config import FLAG, TEXT, Kind, accepts, check, list_of, number, one_of, option, optional, whole
 from jaxserve.options import from_field
 
 LEVELS = ("debug", "info", "warning", "error")
 KEYS_VARIABLE = "JAXSERVE_API_KEYS"
-WORDS = list_of(TEXT)
+
+
+def texts(words: str) -> list[str]:
+    """A list as it is written on a command line."""
+    return [word for part in words.split(",") if (word := part.strip())]
+
+
+WORDS = replace(list_of(TEXT), parse=texts)
 PREFIX = Kind('"", or a path such as /llm', lambda v: v == "" or (v[:1] == "/" and v[-1:] != "/"), str)
 
 # LMDeploy's options of `serve api_server` that have no use here: name -> (its default, why).
@@ -59,7 +68,7 @@ class ServerOptions:
     allow_credentials: bool = _in("Access", False, "those pages may send credentials", FLAG)
     allow_methods: Sequence[str] | None = _in("Access", None, "methods that those pages may use (default: *)", WORDS)
     allow_headers: Sequence[str] | None = _in("Access", None, "headers that those pages may send (default: *)", WORDS)
-    disable_fastapi_docs: bool = _in("Access", False, "no /docs, no /openapi.json, no chat page", FLAG)
+    disable_fastapi_docs: bool = _in("Access", False, "no /docs and no /openapi.json", FLAG)
     disable_metrics: bool = _in("Access", False, "no /metrics", FLAG)
 
     max_concurrent_requests: int | None = _in(
@@ -138,20 +147,16 @@ class ServerOptions:
         return list(dict.fromkeys(found))
 
 
-OPTION_NAMES = {"capability": "cap"}  # where the command line has another name than the field
-MORE_NAMES = {"meta_instruction": ("--system",)}
+SPELLINGS = {"capability": {"option": "cap"}, "meta_instruction": {"also": "--system"}}
 
 
 def server_options(command: Callable) -> Callable:
     """Adds an option for every field of ServerOptions, and hidden ones for LMDeploy's that have no use here."""
-    import click
-
     for name, (neutral, _) in UNUSED_SERVER.items():
-        settings = {"default": None, "hidden": True}
-        switch = f"/--no-{name.replace('_', '-')}" if isinstance(neutral, bool) else ""
-        command = click.option(f"--{name.replace('_', '-')}{switch}", name, **settings)(command)
+        words = name.replace("_", "-")
+        switch = f"/--no-{words}" if isinstance(neutral, bool) else ""
+        command = click.option(f"--{words}{switch}", name, default=None, hidden=True)(command)
     for knob in reversed(fields(ServerOptions)):
-        command = from_field(
-            ServerOptions, knob.name, section=knob.metadata["section"], option=OPTION_NAMES.get(knob.name)
-        )(command)
+        add = from_field(ServerOptions, knob.name, section=knob.metadata["section"], **SPELLINGS.get(knob.name, {}))
+        command = add(command)
     return command

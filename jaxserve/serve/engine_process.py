@@ -1,0 +1,148 @@
+"""The engine's process: loads the model, then answers web processes over the socket until the launcher says otherwise.
+
+What it tells the launcher (see `children.Line`): failed(status, message), ready(info), and once a second
+beat(inside, idle).  What it is told: drain, stop.  It ends by itself when the launcher does.
+"""
+
+import logging
+import os
+import queue
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from jaxserve.config import EngineConfig
+from jaxserve.serve import logs
+from jaxserve.serve.children import Line
+from jaxserve.serve.options import ServerOptions
+
+log = logging.getLogger("jaxserve")
+
+DIED, USAGE, MODEL, DEVICE = 1, 2, 3, 4  # exit statuses
+BEAT, QUICK_BEAT = 1.0, 0.05  # seconds; the quick one while the launcher waits for the end
+LONGEST = 600  # characters of an error
+
+
+class Failure(Exception):
+    """Why there is no engine: the exit status, and one line for people."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+def main(line: Line, path: Path, model: str | None, config: EngineConfig, options: ServerOptions) -> int:
+    """The whole life of the process; the socket will be at `path`.  Returns the exit status."""
+    commands: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_hear, args=(line, commands, path.parent), daemon=True).start()
+    logs.configure(options.log_level, options.log_format)
+    try:
+        engine = load(model, config, options)
+    except Failure as failure:
+        log.debug("the engine could not be started", exc_info=failure)
+        line.tell(event="failed", status=failure.status, message=str(failure))
+        return failure.status
+    from jaxserve.engine.link import Listener
+    from jaxserve.serve.door import Door
+
+    door = Door(
+        engine,
+        max_queued=options.max_queued_requests,
+        max_queued_tokens=options.max_queued_tokens,
+        max_concurrent=options.max_concurrent_requests,
+        request_timeout=options.request_timeout,
+    )
+    with Listener(door, path) as listener:
+        line.tell(event="ready", info=door.info)
+        status = _attend(line, commands, door, listener)
+        door.close()  # whoever still waits is told, over the listener
+    return status
+
+
+def load(model: str | None, config: EngineConfig, options: ServerOptions):
+    """The engine, with what is loaded and how far it is on standard error.  Failure says why there is none."""
+    people = options.log_format == "text" and sys.stderr.isatty()
+    report = (lambda text: click.secho(text, err=True, dim=True)) if people else _log_lines
+    report("loading")
+    with _failing(MODEL):
+        from jaxserve import checkpoint, hub
+        from jaxserve.text.chat import ChatTemplate
+        from jaxserve.text.tokenizer import Tokenizer
+
+        path = hub.resolve(model, config.revision, config.download_dir)
+        with checkpoint.open(path) as source:  # text first: it is quick, and the web processes need it
+            tokenizer, its_config = Tokenizer.load(source), source.config
+    with _failing(USAGE if options.chat_template else MODEL):
+        ChatTemplate.for_model(
+            its_config, tokenizer, options.chat_template, options.meta_instruction, options.capability
+        )
+    with _failing(DEVICE):
+        from jaxserve.engine import loading
+    with _failing(MODEL), checkpoint.open(path) as source:
+        loading.model_config(source, config)
+    from jaxserve.progress import stages
+
+    with _failing(DEVICE), stages(None if people else False) as progress:
+        return loading.load(str(path), config, report=report, progress=progress)
+
+
+@contextmanager
+def _failing(status: int) -> Iterator[None]:
+    """Turns what goes wrong into a Failure; a checkpoint's fault is the model's whenever it shows."""
+    from jaxserve.checkpoint import CheckpointError
+
+    try:
+        yield
+    except CheckpointError as error:
+        raise Failure(MODEL, _one_line(error)) from error
+    except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
+        raise Failure(status, _one_line(error)) from error
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+
+
+def _log_lines(text: str) -> None:
+    for row in text.splitlines():
+        log.info("%s", row)
+
+
+def _attend(line, commands, door, listener) -> int:
+    """Until the launcher says stop, or the engine is dead."""
+    ticker, state = logs.Ticker(door.stats, log), listener.state
+    while True:
+        try:
+            command = commands.get(timeout=QUICK_BEAT if state == "draining" else BEAT)
+        except queue.Empty:
+            command = None
+        if command == "stop":
+            return 0
+        if command == "drain":
+            door.drain()
+        if not door.alive:
+            log.error("the engine has stopped")
+            return DIED
+        stalled = ticker.look()
+        if stalled and not listener.stalled:
+            log.error("no step of the engine has ended for a minute")
+        listener.stalled = stalled
+        if listener.state != state:
+            state = listener.state
+            listener.announce()
+        line.tell(event="beat", inside=door.stats()["inside"], idle=door.idle)
+
+
+def _hear(line, commands, folder):
+    """The launcher's words.  When it is gone, so is this process, whatever it is doing."""
+    while (messages := line.hear()) is not None:
+        for message in messages:
+            commands.put(message["say"])
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(DIED)

@@ -1,0 +1,391 @@
+"""The launcher: starts the engine's process and the web processes, watches over them, and ends them in order.
+
+    launcher ── engine process     the model; Engine, Door, Listener
+             └─ gunicorn's master ─ web processes     the application and a Link each
+
+One thread, one loop, three things to wait for: signals, the engine's words, children that end.  Imports no jax.
+Exit statuses: 0 after a stop that was asked for, 2 options, 3 the model, 4 the device, 5 the port, 1 anything else,
+128 + the signal where it ended the server at once.
+"""
+
+import logging
+import os
+import resource
+import selectors
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxserve import hub
+from jaxserve.config import EngineConfig
+from jaxserve.options import INTERRUPTED
+from jaxserve.serve import engine_process, logs
+from jaxserve.serve.address import Failed, address, bind
+from jaxserve.serve.children import Line, ended, fork, name_process
+from jaxserve.serve.engine_process import USAGE
+from jaxserve.serve.options import ServerOptions
+
+log = logging.getLogger("jaxserve")
+
+RESTARTS, WINDOW = 3, 600  # so many times in so many seconds is a child started again
+SILENCE = 5  # seconds without a word from the engine's process that are worth a word
+LAST_WORDS = 10  # seconds that a child gets to end
+DESCRIPTORS = 65536  # open files, where the machine allows as many
+HINT = "HINT:    Please open {}/docs in a browser for detailed api usage!!!"
+
+
+def run(model: str | None, config: EngineConfig, options: ServerOptions) -> int:
+    """Serves until a signal ends it.  Returns the exit status, or raises Failed with it."""
+    try:
+        options.keys()
+    except ValueError as error:
+        raise Failed(str(error), USAGE) from error
+    _check_tls(options)
+    logs.configure(options.log_level, options.log_format)
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast over NVLink fails in many containers
+    listening = bind(options.server_name, options.server_port)
+    folder = Path(tempfile.mkdtemp(prefix="jaxserve-"))  # mode 0700
+    try:
+        return Launcher(listening, folder, model, config, options).run()
+    finally:
+        listening.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_tls(options: ServerOptions) -> None:
+    for name in ("SSL_KEYFILE", "SSL_CERTFILE") if options.ssl else ():
+        if not Path(os.environ.get(name, "")).is_file():
+            raise Failed(f"--ssl needs the environment variable {name} to name a file", USAGE)
+
+
+def model_names(model: str | None, config: EngineConfig) -> list[str]:
+    """The names under which a model answers, the first being told: those given, or what it was called."""
+    if config.model_name:
+        return [name.strip() for name in config.model_name.split(",") if name.strip()]
+    if model is None:
+        return [hub.DEFAULT_NAME]
+    if Path(model).expanduser().exists():
+        return list(dict.fromkeys((Path(model).expanduser().resolve().name, model)))
+    return [model]
+
+
+@dataclass
+class Engine:
+    """The engine's process, as the launcher knows it."""
+
+    pid: int
+    line: Line
+    began: float
+    heard: float = 0.0  # when it was heard of last
+    info: dict | None = None  # None: it is not ready
+    failure: tuple[int, str] | None = None  # what it says of why it ends
+    silent: bool = False  # and this has been told
+    inside: int = 0  # requests
+
+
+class Launcher:
+    """All that is known between the start and the end."""
+
+    def __init__(self, listening: socket.socket, folder: Path, model: str | None, config, options):
+        self.listening, self.path = listening, folder / "engine"
+        self.model, self.config, self.options = model, config, options
+        self.names = model_names(model, config)
+        self.selector = selectors.DefaultSelector()
+        self.bell, self.ring = socket.socketpair()
+        self.up_read, self.up_write = os.pipe()
+        self.ups = 0  # web processes that have begun to serve
+        self.engine: Engine | None = None
+        self.web: int | None = None  # process id of gunicorn's master
+        self.final: int | None = None  # exit status, once the end has begun
+        self.why = ""  # with a final status that is not 0
+        self.grace: float | None = None  # until when requests may go on, while the server drains
+        self.kill_engine_at: float | None = None
+        self.kill_web_at: float | None = None
+        self.deaths: dict[str, deque[float]] = {"engine": deque(), "web": deque()}
+
+    def run(self) -> int:
+        name_process("jaxserve")
+        _more_descriptors()
+        self._take_signals()
+        os.set_blocking(self.up_read, False)
+        os.set_blocking(self.up_write, False)
+        self.selector.register(self.up_read, selectors.EVENT_READ, self._up)
+        try:
+            self._start_engine()
+            while self.final is None or self.engine or self.web:
+                for key, _ in self.selector.select(0.5):
+                    key.data()
+                self._reap()
+                self._look()
+        finally:
+            self._kill()
+        if self.why:
+            raise Failed(self.why, self.final or 1)
+        return self.final
+
+    # Signals --------------------------------------------------------------------------------------------------------
+
+    def _take_signals(self):
+        self.ring.setblocking(False)
+        self.bell.setblocking(False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self.ring.fileno(), warn_on_full_buffer=False)
+        self.selector.register(self.bell, selectors.EVENT_READ, self._signalled)
+
+    def _signalled(self):
+        for number in self.bell.recv(4096):
+            if number != signal.SIGCHLD:
+                self._asked_to_stop(number)
+
+    def _asked_to_stop(self, number):
+        """The first time lets running requests end; the second time, or while nothing serves, is the end."""
+        if self.final is not None or self.web is None:
+            log.warning("stopped at once by %s", signal.Signals(number).name)
+            self._kill()
+            self.final = INTERRUPTED if number == signal.SIGINT else 128 + number
+            return
+        self.final = 0
+        if self.engine is None or self.engine.info is None:
+            self._stop_web()
+            return
+        running, seconds = self.engine.inside, self.options.graceful_timeout
+        log.warning(
+            "stopping: new requests are refused; %d requests may go on for at most %g seconds (a second signal stops "
+            "at once)",
+            running,
+            seconds,
+        )
+        self.engine.line.tell(say="drain")
+        self.grace = time.monotonic() + seconds
+
+    # The engine's process -------------------------------------------------------------------------------------------
+
+    def _start_engine(self):
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(True)
+
+        def main():
+            self._forget_all()
+            ours.close()
+            self.listening.close()
+            return engine_process.main(Line(theirs), self.path, self.model, self.config, self.options)
+
+        pid = fork("jaxserve-engine", main)
+        theirs.close()
+        self.engine = Engine(pid, Line(ours), time.monotonic())
+        self.kill_engine_at = None
+        self.selector.register(ours, selectors.EVENT_READ, self._hear)
+
+    def _hear(self):
+        """Whatever the engine's process has said.  False when it says nothing more."""
+        engine = self.engine
+        messages = engine.line.hear()
+        if messages is None:
+            self.selector.unregister(engine.line.socket)
+            return False
+        engine.heard = time.monotonic()
+        if engine.silent:
+            engine.silent = False
+            log.warning("the engine's process answers again")
+        for message in messages:
+            if message["event"] == "failed":
+                engine.failure = (message["status"], message["message"])
+            elif message["event"] == "ready":
+                self._engine_ready(message["info"])
+            elif message["event"] == "beat":
+                engine.inside = message["inside"]
+                if self.grace is not None and message["idle"]:
+                    self.grace = None
+                    self._stop_web()
+        return True
+
+    def _engine_ready(self, info):
+        self.engine.info = info
+        if self.final is not None:
+            self._stop_engine()
+        elif self.web is None:
+            self._start_web()
+        else:
+            log.warning("the engine is back after %.0f seconds", time.monotonic() - self.engine.began)
+
+    def _stop_engine(self):
+        if self.engine is not None:
+            self.engine.line.tell(say="stop")
+            self.kill_engine_at = self.kill_engine_at or time.monotonic() + LAST_WORDS
+
+    def _engine_ended(self, status):
+        engine = self.engine
+        while engine.line.socket in self.selector.get_map() and self._hear():
+            pass  # its last words
+        self.engine = self.kill_engine_at = None
+        self._drop(engine.line)
+        if self.final is not None:
+            self._stop_web()
+        elif engine.info is None:
+            self._give_up(*(engine.failure or (1, f"the engine's process {ended(status)} while it loaded the model")))
+        elif self._again("engine"):
+            log.error(
+                "the engine's process %s; it is started again (%d of %d times in %d minutes)",
+                ended(status),
+                len(self.deaths["engine"]),
+                RESTARTS,
+                WINDOW // 60,
+            )
+            self._start_engine()
+        else:
+            self._give_up(
+                1,
+                f"the engine's process {ended(status)}, once too often: {RESTARTS} restarts in {WINDOW // 60} minutes",
+            )
+
+    # The web processes ----------------------------------------------------------------------------------------------
+
+    def _start_web(self):
+        launcher, info = os.getpid(), self.engine.info
+
+        def main():
+            from jaxserve.serve import web
+
+            self._forget_all(but=self.up_write)
+            self.engine.line.close()
+            web.main(
+                self.listening.fileno(),
+                self.up_write,
+                self.path,
+                info,
+                self.names,
+                self.config,
+                self.options,
+                launcher,
+            )
+
+        self.web = fork("jaxserve-http", main)
+        self.kill_web_at = None
+
+    def _up(self):
+        before, self.ups = self.ups, self.ups + len(os.read(self.up_read, 4096))
+        if before < self.options.http_workers <= self.ups and self.final is None:
+            self._announce()
+
+    def _stop_web(self):
+        if self.web is None:
+            self._stop_engine()
+        elif self.kill_web_at is None:
+            os.kill(self.web, signal.SIGTERM)
+            self.kill_web_at = time.monotonic() + LAST_WORDS
+
+    def _web_ended(self, status):
+        self.web, self.kill_web_at = None, None
+        if self.final is not None:
+            self._stop_engine()
+        elif os.WIFSIGNALED(status) and self._again("web"):
+            log.error("the web processes' master %s; it is started again", ended(status))
+            self._start_web()
+        else:
+            self._give_up(1, f"the web processes' master {ended(status)}")
+
+    # Both -----------------------------------------------------------------------------------------------------------
+
+    def _reap(self):
+        while self.engine or self.web:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            if self.engine and pid == self.engine.pid:
+                self._engine_ended(status)
+            elif pid == self.web:
+                self._web_ended(status)
+
+    def _look(self):
+        """What time brings."""
+        now = time.monotonic()
+        engine = self.engine
+        if engine and engine.info is not None and not engine.silent and now - engine.heard > SILENCE:
+            engine.silent = True
+            log.error("the engine's process has not answered for %d seconds; /health says so", SILENCE)
+        if self.grace is not None and now > self.grace:
+            log.warning("%d requests are ended: the time for them is up", engine.inside if engine else 0)
+            self.grace = None
+            self._stop_engine()  # its requests end, and the web processes can tell their clients
+            self._stop_web()
+        if engine and self.kill_engine_at is not None and now > self.kill_engine_at:
+            os.killpg(engine.pid, signal.SIGKILL)
+        if self.web and self.kill_web_at is not None and now > self.kill_web_at:
+            os.killpg(self.web, signal.SIGKILL)
+
+    def _again(self, what) -> bool:
+        """Notes that a child died.  Whether it may be started again."""
+        deaths, now = self.deaths[what], time.monotonic()
+        deaths.append(now)
+        while deaths[0] < now - WINDOW:
+            deaths.popleft()
+        return len(deaths) <= RESTARTS
+
+    def _give_up(self, status, why):
+        self.final, self.why = status, why
+        self._stop_web()
+
+    def _kill(self):
+        """Leaves no process behind."""
+        for pid in (self.web, self.engine.pid if self.engine else None):
+            if pid is not None:
+                try:
+                    os.killpg(pid, signal.SIGKILL)
+                except ProcessLookupError:  # it has not made its own group yet
+                    os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        if self.engine:
+            self._drop(self.engine.line)
+        self.web = self.engine = None
+
+    def _drop(self, line):
+        try:
+            self.selector.unregister(line.socket)
+        except KeyError:
+            pass
+        line.close()
+
+    def _forget_all(self, but=None):
+        """In a child: what is the launcher's is closed, else its end would not be seen."""
+        self.selector.close()
+        self.bell.close()
+        self.ring.close()
+        for descriptor in {self.up_read, self.up_write} - {but}:
+            os.close(descriptor)
+
+    def _announce(self):
+        """Where the server is and what it holds, for people; the addresses on standard output."""
+        info, options = self.engine.info, self.options
+        url = address(self.listening, options)
+        told = (
+            f"{self.names[0]} at {url}/v1: context of {info['session_len']:,} tokens, "
+            f"KV cache of {info['cache_tokens']:,} tokens, {info['max_batch_size']} requests at once, "
+            f"{options.http_workers} web process{'es' * (options.http_workers > 1)}"
+        )
+        log.info("%s", told)
+        if not options.keys():
+            if options.loopback:
+                log.info("no key is asked for; only this machine can reach the server")
+            else:
+                log.warning(
+                    "anybody who can reach %s can use this server: no key is asked for (--api-key-file)",
+                    options.server_name,
+                )
+        for _ in range(0 if options.disable_fastapi_docs else 3):
+            print(HINT.format(url))
+        sys.stdout.flush()
+
+
+def _more_descriptors():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
