@@ -237,7 +237,8 @@ class Completion(Frame):
         return self._piece(index, message.content, message.logprobs, message.token_ids, message.finish)
 
     def pieces(self, index, delta):
-        if not (delta.content or delta.logprobs or delta.finish):
+        told = self.ask.return_token_ids and delta.token_ids  # they count even where they have no text yet
+        if not (delta.content or delta.logprobs or delta.finish or told):
             return []
         finish = None if delta.finish in ("error", "abort") else delta.finish
         return [self._piece(index, delta.content, delta.logprobs, delta.token_ids, finish)]
