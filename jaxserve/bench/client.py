@@ -122,6 +122,7 @@ class Stream:
             message = orjson.loads(bytes(answer.body))
             usage = message.get("usage") or {}
             record["tokens"], record["prompt"] = usage.get("completion_tokens"), usage.get("prompt_tokens")
+        record["seen"] = self.said  # of the ids in the chunks, where the server lists them; else chunks with text
         record["tokens"] = record["tokens"] or self.said
         started = self.due or self.sent  # of a request that a rate has planned: when it should have been sent
         record |= {"start": started, "lag": self.sent - started, "end": now, "last": self.last or now}

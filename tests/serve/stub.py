@@ -1,8 +1,11 @@
 """An engine without a model or jax: every request gets its tokens at a steady rate, as a batch would give them.
 
 The tokens are a function of the prompt and the position (`token`), so that a client can tell whether one is missing.
+`python -m tests.serve.stub --help`: the whole server on it, as `jaxserve serve` starts it.
 """
 
+import argparse
+import sys
 import threading
 import time
 from collections import OrderedDict, deque
@@ -209,3 +212,40 @@ class StubEngine:
         for request in [*self.running, *self.waiting]:
             error = None if self._dead is None else f"the engine has stopped: {self._dead}"
             self._end(request, Output(None, "error" if error else "abort", error=error))
+
+
+def main():
+    """Launcher, web processes and link as they are; in the engine's process a stub, with the default model's text."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rate", type=float, default=50.0, help="tokens a second of a request")
+    parser.add_argument("--lanes", type=int, default=512)
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the server")
+    given = parser.parse_args()
+    from jaxserve import hub
+    from jaxserve.config import EngineConfig
+    from jaxserve.serve import engine_process, run
+    from jaxserve.serve.address import Failed
+    from jaxserve.serve.options import ServerOptions
+
+    settings = {name: read(value) for name, _, value in (text.partition("=") for text in given.option)}
+    engine_process.load = lambda *_: StubEngine(
+        rate=given.rate, lanes=given.lanes, vocab=49_152, path=str(hub.default_gguf())
+    )
+    try:
+        return run.run(None, EngineConfig(), ServerOptions(**settings))
+    except Failed as failed:
+        print(failed.message, file=sys.stderr)
+        return failed.exit_code
+
+
+def read(value):
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            pass
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
