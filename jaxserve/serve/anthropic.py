@@ -5,12 +5,14 @@ from collections.abc import Iterator
 
 from flask import Blueprint, g
 
-from jaxserve import protocol
+from jaxserve import bodies
 from jaxserve.protocol import CHAT
 from jaxserve.serve import anthropic_answer, body, dialect, errors, stream
 from jaxserve.serve.answer import failure
-from jaxserve.serve.anthropic_body import Create, Prompt, chat
+from jaxserve.serve.anthropic_body import CountTokens, CreateMessage, chat
+from jaxserve.serve.dialect_schemas import MessageAnswer, MessageError, TokenCount
 from jaxserve.serve.errors import ApiError
+from jaxserve.serve.openapi import Operation
 from jaxserve.serve.service import Service
 
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
@@ -31,6 +33,20 @@ TYPES = {
     504: "timeout_error",
 }
 
+OPERATIONS = (
+    Operation(
+        *("post", MESSAGES, "Answer a conversation", "Anthropic", CreateMessage, MessageAnswer),
+        streams=True,
+        errors=(404,),
+        error=MessageError,
+    ),
+    Operation(
+        *("post", COUNT, "The tokens of a conversation", "Anthropic", CountTokens, TokenCount),
+        errors=(404,),
+        error=MessageError,
+    ),
+)
+
 
 def blueprint(service: Service) -> Blueprint:
     """The routes, for one model.  Their errors are in Anthropic's envelope."""
@@ -38,7 +54,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @routes.post(MESSAGES)
     def messages():
-        given = protocol.convert(body.read(), Create)
+        given = bodies.convert(body.read(), CreateMessage)
         with dialect.renamed(RENAMED):
             ask = service.parse(CHAT, chat(given) | {"stream": given.stream})
             answer = service.start(ask)
@@ -51,7 +67,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @routes.post(COUNT)
     def count_tokens():
-        given = protocol.convert(body.read(), Prompt)
+        given = bodies.convert(body.read(), CountTokens)
         with dialect.renamed(RENAMED):
             ask = service.parse(CHAT, chat(given))
             service.check_model(ask.model)
@@ -82,7 +98,7 @@ def error_event(error: ApiError) -> bytes:
 class Frame:
     """One answer in Anthropic's form."""
 
-    def __init__(self, service: Service, answer, given: Create):
+    def __init__(self, service: Service, answer, given: CreateMessage):
         self.service, self.answer, self.given = service, answer, given
         self.id, self.model = f"msg_{secrets.token_hex(12)}", answer.ask.model or service.model
         thinking = given.thinking

@@ -9,26 +9,26 @@ from typing import Annotated, Any, Literal
 import orjson
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from jaxserve.protocol import ParamError
+from jaxserve.bodies import ParamError
 
 BILLING = "x-anthropic-billing-header:"  # a line that Claude Code puts first: it differs each time, and is for no model
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
-class Text(Struct, tag_field="type", tag="text"):
+class TextBlock(Struct, tag_field="type", tag="text"):
     """Text."""
 
     text: str
 
 
-class Image(Struct, tag_field="type", tag="image"):
+class ImageBlock(Struct, tag_field="type", tag="image"):
     """An image: refused, as the models served here read text."""
 
     source: dict[str, Any] | None = None
 
 
-class Document(Struct, tag_field="type", tag="document"):
+class DocumentBlock(Struct, tag_field="type", tag="document"):
     """A document; its source is a text, or text blocks."""
 
     source: dict[str, Any]
@@ -36,28 +36,28 @@ class Document(Struct, tag_field="type", tag="document"):
     context: str | None = None
 
 
-class SearchResult(Struct, tag_field="type", tag="search_result"):
+class SearchResultBlock(Struct, tag_field="type", tag="search_result"):
     """Something that was found, as text blocks."""
 
-    content: list[Text]
+    content: list[TextBlock]
     title: str = ""
     source: str = ""
 
 
-class Thinking(Struct, tag_field="type", tag="thinking"):
+class ThinkingBlock(Struct, tag_field="type", tag="thinking"):
     """What the model thought before; the signature is not looked at."""
 
     thinking: str
     signature: str = ""
 
 
-class RedactedThinking(Struct, tag_field="type", tag="redacted_thinking"):
+class RedactedThinkingBlock(Struct, tag_field="type", tag="redacted_thinking"):
     """Thinking that nobody can read: left out."""
 
     data: str = ""
 
 
-class ToolUse(Struct, tag_field="type", tag="tool_use"):
+class ToolUseBlock(Struct, tag_field="type", tag="tool_use"):
     """A call of a tool."""
 
     id: Name
@@ -65,21 +65,31 @@ class ToolUse(Struct, tag_field="type", tag="tool_use"):
     input: dict[str, Any]
 
 
-class ToolResult(Struct, tag_field="type", tag="tool_result"):
+class ToolResultBlock(Struct, tag_field="type", tag="tool_result"):
     """What a tool answered."""
 
     tool_use_id: Name
-    content: str | list[Text | Image | Document | SearchResult] = ""
+    content: str | list[TextBlock | ImageBlock | DocumentBlock | SearchResultBlock] = ""
     is_error: bool = False
 
 
-class MidSystem(Struct, tag_field="type", tag="mid_conv_system"):
+class SystemBlock(Struct, tag_field="type", tag="mid_conv_system"):
     """An instruction in the middle of a conversation."""
 
-    content: list[Text]
+    content: list[TextBlock]
 
 
-Block = Text | Image | Document | SearchResult | Thinking | RedactedThinking | ToolUse | ToolResult | MidSystem
+Block = (
+    TextBlock
+    | ImageBlock
+    | DocumentBlock
+    | SearchResultBlock
+    | ThinkingBlock
+    | RedactedThinkingBlock
+    | ToolUseBlock
+    | ToolResultBlock
+    | SystemBlock
+)
 
 
 class InputMessage(Struct):
@@ -89,7 +99,7 @@ class InputMessage(Struct):
     content: str | list[Block]
 
 
-class Tool(Struct):
+class ToolParam(Struct):
     """A function that the client runs."""
 
     name: Annotated[str, Meta(min_length=1, max_length=128, pattern="^[a-zA-Z0-9_.-]+$")]
@@ -99,7 +109,7 @@ class Tool(Struct):
     strict: bool | None = None
 
 
-class ToolChoice(Struct):
+class MessageToolChoice(Struct):
     """Whether and which tools must be called."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -129,22 +139,22 @@ class OutputConfig(Struct):
     effort: str | None = None
 
 
-class Prompt(Struct):
+class CountTokens(Struct):
     """The body of /v1/messages/count_tokens: what of a request becomes the prompt."""
 
     model: str
     messages: Annotated[list[InputMessage], Meta(min_length=1, max_length=100_000)]
-    system: str | list[Text] | None = None
-    tools: Annotated[list[Tool], Meta(max_length=1024)] | None = None
-    tool_choice: ToolChoice | None = None
+    system: str | list[TextBlock] | None = None
+    tools: Annotated[list[ToolParam], Meta(max_length=1024)] | None = None
+    tool_choice: MessageToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
 
 
-class Create(Prompt):
+class CreateMessage(CountTokens, kw_only=True):
     """The body of /v1/messages."""
 
-    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | UnsetType = UNSET
+    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1, description="a whole number, 1 or more")]
     stop_sequences: Annotated[list[str], Meta(max_length=64)] | None = None
     stream: bool = False
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -153,7 +163,7 @@ class Create(Prompt):
     metadata: dict[str, Any] | None = None
 
 
-def chat(body: Prompt) -> dict:
+def chat(body: CountTokens) -> dict:
     """The same request as the body of a chat completion.  ParamError names what cannot be served."""
     made: dict = {"model": body.model, "messages": _messages(body)}
     if body.tools:
@@ -167,9 +177,7 @@ def chat(body: Prompt) -> dict:
     if body.output_config is not None and body.output_config.format is not None:
         schema = {"name": "answer", "schema": body.output_config.format.schema}
         made["response_format"] = {"type": "json_schema", "json_schema": schema}
-    if isinstance(body, Create):
-        if body.max_tokens is UNSET:
-            raise ParamError("max_tokens", "max_tokens: Field required")
+    if isinstance(body, CreateMessage):
         made["max_tokens"] = body.max_tokens
         options = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
         options["stop"] = body.stop_sequences
@@ -177,7 +185,7 @@ def chat(body: Prompt) -> dict:
     return made
 
 
-def _messages(body: Prompt) -> list[dict]:
+def _messages(body: CountTokens) -> list[dict]:
     made = []
     if isinstance(body.system, str):
         system = body.system
@@ -199,14 +207,14 @@ def _messages(body: Prompt) -> list[dict]:
 def _assistant(where: str, blocks: list[Block]) -> dict:
     texts, thoughts, calls = [], [], []
     for number, block in enumerate(blocks):
-        if isinstance(block, Text):
+        if isinstance(block, TextBlock):
             texts.append(block.text)
-        elif isinstance(block, Thinking):
+        elif isinstance(block, ThinkingBlock):
             thoughts.append(block.thinking)
-        elif isinstance(block, ToolUse):
+        elif isinstance(block, ToolUseBlock):
             function = {"name": block.name, "arguments": orjson.dumps(block.input).decode()}
             calls.append({"id": block.id, "type": "function", "function": function})
-        elif not isinstance(block, RedactedThinking):
+        elif not isinstance(block, RedactedThinkingBlock):
             raise _misplaced(f"{where}.{number}", block, "an assistant")
     made: dict = {"role": "assistant", "content": "".join(texts)}
     if thoughts:
@@ -227,14 +235,14 @@ def _turn(where: str, role: str, blocks: list[Block]) -> list[dict]:
             texts.clear()
 
     for number, block in enumerate(blocks):
-        if isinstance(block, ToolResult):
+        if isinstance(block, ToolResultBlock):
             flush()
             content = _result(f"{where}.{number}.content", block)
             made.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
-        elif isinstance(block, MidSystem):
+        elif isinstance(block, SystemBlock):
             flush()
             made.append({"role": "system", "content": "\n".join(part.text for part in block.content)})
-        elif isinstance(block, Thinking | RedactedThinking | ToolUse):
+        elif isinstance(block, ThinkingBlock | RedactedThinkingBlock | ToolUseBlock):
             raise _misplaced(f"{where}.{number}", block, f"a {role}")
         else:
             texts.append(_text(f"{where}.{number}", block))
@@ -244,7 +252,7 @@ def _turn(where: str, role: str, blocks: list[Block]) -> list[dict]:
     return made
 
 
-def _result(where: str, block: ToolResult) -> str:
+def _result(where: str, block: ToolResultBlock) -> str:
     if isinstance(block.content, str):
         text = block.content
     else:
@@ -255,11 +263,11 @@ def _result(where: str, block: ToolResult) -> str:
 
 
 def _text(where: str, block) -> str:
-    if isinstance(block, Text):
+    if isinstance(block, TextBlock):
         return block.text
-    if isinstance(block, SearchResult):
+    if isinstance(block, SearchResultBlock):
         return "\n".join([*filter(None, [block.title, block.source]), *(part.text for part in block.content)])
-    if isinstance(block, Document):
+    if isinstance(block, DocumentBlock):
         return "\n".join([*filter(None, [block.title, block.context]), _source(where, block.source)])
     raise ParamError(where, f"{where}: images are not supported by this model")
 
@@ -283,7 +291,7 @@ def _misplaced(where: str, block, whose: str) -> ParamError:
     return ParamError(where, f"{where}: a block of the type {kind} has no place in {whose} message")
 
 
-def _tool(number: int, tool: Tool) -> dict:
+def _tool(number: int, tool: ToolParam) -> dict:
     if tool.type not in (None, "custom"):
         kind = f"tools.{number}.type"
         raise ParamError(kind, f"{kind}: tools that the server runs are not there; the client's own have input_schema")
@@ -298,7 +306,7 @@ def _tool(number: int, tool: Tool) -> dict:
     return {"type": "function", "function": function}
 
 
-def _choice(choice: ToolChoice) -> str | dict:
+def _choice(choice: MessageToolChoice) -> str | dict:
     if choice.type != "tool":
         return {"any": "required"}.get(choice.type, choice.type)
     if not choice.name:

@@ -6,8 +6,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from jaxserve.bodies import ParamError
 from jaxserve.engine.request import EngineDead
-from jaxserve.protocol import ParamError
 from jaxserve.serve.service import offload
 
 MOST_CHARACTERS = 4_000_000  # of a text that is only tokenized: seconds of work

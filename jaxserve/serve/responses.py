@@ -13,14 +13,17 @@ from contextlib import ExitStack
 import orjson
 from flask import Blueprint, request
 
-from jaxserve import answers, protocol
+from jaxserve import answers, bodies
+from jaxserve.bodies import ParamError
 from jaxserve.engine.request import EngineDead
-from jaxserve.protocol import CHAT, ParamError
+from jaxserve.protocol import CHAT
 from jaxserve.serve import body, dialect, stream
 from jaxserve.serve.answer import CallDelta, failure
+from jaxserve.serve.dialect_schemas import Deleted, InputItems, InputTokens, Response
 from jaxserve.serve.errors import CLIENT_GONE, ApiError
+from jaxserve.serve.openapi import Operation, path_parameter
 from jaxserve.serve.responses_answer import Writer, new_id, resource, usage
-from jaxserve.serve.responses_body import RENAMED, Create, chat, items
+from jaxserve.serve.responses_body import RENAMED, CreateResponse, chat, items
 from jaxserve.serve.service import Service
 
 log = logging.getLogger("jaxserve")
@@ -28,6 +31,32 @@ log = logging.getLogger("jaxserve")
 RESPONSES = "/v1/responses"
 KIND = "response"
 PAGE, LONGEST_PAGE = 20, 100  # items of a listing
+ONE = {"errors": (404,), "parameters": (path_parameter("id", "its id"),)}
+OPERATIONS = (
+    Operation(
+        *("post", RESPONSES, "Answer a conversation of items", "Responses", CreateResponse, Response),
+        streams=True,
+        errors=(404,),
+    ),
+    Operation(
+        *("post", f"{RESPONSES}/input_tokens", "The tokens of an input", "Responses", CreateResponse, InputTokens),
+        errors=(404,),
+    ),
+    Operation("get", f"{RESPONSES}/{{id}}", "A stored response", "Responses", answer=Response, **ONE),
+    Operation("delete", f"{RESPONSES}/{{id}}", "Forget a response", "Responses", answer=Deleted, **ONE),
+    Operation(
+        *("post", f"{RESPONSES}/{{id}}/cancel", "Cancel a background response", "Responses"),
+        answer=Response,
+        errors=(400, 404),
+        parameters=ONE["parameters"],
+    ),
+    Operation(
+        *("get", f"{RESPONSES}/{{id}}/input_items", "The items that led to a response", "Responses"),
+        answer=InputItems,
+        errors=(400, 404),
+        parameters=ONE["parameters"],
+    ),
+)
 
 
 def blueprint(service: Service) -> Blueprint:
@@ -37,7 +66,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @routes.post(RESPONSES)
     def create():
-        given = protocol.convert(body.read(), Create)
+        given = bodies.convert(body.read(), CreateResponse)
         past = _past(store, given)
         with dialect.renamed(RENAMED):
             ask = service.parse(CHAT, chat(given, items(past)) | {"stream": given.stream is True})
@@ -53,7 +82,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @routes.post(f"{RESPONSES}/input_tokens")
     def input_tokens():
-        given = protocol.convert(body.read(), Create)
+        given = bodies.convert(body.read(), CreateResponse)
         with dialect.renamed(RENAMED):
             ask = service.parse(CHAT, chat(given, items(_past(store, given))))
             service.check_model(ask.model)
@@ -115,7 +144,7 @@ def _runs(found: dict) -> bool:
     return found["status"] in ("queued", "in_progress")
 
 
-def _past(store: "Store", given: Create) -> list[dict]:
+def _past(store: "Store", given: CreateResponse) -> list[dict]:
     """The items of the conversation that goes on."""
     id = given.previous_response_id
     if id is None:
@@ -140,7 +169,7 @@ class Store:
         """A record: response, items.  ApiError 404 where there is none."""
         data = self._engine.recall(KIND, id) if len(id) <= 128 else None
         if data is None:
-            raise ApiError(404, f"no response {protocol.shown(id)} is stored; older ones give way to new ones")
+            raise ApiError(404, f"no response {bodies.shown(id)} is stored; older ones give way to new ones")
         return orjson.loads(data)
 
     def put(self, response: dict, told: list[dict]) -> None:
@@ -157,7 +186,7 @@ class Store:
 class Frame:
     """One answer on its way to a response."""
 
-    def __init__(self, service: Service, answer, given: Create, past: list[dict], store: Store):
+    def __init__(self, service: Service, answer, given: CreateResponse, past: list[dict], store: Store):
         self.service, self.answer, self.store = service, answer, store
         self.items = past + _told(given)
         self.stored = given.store is not False
@@ -243,7 +272,7 @@ class Frame:
         return answers.chat_logprobs(part.logprobs, most, self.service.tokenizer)["content"]  # type: ignore[index]
 
 
-def _told(given: Create) -> list[dict]:
+def _told(given: CreateResponse) -> list[dict]:
     """The input as items, each with an id."""
     if isinstance(given.input, str):
         content = [{"type": "input_text", "text": given.input}]

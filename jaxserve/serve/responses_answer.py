@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import msgspec
 
 from jaxserve.serve.dialect import unique
-from jaxserve.serve.responses_body import Create, functions
+from jaxserve.serve.responses_body import CreateResponse, functions
 
 REASONING, MESSAGE = "reasoning", "message"  # kinds of open items beside the number of a call
 
@@ -20,7 +20,7 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{uuid.uuid4().hex}"
 
 
-def resource(id: str, created: int, model: str, body: Create, temperature: float, top_p: float) -> dict:
+def resource(id: str, created: int, model: str, body: CreateResponse, temperature: float, top_p: float) -> dict:
     """A response that has just begun; temperature and top_p: what the tokens are drawn with."""
     options = body.text
     format = {"type": "text"}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from jaxserve.protocol import ParamError
+from jaxserve.bodies import ParamError
 
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
 
@@ -61,7 +61,7 @@ class InputFile(Struct, tag_field="type", tag="input_file"):
 Part = InputText | OutputText | PlainText | SummaryText | ReasoningText | Refusal | InputImage | InputFile
 
 
-class Message(Struct):
+class ItemMessage(Struct):
     """One turn; the type of the item may be left out."""
 
     role: Literal["user", "assistant", "system", "developer"]
@@ -91,7 +91,7 @@ class Reasoning(Struct):
 
 
 ITEMS = {
-    "message": Message,
+    "message": ItemMessage,
     "function_call": FunctionCall,
     "function_call_output": FunctionCallOutput,
     "reasoning": Reasoning,
@@ -132,7 +132,7 @@ class ReasoningOptions(Struct):
     summary: str | None = None
 
 
-class Create(Struct):
+class CreateResponse(Struct):
     """The body of /v1/responses; from top_k on, what LMDeploy and vLLM understand beside OpenAI's."""
 
     model: str
@@ -188,7 +188,7 @@ RENAMED = {  # a chat's parameter -> how it is called here
 LOGPROBS = "message.output_text.logprobs"
 
 
-def chat(body: Create, earlier: list[dict]) -> dict:
+def chat(body: CreateResponse, earlier: list[dict]) -> dict:
     """The same request as the body of a chat completion.
 
     earlier: the messages that a previous response ended with.  ParamError names what cannot be served.
@@ -275,7 +275,7 @@ def convert(value, kind, where: str):
         raise ParamError(name, f"{name}: {what}") from None
 
 
-def messages(body: Create, earlier: list[dict]) -> list[dict]:
+def messages(body: CreateResponse, earlier: list[dict]) -> list[dict]:
     """The conversation: instructions, what was before, and the input."""
     if body.input is None:
         raise ParamError("input", "input is missing")

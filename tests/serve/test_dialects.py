@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxserve import protocol
-from jaxserve.protocol import ParamError
+from jaxserve import bodies
+from jaxserve.bodies import ParamError
 from jaxserve.serve import anthropic_answer, anthropic_body, responses_answer, responses_body
 
 
@@ -18,7 +18,7 @@ def call(index, arguments, id=None, name=None):
 
 def anthropic(**body):
     given = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]} | body
-    return anthropic_body.chat(protocol.convert(given, anthropic_body.Create))
+    return anthropic_body.chat(bodies.convert(given, anthropic_body.CreateMessage))
 
 
 def test_a_message():
@@ -161,9 +161,8 @@ def test_what_anthropic_bodies_cannot_be(body, param):
 
 
 def test_a_missing_max_tokens():
-    body = protocol.convert({"model": "m", "messages": [{"role": "user", "content": "x"}]}, anthropic_body.Create)
-    with pytest.raises(ParamError, match="max_tokens: Field required"):
-        anthropic_body.chat(body)
+    with pytest.raises(ParamError, match="max_tokens is missing"):
+        bodies.convert({"model": "m", "messages": [{"role": "user", "content": "x"}]}, anthropic_body.CreateMessage)
 
 
 # Anthropic's answers. -------------------------------------------------------------------------------------------------
@@ -233,7 +232,7 @@ def test_stop_reasons(finish, by, completion, expected):
 
 
 def create(**body):
-    return protocol.convert({"model": "m", "input": "hi"} | body, responses_body.Create)
+    return bodies.convert({"model": "m", "input": "hi"} | body, responses_body.CreateResponse)
 
 
 def responses(earlier=(), **body):
