@@ -285,6 +285,6 @@ def _grammar(given: Sampling) -> str | None:
     try:
         if ways == ["response_format"]:
             return grammar.from_response_format(given.response_format)
-        return grammar.from_guided(**{ways[0]: getattr(given, ways[0])})
+        return grammar.from_guided({ways[0]: getattr(given, ways[0])})
     except ValueError as error:
         raise ParamError(ways[0], str(error)) from None

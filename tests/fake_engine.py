@@ -97,7 +97,8 @@ class FakeEngine:
                 if self._closed:
                     self._live.clear()
                     return
-                batch = list(self._live)[: self.max_batch_size]
+                batch = list(self._live)
+                batch = batch[: self.max_batch_size] + [e for e in batch[self.max_batch_size :] if e[0].finish]
             time.sleep(self.delay)
             for entry in batch:
                 self._turn(*entry, entry)

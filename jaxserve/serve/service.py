@@ -4,6 +4,8 @@ Knows nothing of Flask.
 """
 
 import dataclasses
+import functools
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -12,6 +14,7 @@ from jaxserve.protocol import Ask, ParamError
 from jaxserve.reply import Author
 from jaxserve.serve.answer import Answer, Voice
 from jaxserve.serve.errors import MISSING, ApiError
+from jaxserve.text import grammar
 from jaxserve.text.tokenizer import stop_ids, stop_strings
 
 QUICK = 4000  # characters that are tokenized where they are; more go to the thread pool
@@ -55,8 +58,8 @@ class Service:
         self.generation_config = self.info["generation_config"] if generation_config is None else generation_config
         self.session_len, self.vocab = self.info["session_len"], self.info["vocab"]
         self.created = int(time.time())
-        ends = stop_ids(tokenizer, self.generation_config, template)
-        self.author = Author(tokenizer, self.session_len, ends, stop_strings(tokenizer, template), seed)
+        self.ends = stop_ids(tokenizer, self.generation_config, template)
+        self.author = Author(tokenizer, self.session_len, self.ends, stop_strings(tokenizer, template), seed)
         self.window = max(self.limits.window, 2 * self.info["max_batch_size"])
         self._longest_token = max(map(len, tokenizer.token_bytes), default=1)
 
@@ -92,6 +95,8 @@ class Service:
     def submit(self, ask: Ask, prompts: list[list[int]]) -> Answer:
         """Starts answers to prompts that are tokens already."""
         config = self._checked(ask.config)
+        if ask.grammar is not None:
+            self._check_grammar(ask.grammar)
         count = ask.best_of or config.n
         if ask.best_of:
             config = dataclasses.replace(config, n=count, logprobs=config.logprobs or 0)
@@ -148,6 +153,17 @@ class Service:
             rows.append({token: float(chance), **dict(zip(others, theirs, strict=True))})
         return rows
 
+    @functools.cached_property
+    def table(self):
+        """The vocabulary as llguidance has it; takes up to a second, once."""
+        return grammar.token_table(self.tokenizer, self.vocab, self.ends)
+
+    def _check_grammar(self, text: str) -> None:
+        try:
+            offload(lambda: grammar.check(text, self.table))
+        except ValueError as error:
+            raise ParamError("response_format", str(error)) from None
+
     def _check_size(self, name: str, characters: int) -> None:
         """Refuses, without tokenizing it, a text that cannot fit whatever its tokens are."""
         most = self.session_len * self._longest_token
@@ -192,7 +208,5 @@ def _here(work: Callable, *arguments):
 
 
 def _gevent() -> bool:
-    import sys
-
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and monkey.is_module_patched("socket")
