@@ -16,31 +16,25 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from jaxserve.bench import drive, figures
 from jaxserve.bench.work import made_up
-from tests.serve import live
+from tests.serve import processes as serving
 
 
-def measure(server: live.Live, streams: int, tokens: int, *, chat: bool = False, processes: int | None = None) -> dict:
+def measure(
+    server: serving.Running, streams: int, tokens: int, *, chat: bool = False, processes: int | None = None
+) -> dict:
     """The figures of so many streams at once, of so many tokens each; `lost` counts the tokens that are missing."""
     target = drive.Target(server.url, drive.first_model(server.url), chat=chat, extra={"return_token_ids": True})
     items = made_up(streams, (8, 64), (tokens, tokens), 0, ids=None if chat else (1000, 40_000))
-    before = cpu(server)
+    before = server.cpu()
     began = time.perf_counter()
     result = drive.run(target, items, concurrency=streams, processes=processes)
     seconds = time.perf_counter() - began
-    after = cpu(server)
+    after = server.cpu()
     found = figures.summary(result, wanted=[tokens] * streams)
     good = [record for record in result["records"] if not record["error"]]
     found["lost"] = streams * tokens - sum(record["seen"] for record in good)
     found["cores"] = {name: round((after[name] - before[name]) / seconds, 2) for name in after}
     return found
-
-
-def cpu(server: live.Live) -> dict[str, float]:
-    """CPU seconds so far, by what the processes are."""
-    return {
-        name: sum(sum(process.cpu_times()[:2]) for process in processes)
-        for name, processes in server.processes().items()
-    }
 
 
 def main():
@@ -51,7 +45,7 @@ def main():
     parser.add_argument("--workers", type=int, default=2, help="web processes")
     parser.add_argument("--chat", action="store_true")
     given = parser.parse_args()
-    with live.served(live.stub(given.rate, given.streams, http_workers=given.workers)) as server:
+    with serving.served(serving.stub(given.rate, given.streams, http_workers=given.workers)) as server:
         found = measure(server, given.streams, round(given.rate * given.seconds), chat=given.chat, processes=1)
     print(figures.table(found))
     print(f"tokens lost {found['lost']}; cores {found['cores']}, client {found['client_busy']}")
