@@ -61,8 +61,8 @@ class Running:
 
 
 @contextmanager
-def served(command: Sequence[str]) -> Iterator[Running]:
-    """`python` with these arguments; PORT in them becomes a free port."""
+def served(command: Sequence[str], start: float = START) -> Iterator[Running]:
+    """`python` with these arguments; PORT in them becomes a free port.  start: seconds until it must be ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="jaxserve-served-") as folder:
@@ -72,7 +72,7 @@ def served(command: Sequence[str]) -> Iterator[Running]:
             launcher = psutil.Popen(arguments, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, stdin=subprocess.DEVNULL)
         running = Running(f"http://127.0.0.1:{port}", launcher, log)
         try:
-            wait_ready(running)
+            wait_ready(running, start)
             yield running
         except BaseException:
             print(log.read_text(encoding="utf-8", errors="replace")[-8000:], file=sys.stderr)
