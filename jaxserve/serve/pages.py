@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import flask_swagger_ui
-from flask import Blueprint, Response, send_file
+from flask import Blueprint, Response, request
 
 STATIC = Path(__file__).parent / "static"
 SWAGGER = Path(flask_swagger_ui.__file__).parent / "dist"
@@ -53,7 +53,7 @@ def blueprint(service=None) -> Blueprint:
 
 
 def _send(file: Path, policy: str) -> Response:
-    response = send_file(file, mimetype=TYPES[file.suffix], conditional=True)
-    response.headers.update(HEADERS)
+    response = Response(file.read_bytes(), mimetype=TYPES[file.suffix], headers=HEADERS)
     response.headers["Content-Security-Policy"] = policy
-    return response
+    response.add_etag()
+    return response.make_conditional(request)

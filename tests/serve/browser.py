@@ -1,7 +1,7 @@
 """Headless Chromium by the DevTools protocol over a pipe: no driver, no port, no library.
 
-`Browser` is the process, `Page` a tab of a profile of its own; a page remembers each address asked for, each exception and
-each complaint (such as of the content security policy), and that a dialog was opened.
+`Browser` is the process, `Page` a tab with a profile of its own; a page remembers each address that was asked for, each
+exception and complaint (such as of the content security policy), and each dialog.
 """
 
 import base64
@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -22,6 +23,14 @@ FLAGS = (
     *("--disable-extensions", "--disable-default-apps", "--font-render-hinting=none", "--remote-debugging-pipe"),
 )
 PATIENCE = 30.0  # seconds: a busy machine is slow
+# Chromium reads commands from descriptor 3 and answers on 4.
+START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+os.dup2(ends[0], 3)
+os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, "")}
 
 
@@ -32,9 +41,9 @@ class Browser:
         self._profile = tempfile.mkdtemp(prefix="jaxserve-chromium-")
         read_commands, self._commands = os.pipe()
         self._answers, write_answers = os.pipe()
-        shell = f'exec "$0" "$@" 3<&{read_commands} 4>&{write_answers}'  # Chromium wants these two numbers
+        ours = str(read_commands), str(write_answers)
         self._process = subprocess.Popen(
-            ["sh", "-c", shell, PROGRAM, *FLAGS, f"--user-data-dir={self._profile}"],
+            [sys.executable, "-c", START, *ours, PROGRAM, *FLAGS, f"--user-data-dir={self._profile}"],
             pass_fds=(read_commands, write_answers),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

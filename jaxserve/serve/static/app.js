@@ -147,7 +147,9 @@ async function follow({ stop, chat: conversation, message }) {
 
 async function stream(conversation, message, signal) {
   const messages = conversation.messages.slice(0, conversation.messages.indexOf(message));
-  const sent = messages.map(({ role, content }) => ({ role, content }));
+  // A question that got no answer is not asked again: two in a row are more than many chat templates take.
+  const answered = (index) => messages[index].content && (messages[index + 1]?.content ?? true);
+  const sent = messages.filter((_, index) => answered(index)).map(({ role, content }) => ({ role, content }));
   if (conversation.system.trim()) sent.unshift({ role: "system", content: conversation.system });
   const body = { model: modelName(), messages: sent, ...chosen() };
   const began = performance.now();

@@ -21,25 +21,22 @@ const colour = () => {
 dark.addEventListener("change", colour);
 colour();
 
-const authorized = (headers = {}) => (key.get() ? { ...headers, Authorization: `Bearer ${key.get()}` } : headers);
+// What is typed into Swagger UI's own field goes before the page's.
+const authorized = (headers = {}) => (key.get() ? { Authorization: `Bearer ${key.get()}`, ...headers } : headers);
 
 async function show() {
-  $("problem").hidden = true;
-  let response;
+  let spec;
   try {
-    response = await fetch("openapi.json", { headers: authorized(), cache: "no-store" });
+    spec = await (await fetch("openapi.json", { cache: "no-store" })).json();
   } catch {
-    return problem("The server does not answer.");
+    $("problem").textContent = "openapi.json cannot be had: the server does not answer.";
+    $("problem").hidden = false;
+    return;
   }
-  $("key-form").hidden = response.status !== 401;
-  if (response.status === 401) {
-    $("key-reason").textContent = key.get() ? "The server refused this key." : "This server asks for a key.";
-    $("key-input").focus();
-    return undefined;
-  }
-  if (!response.ok) return problem(`openapi.json cannot be had: the server answered ${response.status}.`);
-  return window.SwaggerUIBundle({
-    spec: await response.json(),
+  $("key-form").hidden = !spec.components?.securitySchemes;
+  if (key.get()) checkKey();
+  window.SwaggerUIBundle({
+    spec,
     domNode: $("swagger"),
     deepLinking: true,
     displayRequestDuration: true,
@@ -49,16 +46,19 @@ async function show() {
   });
 }
 
-function problem(text) {
-  $("problem").textContent = text;
-  $("problem").hidden = false;
+/** Says whether the server takes the key. */
+async function checkKey() {
+  const { status } = await fetch("v1/models", { headers: authorized(), cache: "no-store" });
+  $("key-state").textContent = status === 401 ? "The server refused it." : "Requests from this page carry it.";
 }
 
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const value = $("key-input").value.trim();
-  if (/[^\x21-\x7e]/.test(value)) return problem("A key has no spaces and no letters beyond ASCII.");
-  key.set(value, key.kept());
-  return show();
+  if (/[^\x21-\x7e]/.test(value)) $("key-state").textContent = "A key has no spaces and no letters beyond ASCII.";
+  else {
+    key.set(value, key.kept());
+    checkKey();
+  }
 });
 show();
