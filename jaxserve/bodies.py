@@ -128,8 +128,8 @@ class CompletionBody(Sampling, kw_only=True):
         Meta(
             extra_json_schema={
                 "anyOf": [
-                    {"type": "string"},
-                    {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MOST_PROMPTS},
+                    {"type": "string", "minLength": 1},
+                    {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": MOST_PROMPTS},
                     {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
                     {
                         "type": "array",

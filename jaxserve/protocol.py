@@ -59,7 +59,6 @@ class Ask:
     tools: list[dict] | None = None
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
-    tool_names: tuple[str, ...] = ()  # of all tools in the body, in its order
     grammar: str | None = None
     echo: bool = False
     best_of: int | None = None
@@ -116,15 +115,14 @@ def _chat(given: ChatBody) -> dict:
             if not messages:
                 raise ParamError("messages", "messages hold no text, and do_preprocess is false")
     variables = _variables(given)
-    shown_tools, choice, names = _tools(given)
+    tools, choice = _tools(given)
     return {
         "chat": True,
         "prompts": [messages],
         "do_preprocess": not raw,
         "variables": variables,
-        "tools": shown_tools,
+        "tools": tools,
         "tool_choice": choice,
-        "tool_names": names,
         "parallel_tool_calls": given.parallel_tool_calls is not False,
     }
 
@@ -161,8 +159,8 @@ def _variables(given: ChatBody) -> dict:
     return variables
 
 
-def _tools(given: ChatBody) -> tuple[list[dict] | None, str, tuple[str, ...]]:
-    """The tools that the model is shown, what it may do with them, and the names of all."""
+def _tools(given: ChatBody) -> tuple[list[dict] | None, str]:
+    """The tools that the model is shown, and what it may do with them."""
     try:
         tools = conversation.checked_tools(given.tools) or []
     except ValueError as error:
@@ -183,7 +181,7 @@ def _tools(given: ChatBody) -> tuple[list[dict] | None, str, tuple[str, ...]]:
         tools = [tools[names.index(choice)]]
     if choice == "required" and not tools:
         raise ParamError("tool_choice", "tool_choice is 'required', but there are no tools")
-    return (None if choice == "none" else tools or None), choice, names
+    return (None if choice == "none" else tools or None), choice
 
 
 # Completions ----------------------------------------------------------------------------------------------------------
@@ -262,7 +260,7 @@ def _token(key: str) -> int:
 def _logprobs(given: Any, chat: bool) -> int | None:
     """How many alternatives are told beside each token; None: no log-probabilities at all."""
     if not chat:
-        return None if given.logprobs is False else given.logprobs
+        return (1 if given.logprobs else None) if isinstance(given.logprobs, bool) else given.logprobs
     if given.top_logprobs and not given.logprobs:
         raise ParamError("top_logprobs", "top_logprobs needs logprobs: true")
     return (given.top_logprobs or 0) if given.logprobs else None
@@ -285,6 +283,6 @@ def _grammar(given: Sampling) -> str | None:
     try:
         if ways == ["response_format"]:
             return grammar.from_response_format(given.response_format)
-        return grammar.from_guided({ways[0]: getattr(given, ways[0])})
+        return grammar.from_guided(**{ways[0]: getattr(given, ways[0])})
     except ValueError as error:
         raise ParamError(ways[0], str(error)) from None

@@ -48,10 +48,13 @@ def echo(text):
 class FakeEngine:
     """The members of jaxserve.engine.engine.Engine that a pipeline uses."""
 
-    def __init__(self, *, session_len=256, max_batch_size=4, delay=0.0, say=echo, generation_config=None):
+    def __init__(
+        self, *, session_len=256, max_batch_size=4, delay=0.0, say=echo, generation_config=None, breaks=True
+    ):
+        """breaks: prompts with the ids 0, 1 and 2 can never be served, fail a step, or end the engine."""
         self.tokenizer = tokenizer()
         self.session_len, self.max_batch_size = session_len, max_batch_size
-        self.delay, self.say = delay, say
+        self.delay, self.say, self.breaks = delay, say, breaks
         self.config = SimpleNamespace(vocab=self.tokenizer.vocab_size)
         self.path = Path("/models/fake-1b")
         self.generation_config = generation_config or {}
@@ -65,7 +68,7 @@ class FakeEngine:
         self._thread.start()
 
     def submit(self, request):
-        if 0 in request.tokens:
+        if self.breaks and 0 in request.tokens:
             raise ValueError("it never fits")
         with self._wake:
             if self._closed:
@@ -104,10 +107,10 @@ class FakeEngine:
                 self._turn(*entry, entry)
 
     def _turn(self, request, answer, entry):
-        if 1 in request.tokens:  # a step that fails
+        if self.breaks and 1 in request.tokens:  # a step that fails
             request.finish = "error"
             output = Output(None, "error", error="the step failed")
-        elif 2 in request.tokens:  # one too many
+        elif self.breaks and 2 in request.tokens:  # one too many
             self._closed, request.finish = True, "error"
             output = Output(None, "error", error="the engine has stopped")
         elif request.finish is None:

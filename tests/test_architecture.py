@@ -18,8 +18,8 @@ LAYERS = [
     "hub step weights",
     "engine text",
     "reply",
-    "answers bodies pipeline",
-    "bench options protocol",
+    "answers bodies pipeline voice",
+    "bench options protocol terminal",
     "check_env commands convert lite serve",
     "cli",
 ]

@@ -202,7 +202,7 @@ OTHER = {"type": "function", "function": {"name": "mul"}}
 def test_tools(given, shown, choice):
     ask = chat(tools=[TOOL, OTHER], tool_choice=given, parallel_tool_calls=False)
     assert (ask.tools and [tool["function"]["name"] for tool in ask.tools]) == shown
-    assert (ask.tool_choice, ask.parallel_tool_calls, ask.tool_names) == (choice, False, ("add", "mul"))
+    assert (ask.tool_choice, ask.parallel_tool_calls) == (choice, False)
 
 
 def test_the_tools_of_the_course():

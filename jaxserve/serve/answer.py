@@ -1,135 +1,22 @@
-"""One body's answers on their way: from Replies to pieces of content, reasoning and tool calls.
+"""All answers to one body on their way: submitted, read as they come, aborted together.
 
 Knows neither HTTP nor any protocol's JSON.
 """
 
 import math
 import queue
-import secrets
+import time
 from collections import deque
-from dataclasses import dataclass, field
 
 from jaxserve.engine.request import Output, Overloaded
 from jaxserve.protocol import Ask
-from jaxserve.reply import Reply, Response
+from jaxserve.reply import Reply
 from jaxserve.serve.errors import CLIENT_GONE, ApiError, of, of_finish
+from jaxserve.voice import Call, CallDelta, Delta, Message, Voice
+
+__all__ = ["Answer", "Call", "CallDelta", "Delta", "Message", "Voice", "failure"]
 
 TRY_AGAIN = 0.2  # seconds until a full engine is asked again for the rest of a long list of prompts
-
-
-@dataclass(slots=True)
-class CallDelta:
-    """A piece of a tool call; the first has an id and a name."""
-
-    index: int
-    id: str | None
-    name: str | None
-    arguments: str
-
-
-@dataclass(slots=True)
-class Delta:
-    """What is new in one choice.  finish: "stop", "length", "tool_calls", "error" or "abort"; None: more will come.
-
-    logprobs: a token {id: log-probability}, the one taken first; None if they were not asked for.  response: the same
-    as `reply.Response` has it, with counts of all so far.
-    """
-
-    content: str
-    reasoning: str
-    calls: list[CallDelta]
-    logprobs: list[dict[int, float]] | None
-    token_ids: list[int]
-    finish: str | None
-    response: Response
-
-
-@dataclass
-class Call:
-    """A whole tool call; arguments: JSON as the model wrote it."""
-
-    id: str
-    name: str
-    arguments: str
-
-
-@dataclass
-class Message:
-    """One choice, whole.  Fields as in Delta."""
-
-    content: str = ""
-    reasoning: str = ""
-    calls: list[Call] = field(default_factory=list)
-    logprobs: list[dict[int, float]] | None = None
-    token_ids: list[int] = field(default_factory=list)
-    finish: str | None = None
-    response: Response | None = None
-
-    def add(self, delta: Delta) -> None:
-        """Takes one more piece."""
-        self.content += delta.content
-        self.reasoning += delta.reasoning
-        for call in delta.calls:
-            if call.id is not None:
-                self.calls.append(Call(call.id, call.name or "", ""))
-            self.calls[call.index].arguments += call.arguments
-        if delta.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + delta.logprobs
-        self.token_ids += delta.token_ids
-        self.finish, self.response = delta.finish, delta.response
-
-
-class Voice:
-    """Splits the text of one reply.  splitter: of reasoning; parser: of tool calls; None where there is none to find.
-
-    names: the tools' names in their order, if a call's id is its tool's place there, as InternLM2's calls have it.
-    """
-
-    def __init__(self, reply: Reply, choice: int, splitter=None, parser=None, names: tuple[str, ...] | None = None):
-        self.reply, self.choice = reply, choice
-        self.splitter, self.parser, self.names = splitter, parser, names
-        self.called = False
-
-    def take(self) -> Delta | None:
-        """What is new since the last call, or None."""
-        response = self.reply.take()
-        if response is None:
-            return None
-        content, reasoning, calls = response.text, "", []
-        finish = response.finish_reason
-        if self.splitter is not None:
-            reasoning, content = self.splitter.feed(content)
-            if finish:
-                more, rest = self.splitter.finish()
-                reasoning, content = reasoning + more, content + rest
-        if self.parser is not None:
-            events = self.parser.feed(content)
-            if finish:
-                events = [*events, *self.parser.finish()]
-            content, calls = self._read(events)
-        if finish == "stop" and self.called:
-            finish = "tool_calls"
-        return Delta(content, reasoning, calls, response.logprobs, response.token_ids, finish, response)
-
-    def _read(self, events) -> tuple[str, list[CallDelta]]:
-        """A tool parser's events; they are told apart by their fields."""
-        content, calls = "", []
-        for event in events:
-            if hasattr(event, "name"):
-                self.called = True
-                calls.append(CallDelta(event.index, self._id(event.name), event.name, ""))
-            elif not hasattr(event, "index"):
-                content += event.text
-            elif calls and calls[-1].index == event.index and calls[-1].id is None:
-                calls[-1].arguments += event.text
-            else:
-                calls.append(CallDelta(event.index, None, None, event.text))
-        return content, calls
-
-    def _id(self, name: str) -> str:
-        if self.names is not None and name in self.names:
-            return str(self.names.index(name))
-        return f"call_{secrets.token_hex(12)}"
 
 
 class Answer:
@@ -141,7 +28,7 @@ class Answer:
     def __init__(
         self, engine, ask: Ask, prompts: list[list[int]], voices: list[Voice], *, window: int, heartbeat: float
     ):
-        """Submits, as many as `window` at once; raises what the engine raises, with nothing left behind.
+        """Submits, as many as `window` at once; raises what the engine raises of the first, with nothing left behind.
 
         prompts: their token ids.
         """
@@ -153,10 +40,11 @@ class Answer:
         self._waiting = deque(voice.reply for voice in voices)
         self._window = window
         self._responses = [voice.reply.whole for voice in voices]
+        self._pause = 0.0  # until then a full engine is not asked again
         try:
-            while self._waiting and len(self._running) < window:
-                self._submit(self._waiting[0])
-                self._waiting.popleft()
+            self._submit(self._waiting[0])  # the others may wait for it
+            self._waiting.popleft()
+            self._submit_waiting()
         except BaseException:
             self.close()
             raise
@@ -176,25 +64,32 @@ class Answer:
             raise
 
     def _submit_waiting(self) -> None:
-        """The rest of a list of prompts, as earlier ones end; a full engine is asked again."""
+        """The rest of what was asked for, as far as there is room; what can never be served ends in an error."""
         while self._waiting and len(self._running) < self._window:
+            reply = self._waiting[0]
             try:
-                self._submit(self._waiting[0])
+                self._submit(reply)
             except Overloaded:
+                self._pause = time.monotonic() + TRY_AGAIN
                 return
             except Exception as error:
-                self._running.add(self._waiting[0])
-                self._waiting[0].put(Output(None, "error", error=of(error).message))
+                failed = of(error)
+                reply.whole.error_code = failed.status
+                self._running.add(reply)
+                reply.put(Output(None, "error", error=failed.message))
             self._waiting.popleft()
 
     def __iter__(self):
+        last = time.monotonic()  # when something was told
         while (self._running or self._waiting) and not self.closed:
-            if self._waiting:
+            if self._waiting and time.monotonic() >= self._pause:
                 self._submit_waiting()
             try:
-                reply = self._news.get(timeout=self._heartbeat if self._running else TRY_AGAIN)
+                reply = self._news.get(timeout=min(self._heartbeat, TRY_AGAIN) if self._waiting else self._heartbeat)
             except queue.Empty:
-                yield -1, None
+                if time.monotonic() - last >= self._heartbeat:
+                    last = time.monotonic()
+                    yield -1, None
                 continue
             if self.closed:
                 return
@@ -204,8 +99,10 @@ class Answer:
                 continue
             if delta.finish:
                 self._running.discard(reply)
+                self._pause = 0.0
                 if reply.request and not reply.request.finish:  # ended by a stop word, which the engine does not know
                     self._engine.abort(reply.request)
+            last = time.monotonic()
             yield voice.choice, delta
 
     def collect(self) -> list[Message]:

@@ -4,6 +4,7 @@ A message says what the client sent and what is possible; it never holds a path,
 """
 
 import logging
+from collections.abc import Iterable
 
 import orjson
 from flask import Response
@@ -44,13 +45,16 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
         self.type = type or TYPES.get(status, INVALID if status < 500 else FAILED)
         self.retry_after = retry_after
+        self.allow: Iterable[str] = ()  # with 405: the methods that the route has
 
     def body(self) -> dict:
         """OpenAI's envelope."""
         return answers.error(self.message, type=self.type, param=self.param, code=self.code)
 
     def headers(self) -> dict[str, str]:
-        """What tells clients whether, and when, to try again."""
+        """What tells clients whether, and when, to try again, or how."""
+        if self.allow:
+            return {"Allow": ", ".join(sorted(self.allow))}
         if self.retry_after is not None:
             return {"Retry-After": str(max(1, round(self.retry_after)))}
         return {"x-should-retry": "false"} if self.status >= 500 else {}
@@ -100,4 +104,6 @@ def _http(error: HTTPException) -> ApiError:
         413: "the request's body is larger than this server takes",
         415: "the body of a request is JSON: send Content-Type: application/json",
     }
-    return ApiError(status, words.get(status, error.name))
+    made = ApiError(status, words.get(status, error.name))
+    made.allow = getattr(error, "valid_methods", None) or ()
+    return made

@@ -14,9 +14,25 @@ from jaxserve.serve.openapi import Operation, path_parameter
 from jaxserve.serve.service import Service
 
 OPERATIONS = (
-    Operation("post", CHAT, "Answer a conversation", "OpenAI", ChatBody, schemas.Chat, streams=True, errors=(404,)),
     Operation(
-        "post", COMPLETION, "Complete a text", "OpenAI", CompletionBody, schemas.Completion, streams=True, errors=(404,)
+        "post",
+        CHAT,
+        "Answer a conversation",
+        "OpenAI",
+        ChatBody,
+        schemas.Chat,
+        streams=schemas.ChatChunk,
+        errors=(404,),
+    ),
+    Operation(
+        "post",
+        COMPLETION,
+        "Complete a text",
+        "OpenAI",
+        CompletionBody,
+        schemas.Completion,
+        streams=schemas.Completion,
+        errors=(404,),
     ),
     Operation("get", "/v1/models", "The models that answer here", "OpenAI", answer=schemas.Models),
     Operation(

@@ -36,9 +36,9 @@ class Operation:
     """One route.  path: as OpenAPI writes it, {name} for a part that varies.
 
     body, answer: Structs (or other types that msgspec knows); answer None: a text of `kind`.  streams: the answer may
-    also be a stream of events.  errors: statuses beside 401, 403, 500 and, with a body, 400, 413, 415, 503 and 504.
-    error: the Struct of their bodies.  parameters: those of the path and the query, in OpenAPI's form.  public: no API
-    key is needed.
+    also be a stream of events: True, or the Struct of their data.  errors: statuses beside 401, 403, 500 and, with a
+    body, 400, 413, 415, 503 and 504.  error: the Struct of their bodies.  parameters: those of the path and the query,
+    in OpenAPI's form.  public: no API key is needed.
     """
 
     method: str  # in lower case
@@ -48,7 +48,7 @@ class Operation:
     body: Any = None
     answer: Any = None
     kind: str = "application/json"
-    streams: bool = False
+    streams: Any = False
     errors: tuple[int, ...] = ()
     error: type[Struct] = schemas.Error
     parameters: tuple[dict, ...] = ()
@@ -75,7 +75,8 @@ def document(operations: Iterable[Operation], *, title: str, server: str = "", k
     operations = list(operations)
     kinds: list[Any] = []
     for operation in operations:
-        kinds += [kind for kind in (operation.body, operation.answer, operation.error) if kind is not None]
+        given = (operation.body, operation.answer, operation.error, operation.streams)
+        kinds += [kind for kind in given if kind not in (None, True, False)]
     kinds += [schemas.Message]
     found, components = msgspec.json.schema_components(kinds, ref_template=REF)
     schema_of = {id(kind): schema for kind, schema in zip(kinds, found, strict=True)}
@@ -103,7 +104,13 @@ def _operation(operation: Operation, schema_of: dict, keys: bool) -> dict:
     elif operation.kind:
         success["content"] = {operation.kind: {"schema": {"type": "string"}}}
     if operation.streams:
-        success["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        data: dict[str, Any] = {"type": "string"}
+        if operation.streams is not True:
+            either = [schema_of[id(operation.streams)], schema_of[id(operation.error)]]
+            told = {"contentMediaType": "application/json", "contentSchema": {"anyOf": either}}
+            data = {"type": "string", "anyOf": [{"const": "[DONE]"}, told]}
+        event = {"type": "object", "properties": {"data": data, "event": {"type": "string"}}, "required": ["data"]}
+        success["content"]["text/event-stream"] = {"schema": event}
     made: dict[str, Any] = {
         "summary": operation.summary,
         "operationId": f"{operation.method}_{operation.path.strip('/').replace('/', '_') or 'page'}",

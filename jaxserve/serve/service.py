@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from jaxserve import protocol
 from jaxserve.protocol import Ask, ParamError
 from jaxserve.reply import Author
-from jaxserve.serve.answer import Answer, Voice
+from jaxserve.serve.answer import Answer
 from jaxserve.serve.errors import MISSING, ApiError
-from jaxserve.text import grammar
+from jaxserve.text import grammar as grammars
 from jaxserve.text.tokenizer import stop_ids, stop_strings
+from jaxserve.voice import Formats
 
 QUICK = 4000  # characters that are tokenized where they are; more go to the thread pool
 
@@ -55,6 +56,7 @@ class Service:
         self.info = engine.info
         self.model_names, self.limits = list(model_names), limits or Limits()
         self.tool_format, self.reasoning_format = tool_format, reasoning_format
+        self.formats = Formats(tokenizer, tool_format, reasoning_format)
         self.generation_config = self.info["generation_config"] if generation_config is None else generation_config
         self.session_len, self.vocab = self.info["session_len"], self.info["vocab"]
         self.created = int(time.time())
@@ -94,18 +96,20 @@ class Service:
 
     def submit(self, ask: Ask, prompts: list[list[int]]) -> Answer:
         """Starts answers to prompts that are tokens already."""
-        config = self._checked(ask.config)
-        if ask.grammar is not None:
-            self._check_grammar(ask.grammar)
+        config = self._checked(self.formats.config(ask))
+        grammar = self._grammar(ask)
         count = ask.best_of or config.n
         if ask.best_of:
             config = dataclasses.replace(config, n=count, logprobs=config.logprobs or 0)
         voices = []
         for index, tokens in enumerate(prompts):
-            replies = self.author.replies(
-                tokens, config, index=index, live=ask.stream, continues=not ask.chat, grammar=ask.grammar
-            )
-            voices += [Voice(reply, index * count + reply.whole.choice) for reply in replies]
+            try:
+                replies = self.author.replies(
+                    tokens, config, index=index, live=ask.stream, continues=not ask.chat, grammar=grammar
+                )
+            except ValueError as error:  # bad words of too many tokens
+                raise ParamError("bad_words", str(error)) from None
+            voices += [self.formats.voice(ask, reply, index * count + reply.whole.choice) for reply in replies]
         return Answer(self.engine, ask, prompts, voices, window=self.window, heartbeat=self.limits.heartbeat)
 
     def tokens(self, prompt, ask: Ask) -> list[int]:
@@ -156,13 +160,22 @@ class Service:
     @functools.cached_property
     def table(self):
         """The vocabulary as llguidance has it; takes up to a second, once."""
-        return grammar.token_table(self.tokenizer, self.vocab, self.ends)
+        return grammars.token_table(self.tokenizer, self.vocab, self.ends)
 
-    def _check_grammar(self, text: str) -> None:
+    def _grammar(self, ask: Ask) -> str | None:
+        """What the answer must look like, as llguidance's JSON text.  ParamError where that cannot be followed."""
+        if ask.tools and self.tool_format is None:
+            raise ParamError(
+                "tools",
+                "tools: how this model writes tool calls is not known; start the server with --tool-call-parser",
+            )
         try:
-            offload(lambda: grammar.check(text, self.table))
+            grammar = self.formats.grammar(ask)
+            if grammar is not None:
+                offload(lambda: grammars.check(grammar, self.table))
         except ValueError as error:
-            raise ParamError("response_format", str(error)) from None
+            raise ParamError("response_format" if ask.grammar else "tools", str(error)) from None
+        return grammar
 
     def _check_size(self, name: str, characters: int) -> None:
         """Refuses, without tokenizing it, a text that cannot fit whatever its tokens are."""

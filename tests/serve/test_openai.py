@@ -333,13 +333,20 @@ def test_an_engine_that_stops():
 
 
 def test_a_full_queue():
-    with serving(max_batch_size=1, door={"max_concurrent": 2}, delay=0.001) as server:
-        response = server.client.post(CHAT, json=messages() | {"n": 5})
+    with serving(max_batch_size=1, door={"max_concurrent": 2}, delay=0.01) as server:
+        stream = server.service.start(server.service.parse(CHAT, messages() | {"n": 5, "ignore_eos": True}))
+        response = server.client.post(CHAT, json=messages())
         assert response.status_code == 503 and int(response.headers["Retry-After"]) >= 1
         assert response.json["error"]["type"] == "overloaded_error"
+        stream.close()
         while not server.service.engine.idle:
             time.sleep(0.01)
         assert server.chat()["choices"]
+
+
+def test_more_answers_than_the_queue_holds():
+    with serving(max_batch_size=1, door={"max_concurrent": 2}) as server:
+        assert [choice["finish_reason"] for choice in server.chat(n=7)["choices"]] == ["stop"] * 7
 
 
 def test_silence_is_filled_with_comments():
