@@ -106,7 +106,7 @@ class Encoded(Struct):
 class PerplexityBody(Struct):
     """The body of /get_ppl: a text, or token ids."""
 
-    input: str | Ids
+    input: Annotated[str, Meta(min_length=1)] | Annotated[Ids, Meta(min_length=2)]
 
 
 class Perplexity(Struct):

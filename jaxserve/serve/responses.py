@@ -278,7 +278,7 @@ def _told(given: CreateResponse) -> list[dict]:
         content = [{"type": "input_text", "text": given.input}]
         return [{"id": new_id("msg"), "type": "message", "status": "completed", "role": "user", "content": content}]
     made = []
-    for item in given.input or ():
+    for item in given.input:
         kind = item.get("type", "message")
         item = {"type": kind, **item, "id": item.get("id") or new_id("msg" if kind == "message" else "item")}
         if isinstance(item.get("content"), str):

@@ -136,7 +136,7 @@ class CreateResponse(Struct):
     """The body of /v1/responses; from top_k on, what LMDeploy and vLLM understand beside OpenAI's."""
 
     model: str
-    input: str | Annotated[list[Item], Meta(max_length=100_000)] | None = None
+    input: str | Annotated[list[Item], Meta(min_length=1, max_length=100_000)]
     instructions: str | None = None
     tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -277,15 +277,10 @@ def convert(value, kind, where: str):
 
 def messages(body: CreateResponse, earlier: list[dict]) -> list[dict]:
     """The conversation: instructions, what was before, and the input."""
-    if body.input is None:
-        raise ParamError("input", "input is missing")
-    if isinstance(body.input, str):
-        told = [{"role": "user", "content": body.input}]
-    else:
-        told = items(body.input)
+    told = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else items(body.input)
     made = [*earlier, *told]
     if not made:
-        raise ParamError("input", "input is a text or a list of at least one item")
+        raise ParamError("input", "input holds no message")
     instructions = [body.instructions] if body.instructions else []
     first = 0
     while first < len(made) and made[first]["role"] == "system":  # templates know one system message
