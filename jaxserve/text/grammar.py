@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import gbnf_to_lark
@@ -169,10 +169,10 @@ def from_response_format(format: dict | None) -> str | None:
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
-def from_guided(fields: dict) -> str | None:
-    """vLLM's spellings among the fields of a request: structured_outputs, guided_json and its like.  None without any.
+def from_guided(**fields) -> str | None:
+    """vLLM's spellings: structured_outputs, guided_json, guided_regex, guided_choice, guided_grammar.
 
-    ValueError names what is wrong.
+    None without any; ValueError names what is wrong.
     """
     given = {name.removeprefix("guided_"): fields[name] for name in GUIDED if fields.get(name) is not None}
     outputs = fields.get("structured_outputs")
@@ -190,7 +190,8 @@ def from_guided(fields: dict) -> str | None:
             return from_schema(_parsed(value) if isinstance(value, str) else value)
         if name == "json_object":
             return from_schema({"type": "object"})
-        return {"regex": from_regex, "choice": from_choice, "grammar": from_lark}[name](value)
+        make: Callable = {"regex": from_regex, "choice": from_choice, "grammar": from_lark}[name]
+        return make(value)
     return None
 
 
@@ -205,7 +206,7 @@ def guided_schema(schema: dict | bool, strict: bool = False) -> dict:
     return {**schemas.normalized(schema), "x-guidance": options}
 
 
-def from_regex(regex: str) -> str:
+def from_regex(regex: str | None) -> str:
     """Answers that `regex` (Rust's syntax) matches as a whole."""
     if not isinstance(regex, str) or not regex:
         raise ValueError(f"a regex is a text, not {_short(regex)}")
@@ -225,7 +226,7 @@ def from_choice(choices: list[str]) -> str:
     return lark("start: " + " | ".join(quoted(str(choice)) for choice in choices))
 
 
-def from_lark(text: str) -> str:
+def from_lark(text: str | None) -> str:
     """Answers that a grammar describes, in llguidance's Lark, or in GBNF ("root ::= ...")."""
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"a grammar is a text in Lark or GBNF, not {_short(text)}")
