@@ -2,20 +2,17 @@
 
 import io
 import os
-import pty
 import re
-import select
 import subprocess
 import sys
-import termios
-import time
 from pathlib import Path
 
 import pytest
 
-from jaxserve import GenerationConfig
+from jaxserve import GenerationConfig, terminal
 from jaxserve.commands import chat
 from tests import fake_engine
+from tests.screen import Screen
 
 COMMAND = [sys.executable, "-m", "tests.fake_engine", "chat"]
 ASKS = "double enter to end input >>>"
@@ -30,76 +27,12 @@ def piped(text, *arguments, **environment):
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
-class Ended(Exception):
-    """The command has ended."""
-
-
-class Screen:
-    """A command in a pseudo terminal, and what it wrote there."""
-
-    def __init__(self, *arguments, **environment):
-        self.terminal, theirs = pty.openpty()
-        termios.tcsetwinsize(theirs, (24, 100))
-        take = (  # makes the terminal its own, as a shell does, so that Ctrl-C reaches it
-            "import fcntl, os, sys, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\nos.execv(sys.argv[1], sys.argv[1:])"
-        )
-        self.child = subprocess.Popen(
-            [sys.executable, "-c", take, *COMMAND, *arguments],
-            **{"stdin": theirs, "stdout": theirs, "stderr": theirs, "cwd": HOME, "start_new_session": True},
-            env=os.environ | {"TERM": "xterm"} | environment,
-        )
-        os.close(theirs)
-        self.text = ""
-
-    def wait_for(self, text, seconds=20.0):
-        """What came up to and with `text`, which is taken from the screen."""
-        end = time.monotonic() + seconds
-        while text not in plain(self.text):
-            assert time.monotonic() < end, f"no {text!r} in {plain(self.text)!r}"
-            self._read(end - time.monotonic())
-        before, _, self.text = plain(self.text).partition(text)
-        return before + text
-
-    def _read(self, seconds):
-        if select.select([self.terminal], [], [], max(0, seconds))[0]:
-            try:
-                self.text += os.read(self.terminal, 65536).decode(errors="replace")
-            except OSError:  # the other end is closed
-                raise Ended(plain(self.text)) from None
-        if "\x1b[6n" in self.text:  # asks where the cursor is
-            self.text = self.text.replace("\x1b[6n", "")
-            self.type("\x1b[1;1R")
-
-    def type(self, text):
-        os.write(self.terminal, text.encode())
-
-    def ask(self, text):
-        self.wait_for(ASKS)
-        self.type(text + "\r\r")
-
-    def status(self):
-        """The exit status, once it has ended."""
-        with pytest.raises(Ended):
-            self.wait_for("what is never written")
-        return self.child.wait(10)
-
-    def close(self):
-        self.child.kill()
-        self.child.wait()
-        os.close(self.terminal)
-
-
-def plain(text):
-    """Without the terminal's control sequences."""
-    return re.sub(r"\x1b(\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07|[=>])|\r", "", text)
-
-
 @pytest.fixture
 def screen(cache_folder):
     made = []
 
     def start(*arguments, **environment):
-        made.append(Screen(*arguments, **environment))
+        made.append(Screen([*COMMAND, *arguments], **environment))
         return made[-1]
 
     yield start
@@ -114,7 +47,7 @@ def talk(capsys):
     def run(text, **given):
         stream = io.StringIO(text)
         with fake_engine.make() as pipe:
-            chat.converse(pipe, GenerationConfig(**given), lambda: chat.read(stream))
+            chat.converse(pipe, GenerationConfig(**given), lambda: terminal.read(stream))
         return capsys.readouterr()
 
     return run

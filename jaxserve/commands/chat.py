@@ -3,8 +3,6 @@
 Standard output has the conversation and nothing else; plans, progress, figures and warnings go to standard error.
 """
 
-import io
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -12,15 +10,11 @@ from dataclasses import replace
 
 import click
 
-from jaxserve import hub
+from jaxserve import terminal
 from jaxserve.config import EngineConfig, GenerationConfig
 from jaxserve.options import interruptible, mistakes
+from jaxserve.terminal import FULL, asker, note, say, tolerant
 
-PROMPT = "\ndouble enter to end input >>> "
-FULL = "WARNING: exceed session max length. Please end the session."
-HINT = "(Ctrl-C again or Ctrl-D leaves; end and an empty line start a new conversation)"
-# What a reply may do to a terminal: lines and tabs; the other control characters are shown as pictures.
-PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421, 155: 0xFFFD}
 GIB = 1 << 30
 
 
@@ -38,9 +32,7 @@ def run(
     from jaxserve.pipeline import pipeline
 
     config = replace(config, max_batch_size=config.max_batch_size or 1)  # one person talks; fewer programs to compile
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    tolerant()
     note("loading")
     with mistakes(), interruptible():
         pipe = pipeline(
@@ -59,37 +51,25 @@ def run(
             chosen = GenerationConfig.from_hf(pipe.generation_config, **sampling)
         note(_describe(chosen))
         try:
-            converse(pipe, chosen, _asker())
+            converse(pipe, chosen, asker())
         except EngineDead as error:
             raise click.ClickException(str(error)) from error
 
 
-def note(text: str) -> None:
-    """A line for the person, not part of the conversation."""
-    click.secho(text, err=True, dim=True)
-
-
 def converse(pipe, config: GenerationConfig, ask: Callable[[], str | None]) -> None:
-    """Turns until `ask` returns None or exit."""
+    """One conversation after the other, until the input ends."""
     session = pipe.session(config)
-    while (prompt := ask()) is not None and prompt.strip() != "exit":
-        if prompt.strip() == "end":
-            session.close()
-            note("a new conversation")
-        elif prompt.strip():
-            turn(pipe, session, prompt)
+    terminal.converse(ask, lambda prompt: turn(pipe, session, prompt), session.close)
 
 
 def turn(pipe, session, prompt: str) -> None:
     """Prints one reply as it comes; Ctrl-C ends it."""
-    clean = sys.stdout.isatty()
     times, stopped = [time.perf_counter()], False
     try:
         with closing(session.stream(prompt)) as pieces:
             for piece in pieces:
                 times.append(time.perf_counter())
-                sys.stdout.write(piece.text.translate(PICTURES) if clean else piece.text)
-                sys.stdout.flush()
+                say(piece.text)
     except KeyboardInterrupt:
         stopped = True
     except ValueError as error:  # the chat template's, about this turn
@@ -149,73 +129,3 @@ def _describe(config: GenerationConfig) -> str:
         if name == "temperature" or getattr(config, name) != getattr(default, name)
     ]
     return "sampling with " + ", ".join(shown)
-
-
-def _asker() -> Callable[[], str | None]:
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        note("exit leaves, end starts a new conversation, Ctrl-C stops a reply")
-        return _terminal()
-    return lambda: read(sys.stdin)
-
-
-def read(stream) -> str | None:
-    """Lines up to an empty one or the end of the input; None where there is no more."""
-    sys.stderr.write(PROMPT)
-    sys.stderr.flush()
-    lines: list[str] = []
-    for line in iter(stream.readline, ""):
-        if not (line := line.rstrip("\r\n")):
-            return "\n".join(lines)
-        lines.append(line)
-    sys.stderr.write("\n")
-    return "\n".join(lines) if lines else None
-
-
-def _terminal() -> Callable[[], str | None]:
-    """Input with line editing and history."""
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.key_binding import KeyBindings
-
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def _(event):
-        buffer = event.current_buffer
-        if buffer.document.is_cursor_at_the_end and not buffer.document.current_line:
-            buffer.text = buffer.text.rstrip("\n")  # the history keeps no empty lines
-            buffer.validate_and_handle()
-        else:
-            buffer.insert_text("\n")
-
-    session: PromptSession = PromptSession(
-        multiline=True, key_bindings=keys, history=_history(), reserve_space_for_menu=0
-    )
-
-    def ask() -> str | None:
-        warned = False
-        while True:
-            try:
-                print()
-                return session.prompt(PROMPT.lstrip("\n"), prompt_continuation="").rstrip("\n")
-            except KeyboardInterrupt:
-                if warned:
-                    return None
-                warned = True
-                note(HINT)
-            except EOFError:
-                return None
-
-    return ask
-
-
-def _history():
-    """The history file of the cache folder, or none where it cannot be written."""
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    file = hub.cache_dir() / "chat_history"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("ab"):
-            return FileHistory(str(file))
-    except OSError:
-        return InMemoryHistory()
