@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gevent import monkey
 from gunicorn import glogging
 from gunicorn.app.base import BaseApplication
 from gunicorn.workers.ggevent import GeventWorker
@@ -22,6 +23,7 @@ from jaxserve.serve.options import ServerOptions
 
 CONNECTIONS = 4096  # of one web process
 STUCK = 120  # seconds without a turn of a web process's loop, after which gunicorn replaces it
+IDLE = 60  # seconds that a client may neither send the body of its request nor read its answer
 KEEP_ALIVE = 75  # seconds that a connection may be idle, and that a client may take for a request's head
 TAIL = 5  # seconds that answers get to reach their clients after the engine has ended them
 LINE, FIELDS, FIELD = 8190, 100, 8190  # bytes of a request line, headers, bytes of a header
@@ -74,8 +76,7 @@ def application(path: Path, info: dict, names: list[str], config: EngineConfig, 
         seed=config.seed,
         generation_config=generation_config(options.generation_config),
     )
-    app = create_app(service, options)
-    return below(options.root_path, app) if options.root_path else app
+    return create_app(service, options)
 
 
 def generation_config(where: str) -> dict | None:
@@ -91,19 +92,6 @@ def generation_config(where: str) -> dict | None:
     if not isinstance(found, dict):
         raise ValueError(f"generation_config: {path} holds no object")
     return found
-
-
-def below(prefix: str, app: Callable) -> Callable:
-    """The application under a path, whether the proxy before it leaves that path on or takes it off."""
-
-    def prefixed(environ: dict, start_response: Callable) -> Any:
-        whole = environ.get("PATH_INFO", "")
-        if whole == prefix or whole.startswith(prefix + "/"):
-            environ["PATH_INFO"] = whole[len(prefix) :] or "/"
-        environ["SCRIPT_NAME"] = prefix
-        return app(environ, start_response)
-
-    return prefixed
 
 
 class Worker(GeventWorker):
@@ -122,10 +110,14 @@ class Worker(GeventWorker):
 
     def handle_request(self, listener_name, req, sock, addr):
         self._quiet.discard(sock)
+        sock.settimeout(IDLE)  # a stream then sets its own
         try:
             return super().handle_request(listener_name, req, sock, addr)
+        except TimeoutError:
+            log.info("a client neither sends its request nor reads its answer: the connection is closed")
+            raise StopIteration from None
         finally:
-            sock.settimeout(None)  # a stream has one of its own
+            sock.settimeout(None)
             self._quiet.add(sock)
             if not self.alive:
                 hang_up(sock)
@@ -137,9 +129,13 @@ class Worker(GeventWorker):
 
 
 def hang_up(sock: socket.socket) -> None:
-    """Whoever reads the next request from it finds none."""
+    """Whoever reads the next request from it finds none.
+
+    (gevent's own `shutdown` would end the reading with an error.)
+    """
     try:
-        sock.shutdown(socket.SHUT_RD)
+        with monkey.get_original("socket", "socket")(fileno=os.dup(sock.fileno())) as plain:
+            plain.shutdown(socket.SHUT_RD)
     except OSError:
         pass
 
