@@ -10,7 +10,7 @@ from jaxserve.protocol import CHAT
 from jaxserve.serve import anthropic_answer, body, dialect, errors, stream
 from jaxserve.serve.answer import failure
 from jaxserve.serve.anthropic_body import CountTokens, CreateMessage, chat
-from jaxserve.serve.dialect_schemas import MessageAnswer, MessageError, TokenCount
+from jaxserve.serve.dialect_schemas import MessageAnswer, MessageError, MessageEvent, TokenCount
 from jaxserve.serve.errors import ApiError
 from jaxserve.serve.openapi import Operation
 from jaxserve.serve.service import Service
@@ -36,7 +36,7 @@ TYPES = {
 OPERATIONS = (
     Operation(
         *("post", MESSAGES, "Answer a conversation", "Anthropic", CreateMessage, MessageAnswer),
-        streams=True,
+        streams=MessageEvent,
         errors=(404,),
         error=MessageError,
     ),

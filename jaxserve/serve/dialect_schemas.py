@@ -80,6 +80,12 @@ class MessageAnswer(Struct):
     usage: MessageUsage
 
 
+class MessageEvent(Struct):
+    """One event of a stream; type: message_start, content_block_delta, message_stop and the like."""
+
+    type: str
+
+
 class TokenCount(Struct):
     """The tokens of a prompt."""
 
@@ -204,6 +210,13 @@ class Response(Struct):
     truncation: str
     usage: ResponseUsage | None
     user: str | None
+
+
+class ResponseEvent(Struct):
+    """One event of a stream; type: response.created, response.output_text.delta, response.completed and the like."""
+
+    type: str
+    sequence_number: int
 
 
 class Deleted(Struct):

@@ -123,7 +123,7 @@ OPERATIONS = (
         "LMDeploy",
         GenerateBody,
         Generated,
-        streams=True,
+        streams=Generated,
         errors=(404,),
     ),
     Operation(

@@ -19,7 +19,7 @@ from jaxserve.engine.request import EngineDead
 from jaxserve.protocol import CHAT
 from jaxserve.serve import body, dialect, stream
 from jaxserve.serve.answer import CallDelta, failure
-from jaxserve.serve.dialect_schemas import Deleted, InputItems, InputTokens, Response
+from jaxserve.serve.dialect_schemas import Deleted, InputItems, InputTokens, Response, ResponseEvent
 from jaxserve.serve.errors import CLIENT_GONE, ApiError
 from jaxserve.serve.openapi import Operation, path_parameter
 from jaxserve.serve.responses_answer import Writer, new_id, resource, usage
@@ -35,7 +35,7 @@ ONE = {"errors": (404,), "parameters": (path_parameter("id", "its id"),)}
 OPERATIONS = (
     Operation(
         *("post", RESPONSES, "Answer a conversation of items", "Responses", CreateResponse, Response),
-        streams=True,
+        streams=ResponseEvent,
         errors=(404,),
     ),
     Operation(

@@ -12,10 +12,12 @@ from jaxserve.serve.door import Door
 from jaxserve.serve.options import ServerOptions
 from jaxserve.serve.service import Limits, Service
 from jaxserve.text.chat import ChatTemplate
-from tests.fake_engine import FakeEngine, echo
+from jaxserve.text.jinja import Jinja
+from tests.fake_engine import TEMPLATE, FakeEngine, echo
 
 WIDTH = 8
 MODEL = "fake-1b"
+TOOLS = "{% if tools %}<|user|>s:{{ tools | tojson }}<|end|>{% endif %}"
 
 
 class Engine(FakeEngine):
@@ -57,7 +59,7 @@ def service(say=echo, *, engine=None, heartbeat=10.0, door=True, **options):
     """A Service over a scripted engine; options: of the engine and of Service."""
     own = {name: options.pop(name) for name in ("tool_format", "reasoning_format") if name in options}
     engine = engine or Engine(say=say, **options)
-    template = ChatTemplate.for_model({}, engine.tokenizer)
+    template = ChatTemplate(Jinja(TOOLS + TEMPLATE, engine.tokenizer.named), engine.tokenizer)
     return Service(
         Door(engine) if door else engine,
         engine.tokenizer,

@@ -185,3 +185,57 @@ def test_the_client_reads_errors(anthropic):
         anthropic.messages.stream(**HI | {"messages": [{"role": "user", "content": "\x01"}]}) as stream,
     ):
         stream.until_done()
+
+
+# Tools and thoughts. --------------------------------------------------------------------------------------------------
+
+CALLS = '{"name": "add", "arguments": {"a": 3, "b": 5}}', '{"name": "add", "arguments": {"a": 1, "b": 2}}'
+SAYS = "<think>\nI add.\n</think>\n\nLet me see.\n" + "".join(f"<tool_call>\n{call}\n</tool_call>\n" for call in CALLS)
+TOOL = {"name": "add", "description": "adds", "input_schema": {"type": "object", "properties": {}}}
+ADD = {
+    "model": scripted.MODEL,
+    "max_tokens": 1000,
+    "tools": [TOOL],
+    "messages": [{"role": "user", "content": "3+5, 1+2"}],
+}
+
+
+@pytest.fixture
+def thinker():
+    with scripted.app(lambda prompt: SAYS, tool_format="hermes", reasoning_format="think", session_len=4096) as flask:
+        yield flask
+
+
+def test_the_client_calls_tools(thinker):
+    package = pytest.importorskip("anthropic", reason="the anthropic package is not installed")
+    with (
+        scripted.serving(thinker) as url,
+        package.Anthropic(base_url=url, api_key="k", max_retries=0) as client,
+    ):
+        whole = client.messages.create(**ADD)
+        with client.messages.stream(**ADD) as stream:
+            names = [event.type for event in stream]
+            streamed = stream.get_final_message()
+        for message in (whole, streamed):
+            assert [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
+            thinking, text, first, second = message.content
+            assert thinking.thinking.strip() == "I add." and thinking.signature
+            assert text.text.strip() == "Let me see." and message.stop_reason == "tool_use"
+            assert (first.name, first.input, second.input) == ("add", {"a": 3, "b": 5}, {"a": 1, "b": 2})
+            assert first.id != second.id
+        assert names.count("content_block_stop") == 4
+        results = [{"type": "tool_result", "tool_use_id": block.id, "content": "8"} for block in whole.content[2:]]
+        answered = [{"role": "assistant", "content": whole.content}, {"role": "user", "content": results}]
+        assert client.messages.create(**ADD | {"messages": ADD["messages"] + answered}).stop_reason == "tool_use"
+
+
+def test_thoughts_are_left_out_if_asked(thinker):
+    body = ADD | {"thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"}}
+    blocks = thinker.test_client().post("/v1/messages", json=body).json["content"]
+    assert blocks[0]["type"] == "thinking" and blocks[0]["thinking"] == ""
+
+
+def test_tools_count(client):
+    asked = {name: ADD[name] for name in ("model", "messages")}
+    plain = client.post("/v1/messages/count_tokens", json=asked).json["input_tokens"]
+    assert client.post("/v1/messages/count_tokens", json=asked | {"tools": [TOOL]}).json["input_tokens"] > plain

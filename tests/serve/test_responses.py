@@ -232,3 +232,57 @@ def test_the_client_reads_errors(openai):
         openai.responses.retrieve("resp_none")
     with pytest.raises(package.BadRequestError, match="input"):
         openai.responses.create(model=scripted.MODEL, input=[])
+
+
+# Tools and thoughts. --------------------------------------------------------------------------------------------------
+
+CALLS = '{"name": "add", "arguments": {"a": 3, "b": 5}}', '{"name": "add", "arguments": {"a": 1, "b": 2}}'
+SAYS = "<think>\nI add.\n</think>\n\nLet me see.\n" + "".join(f"<tool_call>\n{call}\n</tool_call>\n" for call in CALLS)
+FUNCTION = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {}}, "strict": False}
+
+
+def test_the_client_calls_functions():
+    package = pytest.importorskip("openai", reason="the openai package is not installed")
+    options = {"tool_format": "hermes", "reasoning_format": "think", "session_len": 4096}
+    with (
+        scripted.app(lambda prompt: SAYS, **options) as flask,
+        scripted.serving(flask) as url,
+        package.OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as client,
+    ):
+        asked = HI | {"tools": [FUNCTION], "input": "3+5, 1+2"}
+        whole = client.responses.create(**asked)
+        with client.responses.stream(**asked) as stream:
+            kinds = [event.type for event in stream]
+            streamed = stream.get_final_response()
+        for response in (whole, streamed):
+            kept = [item.type for item in response.output]
+            assert kept == ["reasoning", "message", "function_call", "function_call"]
+            assert response.output[0].content[0].text.strip() == "I add."
+            assert response.output_text.strip() == "Let me see." and response.status == "completed"
+            assert [json.loads(item.arguments) for item in response.output[2:]] == [{"a": 3, "b": 5}, {"a": 1, "b": 2}]
+        assert kinds.count("response.function_call_arguments.done") == 2
+        outputs = [
+            {"type": "function_call_output", "call_id": item.call_id, "output": "8"} for item in whole.output[2:]
+        ]
+        more = client.responses.create(**asked | {"input": outputs}, previous_response_id=whole.id)
+        assert more.status == "completed"
+        again = client.responses.create(**asked | {"input": [*whole.output, *outputs]})
+        assert again.status == "completed"
+
+
+def test_the_client_parses():
+    package = pytest.importorskip("openai", reason="the openai package is not installed")
+    pydantic = pytest.importorskip("pydantic", reason="pydantic is not installed")
+
+    class City(pydantic.BaseModel):
+        name: str
+
+    with (
+        scripted.app(lambda prompt: '{"name": "Paris"}') as flask,
+        scripted.serving(flask) as url,
+        package.OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as client,
+    ):
+        parsed = client.responses.parse(model=scripted.MODEL, input="where?", text_format=City)
+        assert parsed.output_parsed == City(name="Paris")
+        (request,) = flask.service.engine.engine.submitted
+        assert request.grammar and "name" in request.grammar
