@@ -56,4 +56,5 @@ def _send(file: Path, policy: str) -> Response:
     response = Response(file.read_bytes(), mimetype=TYPES[file.suffix], headers=HEADERS)
     response.headers["Content-Security-Policy"] = policy
     response.add_etag()
-    return response.make_conditional(request)
+    response.make_conditional(request)
+    return response
