@@ -1,7 +1,6 @@
 """A server whose engine says what a script says: tests/fake_engine.py behind a Door, a Service and the whole app."""
 
 import threading
-from concurrent.futures import Future
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,6 +13,7 @@ from jaxserve.serve.service import Limits, Service
 from jaxserve.text.chat import ChatTemplate
 from jaxserve.text.jinja import Jinja
 from tests.fake_engine import TEMPLATE, FakeEngine, echo
+from tests.serve.live import Quiet
 
 WIDTH = 8
 MODEL = "fake-1b"
@@ -21,38 +21,16 @@ TOOLS = "{% if tools %}<|user|>s:{{ tools | tojson }}<|end|>{% endif %}"
 
 
 class Engine(FakeEngine):
-    """FakeEngine with what the server asks of an engine beside."""
+    """FakeEngine with hidden states."""
 
-    def __init__(self, **settings):
-        self.on_turn = []
-        super().__init__(**settings)
+    def score(self, tokens, want="logprobs"):
+        if want == "last":  # the same tokens, the same state; each position of a width counts other tokens
+            return np.bincount(np.asarray(tokens) % WIDTH, minlength=WIDTH).astype(np.float32)
+        return super().score(tokens, want)
 
     @property
     def info(self):
-        return {
-            "path": str(self.path),
-            "session_len": self.session_len,
-            "max_batch_size": self.max_batch_size,
-            "vocab": self.config.vocab,
-            "width": WIDTH,
-            "dtype": "float32",
-            "checkpoint_config": {},
-            "generation_config": self.generation_config,
-            "cache_tokens": 100_000,
-            "version": "0",
-        }
-
-    def score(self, tokens, want="logprobs"):
-        return self.score_async(tokens, want).result()
-
-    def score_async(self, tokens, want="logprobs"):
-        future = Future()
-        if want == "last":  # the same tokens, the same state; each position of a width counts other tokens
-            state = np.bincount(np.asarray(tokens) % WIDTH, minlength=WIDTH).astype(np.float32)
-            future.set_result(state)
-        else:
-            future.set_result(super().score(tokens, want))
-        return future
+        return super().info | {"width": WIDTH}
 
 
 def service(say=echo, *, engine=None, heartbeat=10.0, door=True, **options):
@@ -85,9 +63,9 @@ def app(say=echo, *, keys=(), **options):
 @contextmanager
 def serving(flask):
     """Serves an app in threads; gives its address."""
-    server = make_server("127.0.0.1", 0, flask, threaded=True)
+    server = make_server("127.0.0.1", 0, flask, threaded=True, request_handler=Quiet)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.port}"
