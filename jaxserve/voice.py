@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 
 from jaxserve.config import GenerationConfig
 from jaxserve.reply import Reply, Response
-from jaxserve.text import tools
+from jaxserve.text import reasoning, tools
 from jaxserve.text.tokenizer import Tokenizer
+
+TAIL = 16  # tokens at a prompt's end that tell whether reasoning has begun
 
 
 @dataclass(slots=True)
@@ -76,11 +78,17 @@ class Message:
 
 
 class Voice:
-    """Takes the text of one reply apart.  splitter: finds reasoning; parser: finds calls; None where none can be."""
+    """Takes the text of one reply apart.
 
-    def __init__(self, reply: Reply, choice: int = 0, splitter=None, parser=None):
+    splitter: finds reasoning; parser: finds calls; None where none can be.  count: the tokens of reasoning, from the
+    answer's token ids and the reasoning's text.
+    """
+
+    def __init__(self, reply: Reply, choice: int = 0, splitter=None, parser=None, count=None):
         self.reply, self.choice = reply, choice
-        self._splitter, self._parser = splitter, parser
+        self.reasoning_tokens = 0  # known at the end
+        self._splitter, self._parser, self._count = splitter, parser, count
+        self._thoughts: list[str] = []
         self._called = False
 
     def take(self) -> Delta | None:
@@ -90,13 +98,17 @@ class Voice:
 
     def split(self, response: Response) -> Delta:
         """A part of the answer as `Reply.take` returns it."""
-        content, reasoning, finish = response.text, "", response.finish_reason
+        content, thoughts, finish = response.text, "", response.finish_reason
         calls: list[CallDelta] = []
         if self._splitter is not None:
-            reasoning, content = self._splitter.feed(content)
+            thoughts, content = self._splitter.feed(content)
             if finish:
                 more, rest = self._splitter.finish()
-                reasoning, content = reasoning + more, content + rest
+                thoughts, content = thoughts + more, content + rest
+            if thoughts:
+                self._thoughts.append(thoughts)
+            if finish and self._thoughts:
+                self.reasoning_tokens = self._count(self.reply.whole.token_ids, "".join(self._thoughts))
         if self._parser is not None:
             pieces = self._parser.feed(content)
             if finish:
@@ -104,7 +116,7 @@ class Voice:
             content = self._read(pieces, calls)
         if finish == "stop" and self._called:
             finish = "tool_calls"
-        return Delta(content, reasoning, calls, response.logprobs, response.token_ids, finish, response)
+        return Delta(content, thoughts, calls, response.logprobs, response.token_ids, finish, response)
 
     def _read(self, pieces: list[tools.Piece], calls: list[CallDelta]) -> str:
         """Adds to `calls`; returns what is no call."""
@@ -121,34 +133,59 @@ class Voice:
 
 
 class Formats:
-    """How one model writes calls and reasoning; tool_format and reasoning_format None: it writes none that is known."""
+    """How one model writes calls and reasoning; None: it writes none that is known.
+
+    tool_format, reasoning_format: names of jaxserve.text.tools and .reasoning, or LMDeploy's or vLLM's for them.
+    """
 
     def __init__(self, tokenizer: Tokenizer, tool_format: str | None = None, reasoning_format: str | None = None):
         self.tokenizer = tokenizer
-        self.tools = None if tool_format is None else tools.FORMATS[tool_format]
-        self.reasoning = reasoning_format
+        self.tools = None if tool_format is None else tools.FORMATS[tools.named(tool_format)]
+        self.reasoning = None if reasoning_format is None else reasoning.named(reasoning_format)
+        self._special_tags, self._end_id = False, None
+        if self.reasoning is not None:
+            tags = reasoning.FORMATS[self.reasoning]
+            ids = [tokenizer.id_of(tag) for tag in (tags.start, tags.end)]
+            self._special_tags, self._end_id = any(id in tokenizer.special_ids for id in ids), ids[1]
+
+    def opens(self, ask, tokens: list[int]) -> bool:
+        """Whether the answer to a prompt begins with reasoning, without saying so."""
+        if self.reasoning is None or not ask.chat:
+            return False
+        return reasoning.opens(self.reasoning, self.tokenizer.decode(tokens[-TAIL:], skip_special=False))
 
     def config(self, ask) -> GenerationConfig:
         """How an answer to a protocol.Ask is generated: markers that are special tokens have to be seen."""
-        if ask.tools and self.tools is not None and not self.tools.skip_special:
+        calls = ask.tools and self.tools is not None and not self.tools.skip_special
+        if calls or (ask.chat and self._special_tags):
             return replace(ask.config, skip_special_tokens=False)
         return ask.config
 
-    def grammar(self, ask) -> str | None:
+    def grammar(self, ask, open: bool) -> str | None:
         """What the answer must look like, as llguidance's JSON text.  ValueError names a tool that cannot be enforced.
 
-        With tool_choice "auto" only the arguments of functions that are strict are enforced.
+        open: what `opens` says.  With tool_choice "auto" only the arguments of functions that are strict are enforced.
         """
-        if not ask.tools or self.tools is None or ask.grammar is not None:
-            return ask.grammar
-        strict = any(tool["function"].get("strict") is True for tool in ask.tools)
-        if ask.tool_choice == "auto" and not strict:
-            return None
-        return self.tools.grammar(ask.tools, ask.tool_choice, ask.parallel_tool_calls, self.tokenizer)
+        grammar = ask.grammar
+        if grammar is None and ask.tools and self.tools is not None:
+            strict = any(tool["function"].get("strict") is True for tool in ask.tools)
+            if ask.tool_choice != "auto" or strict:
+                choice, parallel = ask.tool_choice, ask.parallel_tool_calls
+                grammar = self.tools.grammar(ask.tools, choice, parallel, self.tokenizer)
+        if grammar is not None and self.reasoning is not None and ask.chat:
+            grammar = reasoning.allow_thoughts(grammar, self.reasoning, open, self.tokenizer)
+        return grammar
 
-    def voice(self, ask, reply: Reply, choice: int = 0) -> Voice:
+    def voice(self, ask, reply: Reply, choice: int = 0, open: bool = False) -> Voice:
         """Who takes one answer apart."""
-        parser = None
+        splitter = parser = None
+        if self.reasoning is not None and ask.chat:
+            splitter = reasoning.Splitter(self.reasoning, open)
         if ask.tools and self.tools is not None:
             parser = self.tools.Parser(ask.tools, whole=not ask.stream)
-        return Voice(reply, choice, None, parser)
+        return Voice(reply, choice, splitter, parser, self._count)
+
+    def _count(self, token_ids: list[int], thoughts: str) -> int:
+        if self._end_id in token_ids:
+            return token_ids.index(self._end_id) + 1
+        return min(len(token_ids), len(self.tokenizer.encode(thoughts, bos=False)))

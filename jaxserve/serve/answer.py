@@ -149,6 +149,10 @@ class Answer:
         return sum(response.cached_tokens for response in self._responses if response.choice == 0)
 
     @property
+    def reasoning_tokens(self) -> int:
+        return sum(voice.reasoning_tokens for voice in self._voices.values())
+
+    @property
     def completion_tokens(self) -> int:
         return sum(response.generate_token_len for response in self._responses)
 

@@ -31,8 +31,6 @@ def create_app(service: Service, options: ServerOptions | None = None) -> Flask:
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = int(options.max_body_size * 2**20)
     app.url_map.merge_slashes = False
-    if options.root_path:
-        app.wsgi_app = _below(options.root_path, app.wsgi_app)  # type: ignore[method-assign]
     keys = list(map(_digest, options.keys()))
     public = _add_routes(app, service, options, bool(keys))
     hosts = {host.lower() for host in options.allowed_hosts or (LOCAL if options.loopback else ())}
@@ -80,18 +78,6 @@ def _add_routes(app: Flask, service: Service, options: ServerOptions, keys: bool
     text = openapi.document(operations, title=service.model, server=options.root_path, keys=keys)
     app.register_blueprint(openapi.blueprint(text))
     return OPEN | pages.PATHS
-
-
-def _below(prefix: str, application):
-    """The application also under `prefix`, for reverse proxies that leave it on."""
-
-    def below(environ, start_response):
-        path = environ.get("PATH_INFO", "")
-        if path.startswith(f"{prefix}/"):
-            environ["SCRIPT_NAME"], environ["PATH_INFO"] = environ.get("SCRIPT_NAME", "") + prefix, path[len(prefix) :]
-        return application(environ, start_response)
-
-    return below
 
 
 class _Access:

@@ -120,7 +120,8 @@ class Frame:
 
     def usage(self) -> dict:
         answer = self.answer
-        return answers.usage(answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens)
+        thoughts = answer.reasoning_tokens if self.ask.chat and self.service.formats.reasoning else None
+        return answers.usage(answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens, thoughts)
 
     def whole(self, messages: list[Message]) -> dict:
         choices = [self.choice(index, message) for index, message in enumerate(messages)]

@@ -55,7 +55,6 @@ class Service:
         self.engine, self.tokenizer, self.template = engine, tokenizer, template
         self.info = engine.info
         self.model_names, self.limits = list(model_names), limits or Limits()
-        self.tool_format, self.reasoning_format = tool_format, reasoning_format
         self.formats = Formats(tokenizer, tool_format, reasoning_format)
         self.generation_config = self.info["generation_config"] if generation_config is None else generation_config
         self.session_len, self.vocab = self.info["session_len"], self.info["vocab"]
@@ -91,13 +90,19 @@ class Service:
         ParamError or ValueError (400), ApiError, Overloaded or EngineDead.
         """
         self.check_model(ask.model)
+        if ask.tools and self.formats.tools is None:
+            raise ParamError(
+                "tools",
+                "tools: how this model writes tool calls is not known; start the server with --tool-call-parser",
+            )
         prompts = [self.tokens(prompt, ask) for prompt in ask.prompts]
         return self.submit(ask, prompts)
 
     def submit(self, ask: Ask, prompts: list[list[int]]) -> Answer:
         """Starts answers to prompts that are tokens already."""
         config = self._checked(self.formats.config(ask))
-        grammar = self._grammar(ask)
+        opened = self.formats.opens(ask, prompts[0])
+        grammar = self._grammar(ask, opened)
         count = ask.best_of or config.n
         if ask.best_of:
             config = dataclasses.replace(config, n=count, logprobs=config.logprobs or 0)
@@ -109,7 +114,7 @@ class Service:
                 )
             except ValueError as error:  # bad words of too many tokens
                 raise ParamError("bad_words", str(error)) from None
-            voices += [self.formats.voice(ask, reply, index * count + reply.whole.choice) for reply in replies]
+            voices += [self.formats.voice(ask, reply, index * count + reply.whole.choice, opened) for reply in replies]
         return Answer(self.engine, ask, prompts, voices, window=self.window, heartbeat=self.limits.heartbeat)
 
     def tokens(self, prompt, ask: Ask) -> list[int]:
@@ -162,15 +167,10 @@ class Service:
         """The vocabulary as llguidance has it; takes up to a second, once."""
         return grammars.token_table(self.tokenizer, self.vocab, self.ends)
 
-    def _grammar(self, ask: Ask) -> str | None:
+    def _grammar(self, ask: Ask, opened: bool) -> str | None:
         """What the answer must look like, as llguidance's JSON text.  ParamError where that cannot be followed."""
-        if ask.tools and self.tool_format is None:
-            raise ParamError(
-                "tools",
-                "tools: how this model writes tool calls is not known; start the server with --tool-call-parser",
-            )
         try:
-            grammar = self.formats.grammar(ask)
+            grammar = self.formats.grammar(ask, opened)
             if grammar is not None:
                 offload(lambda: grammars.check(grammar, self.table))
         except ValueError as error:

@@ -16,11 +16,11 @@ MODEL = "fake-1b"
 
 
 @contextmanager
-def serving(*, options=None, service=None, door=None, limits=None, **engine):
-    """A Server; `service`, `door` and the rest are arguments of those."""
+def serving(*, options=None, service=None, door=None, limits=None, template=None, **engine):
+    """A Server; `service`, `door` and the rest are arguments of those.  template: the name of a built-in one."""
     made = fake_engine.FakeEngine(**engine)
     entrance = Door(made, **(door or {}))
-    template = ChatTemplate.for_model({}, made.tokenizer)
+    template = ChatTemplate.for_model({}, made.tokenizer, template)
     knobs = {"model_names": [MODEL], "limits": Limits(**(limits or {})), **(service or {})}
     application = Service(entrance, made.tokenizer, template, **knobs)
     try:
