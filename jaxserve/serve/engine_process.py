@@ -67,16 +67,22 @@ def main(line: Line, path: Path, model: str | None, config: EngineConfig, option
 def load(model: str | None, config: EngineConfig, options: ServerOptions):
     """The engine, with what is loaded and how far it is on standard error.  Failure says why there is none."""
     people = options.log_format == "text" and sys.stderr.isatty()
-    report = (lambda text: click.secho(text, err=True, dim=True)) if people else _log_lines
+    report = _tell_people if people else _log_lines
     report("loading")
     with _failing(MODEL):
         from jaxserve import checkpoint, hub
+        from jaxserve.text import reasoning, tools
         from jaxserve.text.chat import ChatTemplate
         from jaxserve.text.tokenizer import Tokenizer
 
         path = hub.resolve(model, config.revision, config.download_dir)
         with checkpoint.open(path) as source:  # text first: it is quick, and the web processes need it
             tokenizer, its_config = Tokenizer.load(source), source.config
+    with _failing(USAGE):
+        if options.tool_call_parser:
+            tools.named(options.tool_call_parser)
+        if options.reasoning_parser:
+            reasoning.named(options.reasoning_parser)
     with _failing(USAGE if options.chat_template else MODEL):
         ChatTemplate.for_model(
             its_config, tokenizer, options.chat_template, options.meta_instruction, options.capability
@@ -107,6 +113,12 @@ def _failing(status: int) -> Iterator[None]:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+
+
+def _tell_people(text: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(click.style(text, dim=True), file=sys.stderr)  # above a bar, where there is one
 
 
 def _log_lines(text: str) -> None:

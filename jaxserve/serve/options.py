@@ -3,6 +3,7 @@
 The engine's options are in `jaxserve.config`.  Names are LMDeploy's where it has the option.
 """
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -145,6 +146,20 @@ class ServerOptions:
                 raise ValueError(f"api_key_file: {self.api_key_file} holds no key")
             found += keys
         return list(dict.fromkeys(found))
+
+    def sampling_defaults(self) -> dict | None:
+        """The generation_config.json that the options name; None: the model's own.  ValueError if it cannot be read."""
+        if self.generation_config in ("auto", "lmdeploy"):
+            return None if self.generation_config == "auto" else {}
+        path = Path(self.generation_config).expanduser()
+        path = path / "generation_config.json" if path.is_dir() else path
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"generation_config: {error}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"generation_config: {path} holds no object")
+        return found
 
 
 SPELLINGS = {"capability": {"option": "cap"}, "meta_instruction": {"also": "--system"}}

@@ -44,6 +44,7 @@ def run(model: str | None, config: EngineConfig, options: ServerOptions) -> int:
     """Serves until a signal ends it.  Returns the exit status, or raises Failed with it."""
     try:
         options.keys()
+        options.sampling_defaults()
     except ValueError as error:
         raise Failed(str(error), USAGE) from error
     _check_tls(options)
@@ -128,6 +129,7 @@ class Launcher:
             self._kill()
         if self.why:
             raise Failed(self.why, self.final or 1)
+        log.info("stopped")
         return self.final
 
     # Signals --------------------------------------------------------------------------------------------------------
@@ -156,12 +158,9 @@ class Launcher:
         if self.engine is None or self.engine.info is None:
             self._stop_web()
             return
-        running, seconds = self.engine.inside, self.options.graceful_timeout
+        running, seconds = count(self.engine.inside, "request"), self.options.graceful_timeout
         log.warning(
-            "stopping: new requests are refused; %d requests may go on for at most %g seconds (a second signal stops "
-            "at once)",
-            running,
-            seconds,
+            "stopping: %s may go on for %g s, new ones are refused; a second signal stops at once", running, seconds
         )
         self.engine.line.tell(say="drain")
         self.grace = time.monotonic() + seconds
@@ -313,7 +312,7 @@ class Launcher:
             engine.silent = True
             log.error("the engine's process has not answered for %d seconds; /health says so", SILENCE)
         if self.grace is not None and now > self.grace:
-            log.warning("%d requests are ended: the time for them is up", engine.inside if engine else 0)
+            log.warning("time is up: %s cut short", count(engine.inside if engine else 0, "request"))
             self.grace = None
             self._stop_engine()  # its requests end, and the web processes can tell their clients
             self._stop_web()
@@ -366,12 +365,14 @@ class Launcher:
         """Where the server is and what it holds, for people; the addresses on standard output."""
         info, options = self.engine.info, self.options
         url = address(self.listening, options)
-        told = (
-            f"{self.names[0]} at {url}/v1: context of {info['session_len']:,} tokens, "
-            f"KV cache of {info['cache_tokens']:,} tokens, {info['max_batch_size']} requests at once, "
-            f"{options.http_workers} web process{'es' * (options.http_workers > 1)}"
+        log.info(
+            "%s: context of %s tokens, KV cache of %s, %s at once",
+            self.names[0],
+            f"{info['session_len']:,}",
+            f"{info['cache_tokens']:,}",
+            count(info["max_batch_size"], "request"),
         )
-        log.info("%s", told)
+        log.info("listening at %s (the API under /v1), %s", url, count(options.http_workers, "web process", "es"))
         if not options.keys():
             if options.loopback:
                 log.info("no key is asked for; only this machine can reach the server")
@@ -383,6 +384,11 @@ class Launcher:
         for _ in range(0 if options.disable_fastapi_docs else 3):
             print(HINT.format(url))
         sys.stdout.flush()
+
+
+def count(number: int, thing: str, plural: str = "s") -> str:
+    """1 request, 2 requests."""
+    return f"{number:,} {thing}{plural * (number != 1)}"
 
 
 def _more_descriptors():

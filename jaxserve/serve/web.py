@@ -3,7 +3,6 @@
 `main` runs in a process that the launcher forks; nothing here is imported by the launcher itself.
 """
 
-import json
 import logging
 import os
 import socket
@@ -58,40 +57,41 @@ def application(path: Path, info: dict, names: list[str], config: EngineConfig, 
     from jaxserve.serve import metrics
     from jaxserve.serve.app import create_app
     from jaxserve.serve.service import Service
+    from jaxserve.text import reasoning, tools
     from jaxserve.text.chat import ChatTemplate
     from jaxserve.text.tokenizer import Tokenizer
 
     with checkpoint.open(info["path"]) as source:
-        tokenizer = Tokenizer.load(source)
-        template = ChatTemplate.for_model(
-            source.config, tokenizer, options.chat_template, options.meta_instruction, options.capability
-        )
+        tokenizer, its_config = Tokenizer.load(source), source.config
+    template = ChatTemplate.for_model(
+        its_config, tokenizer, options.chat_template, options.meta_instruction, options.capability
+    )
+    described = (its_config, template.tool_style.source, tokenizer)
     service = Service(
         Link(path, info, metrics.render),
         tokenizer,
         template,
         model_names=names,
-        tool_format=options.tool_call_parser,
-        reasoning_format=options.reasoning_parser,
+        tool_format=options.tool_call_parser or tools.detect(*described),
+        reasoning_format=options.reasoning_parser or reasoning.detect(*described),
         seed=config.seed,
-        generation_config=generation_config(options.generation_config),
+        generation_config=options.sampling_defaults(),
     )
-    return create_app(service, options)
+    app = create_app(service, options)
+    return below(options.root_path, app) if options.root_path else app
 
 
-def generation_config(where: str) -> dict | None:
-    """What --generation-config names: None for the model's own, {} for none.  ValueError if it cannot be read."""
-    if where in ("auto", "lmdeploy"):
-        return None if where == "auto" else {}
-    path = Path(where).expanduser()
-    path = path / "generation_config.json" if path.is_dir() else path
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"generation_config: {path}: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"generation_config: {path} holds no object")
-    return found
+def below(prefix: str, app: Callable) -> Callable:
+    """The application under a path, whether the proxy before it leaves that path on or takes it off."""
+
+    def prefixed(environ: dict, start_response: Callable) -> Any:
+        whole = environ.get("PATH_INFO", "")
+        if whole == prefix or whole.startswith(prefix + "/"):
+            environ["PATH_INFO"] = whole[len(prefix) :] or "/"
+        environ["SCRIPT_NAME"] = prefix
+        return app(environ, start_response)
+
+    return prefixed
 
 
 class Worker(GeventWorker):

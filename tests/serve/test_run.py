@@ -180,7 +180,8 @@ def server(tmp_path_factory):
 def test_it_says_where_it_is(server):
     hint = f"HINT:    Please open http://127.0.0.1:{server.port}/docs in a browser for detailed api usage!!!\n"
     assert server.said.count(hint) == 3
-    assert f"SmolLM2-135M-Instruct at http://127.0.0.1:{server.port}/v1: context of 4,096 tokens" in server.said
+    assert "SmolLM2-135M-Instruct: context of 4,096 tokens" in server.said
+    assert f"listening at http://127.0.0.1:{server.port} (the API under /v1), 2 web processes" in server.said
     assert "no key is asked for; only this machine can reach the server" in server.said
     assert server.request("GET", "/docs")[0] == 200
     assert server.request("GET", "/v1/models")[0] == 200
@@ -392,6 +393,9 @@ def tiny(tmp_path_factory):
         (["--tp", "99"], {}, 4, "tp=99 needs 99 devices"),
         ([], {"JAX_PLATFORMS": "cuda"}, 4, "cuda"),
         (["--chat-template", "nowhere.json"], {}, 2, "nowhere.json"),
+        (["--tool-call-parser", "morse"], {}, 2, "morse"),
+        (["--reasoning-parser", "none"], {}, 2, "'none'"),
+        (["--generation-config", "/no/such/folder"], {}, 2, "/no/such/folder"),
         (["--api-key-file", "/no/such/file"], {}, 2, "/no/such/file"),
         (["--ssl"], {"SSL_KEYFILE": ""}, 2, "SSL_KEYFILE"),
         (["--server-name", "no.such.host.invalid"], {}, 5, "no.such.host.invalid"),
