@@ -18,13 +18,14 @@ from jaxserve.bodies import ParamError
 from jaxserve.engine.request import EngineDead
 from jaxserve.protocol import CHAT
 from jaxserve.serve import body, dialect, stream
-from jaxserve.serve.answer import CallDelta, failure
+from jaxserve.serve.answer import failure
 from jaxserve.serve.dialect_schemas import Deleted, InputItems, InputTokens, Response, ResponseEvent
 from jaxserve.serve.errors import CLIENT_GONE, ApiError
 from jaxserve.serve.openapi import Operation, path_parameter
 from jaxserve.serve.responses_answer import Writer, new_id, resource, usage
 from jaxserve.serve.responses_body import RENAMED, CreateResponse, chat, items
 from jaxserve.serve.service import Service
+from jaxserve.voice import CallDelta
 
 log = logging.getLogger("jaxserve")
 

@@ -33,7 +33,7 @@ class Engine(FakeEngine):
         return super().info | {"width": WIDTH}
 
 
-def service(say=echo, *, engine=None, heartbeat=10.0, door=True, **options):
+def service(say=echo, *, engine=None, heartbeat=10.0, door=True, names=(MODEL, "other-name"), **options):
     """A Service over a scripted engine; options: of the engine and of Service."""
     own = {name: options.pop(name) for name in ("tool_format", "reasoning_format") if name in options}
     engine = engine or Engine(say=say, **options)
@@ -42,7 +42,7 @@ def service(say=echo, *, engine=None, heartbeat=10.0, door=True, **options):
         Door(engine) if door else engine,
         engine.tokenizer,
         template,
-        model_names=[MODEL, "other-name"],
+        model_names=list(names),
         limits=Limits(heartbeat=heartbeat),
         **own,
     )
