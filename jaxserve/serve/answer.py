@@ -12,6 +12,7 @@ from jaxserve.engine.request import Output, Overloaded
 from jaxserve.protocol import Ask
 from jaxserve.reply import Reply
 from jaxserve.serve.errors import CLIENT_GONE, ApiError, of, of_finish
+from jaxserve.serve.heartbeat import beating
 from jaxserve.voice import Call, CallDelta, Delta, Message, Voice
 
 __all__ = ["Answer", "Call", "CallDelta", "Delta", "Message", "Voice", "failure"]
@@ -80,19 +81,22 @@ class Answer:
             self._waiting.popleft()
 
     def __iter__(self):
-        last = time.monotonic()  # when something was told
+        with beating(self._news, self._heartbeat) as beat:
+            yield from self._read(beat)
+
+    def _read(self, beat):
         while (self._running or self._waiting) and not self.closed:
             if self._waiting and time.monotonic() >= self._pause:
                 self._submit_waiting()
             try:
-                reply = self._news.get(timeout=min(self._heartbeat, TRY_AGAIN) if self._waiting else self._heartbeat)
+                reply = self._news.get(timeout=TRY_AGAIN) if self._waiting else self._news.get()
             except queue.Empty:
-                if time.monotonic() - last >= self._heartbeat:
-                    last = time.monotonic()
-                    yield -1, None
                 continue
             if self.closed:
                 return
+            if reply is beat:
+                yield -1, None
+                continue
             voice = self._voices[reply]
             delta = voice.take()
             if delta is None:
@@ -102,7 +106,7 @@ class Answer:
                 self._pause = 0.0
                 if reply.request and not reply.request.finish:  # ended by a stop word, which the engine does not know
                     self._engine.abort(reply.request)
-            last = time.monotonic()
+            beat.last = time.monotonic()
             yield voice.choice, delta
 
     def collect(self) -> list[Message]:
