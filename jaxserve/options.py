@@ -29,6 +29,7 @@ MISSING_COMMAND = {
     "speculative_num_draft_tokens": ("1", "speculative decoding is not there yet"),
     "speculative_dflash_block_size": (None, "speculative decoding is not there yet"),
 }
+RENAMED = {"num_gpu_blocks": "cache_max_entry_count", "block_size": "cache_block_seq_len"}  # LMDeploy's -> ours
 
 
 class Value(click.ParamType):
@@ -135,6 +136,8 @@ def engine_options(command: Callable) -> Callable:
             command = click.option(f"--{words}/--no-{words}", name, default=None, hidden=True)(command)
         else:
             command = click.option(f"--{words}", name, default=None, hidden=True)(command)
+    for name in RENAMED:
+        command = click.option(f"--{name.replace('_', '-')}", name, type=click.IntRange(0), hidden=True)(command)
     for knob in reversed(fields(EngineConfig)):
         command = from_field(EngineConfig, knob.name, section="Engine")(command)
     return command
@@ -153,6 +156,9 @@ def engine_config(given: dict[str, Any], **more) -> EngineConfig:
     """An EngineConfig of the options that `engine_options` added, which it takes out of `given`."""
     names = {field.name for field in fields(EngineConfig)} & given.keys()
     known = {name: given.pop(name) for name in names}
+    for name, field in RENAMED.items():
+        if value := given.pop(name, None):  # 0 is LMDeploy's "choose"
+            known[field] = value
     for name, (default, reason) in {**UNUSED_COMMAND, **MISSING_COMMAND}.items():
         value = given.pop(name, None)
         if value is None or value == default:

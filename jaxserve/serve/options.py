@@ -23,12 +23,17 @@ def texts(words: str) -> list[str]:
     return [word for part in words.split(",") if (word := part.strip())]
 
 
+def level(word: str) -> str:
+    """A severity, by Python's names too."""
+    return {"warn": "warning", "critical": "error", "fatal": "error"}.get(word.lower(), word.lower())
+
+
 WORDS = replace(list_of(TEXT), parse=texts)
 PREFIX = Kind('"", or a path such as /llm', lambda v: v == "" or (v[:1] == "/" and v[-1:] != "/"), str)
 
 # LMDeploy's options of `serve api_server` that have no use here: name -> (its default, why).
 UNUSED_SERVER = {
-    "qos_config_path": (None, "requests are served in the order of their arrival, and none starves"),
+    "qos_config_path": ("", "requests are served in the order of their arrival, and none starves"),
     "proxy_url": (None, "put any HTTP load balancer before several servers; /ready tells it whether to send"),
     "max_log_len": (None, "prompts and answers are never logged"),
     "allow_terminate_by_client": (False, "a client cannot end the server; send it SIGTERM"),
@@ -120,7 +125,7 @@ class ServerOptions:
         "Answers", None, "how the model marks its reasoning (default: found out)", optional(TEXT)
     )
 
-    log_level: str = _in("Logs", "info", "least severity of what is logged", one_of(*LEVELS))
+    log_level: str = _in("Logs", "info", "least severity of what is logged", replace(one_of(*LEVELS), parse=level))
     log_format: str = _in("Logs", "text", "lines for people, or one JSON object a line", one_of("text", "json"))
 
     def __post_init__(self):

@@ -217,15 +217,16 @@ class Launcher:
             log.warning("the engine is back after %.0f seconds", time.monotonic() - self.engine.began)
 
     def _stop_engine(self):
-        if self.engine is not None:
+        if self.engine is not None and self.kill_engine_at is None:
             self.engine.line.tell(say="stop")
-            self.kill_engine_at = self.kill_engine_at or time.monotonic() + LAST_WORDS
+            patience = LAST_WORDS if self.engine.info is not None else 0  # one that still loads does not listen
+            self.kill_engine_at = time.monotonic() + patience
 
     def _engine_ended(self, status):
         engine = self.engine
         while engine.line.socket in self.selector.get_map() and self._hear():
             pass  # its last words
-        self.engine = self.kill_engine_at = None
+        self.engine = self.kill_engine_at = self.grace = None
         self._drop(engine.line)
         if self.final is not None:
             self._stop_web()
