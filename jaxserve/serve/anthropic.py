@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 from flask import Blueprint, g
 
-from jaxserve import bodies
 from jaxserve.protocol import CHAT
 from jaxserve.serve import anthropic_answer, body, dialect, errors, stream
 from jaxserve.serve.answer import failure
@@ -54,7 +53,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @routes.post(MESSAGES)
     def messages():
-        given = bodies.convert(body.read(), CreateMessage)
+        given = dialect.read(CreateMessage)
         with dialect.renamed(RENAMED):
             ask = service.parse(CHAT, chat(given) | {"stream": given.stream})
             answer = service.start(ask)
@@ -67,7 +66,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @routes.post(COUNT)
     def count_tokens():
-        given = bodies.convert(body.read(), CountTokens)
+        given = dialect.read(CountTokens)
         with dialect.renamed(RENAMED):
             ask = service.parse(CHAT, chat(given))
             service.check_model(ask.model)

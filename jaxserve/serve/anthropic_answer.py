@@ -132,7 +132,7 @@ class Events:
 
 def ending(reason: str, sequence: str | None, counts: dict) -> Iterator[dict]:
     """The events that end a message."""
-    kept = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
+    kept: tuple[str, ...] = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
     kept += ("server_tool_use", "output_tokens_details")
     delta = {"stop_reason": reason, "stop_sequence": sequence, "stop_details": None, "container": None}
     yield {"type": "message_delta", "delta": delta, "usage": {name: counts[name] for name in kept}}

@@ -279,8 +279,8 @@ def _source(where: str, source: dict) -> str:
     if source.get("type") == "content" and isinstance(content, str):
         return content
     if source.get("type") == "content" and isinstance(content, list):
-        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        if all(isinstance(text, str) for text in texts):
+        texts = [text for part in content if isinstance(part, dict) and isinstance(text := part.get("text"), str)]
+        if len(texts) == len(content):
             return "\n".join(texts)
     where += ".source"
     raise ParamError(where, f"{where}: documents are texts here: no PDF files, images or addresses")

@@ -5,13 +5,23 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
+from msgspec import Struct
+
+from jaxserve import bodies
 from jaxserve.bodies import ParamError
 from jaxserve.engine.request import EngineDead
+from jaxserve.serve import body
 from jaxserve.serve.service import offload
 
 MOST_CHARACTERS = 4_000_000  # of a text that is only tokenized: seconds of work
 LOOK = 0.5  # seconds between two looks at what other web workers want cancelled
+
+
+def read[Body: Struct](kind: type[Body]) -> Body:
+    """The body of the current request as a Struct.  ParamError or ApiError if it is none."""
+    return cast(Body, bodies.convert(body.read(), kind))
 
 
 @contextmanager

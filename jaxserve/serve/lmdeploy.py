@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import orjson
 from flask import Blueprint
@@ -147,16 +147,17 @@ def blueprint(service: Service) -> Blueprint:
 
     @routes.post("/generate")
     def generate():
-        return _generate(service, body.read())
+        raw = body.read()
+        return _generate(service, raw, cast(GenerateBody, bodies.convert(raw, GenerateBody)))
 
     @routes.post("/v1/chat/interactive")
     def interactive():
-        given = bodies.convert(body.read(), InteractiveBody)
+        given = dialect.read(InteractiveBody)
         return Turn(service, running, given).answer()
 
     @routes.post("/v1/encode")
     def encode():
-        given = bodies.convert(body.read(), EncodeBody)
+        given = dialect.read(EncodeBody)
         if isinstance(given.input, str):
             ids = _encode(service, given, given.input)
             return body.send({"input_ids": ids, "length": len(ids)})
@@ -165,7 +166,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @routes.post("/get_ppl")
     def get_ppl():
-        return body.send({"ppl": _perplexity(service, bodies.convert(body.read(), PerplexityBody))})
+        return body.send({"ppl": _perplexity(service, dialect.read(PerplexityBody))})
 
     return routes
 
@@ -191,8 +192,7 @@ def _perplexity(service: Service, given: PerplexityBody) -> float:
 # /generate ------------------------------------------------------------------------------------------------------------
 
 
-def _generate(service: Service, raw: dict):
-    given = bodies.convert(raw, GenerateBody)
+def _generate(service: Service, raw: dict, given: GenerateBody):
     if (given.prompt is None) == (given.input_ids is None):
         raise ParamError("prompt", "prompt, a text, or input_ids is needed: one of the two")
     if given.image_data is not None:

@@ -127,15 +127,15 @@ def blueprint(service: Service) -> Blueprint:
 
     @routes.post("/v1/embeddings")
     def embeddings():
-        return body.send(_embeddings(service, bodies.convert(body.read(), EmbeddingsBody)))
+        return body.send(_embeddings(service, dialect.read(EmbeddingsBody)))
 
     @routes.post("/tokenize")
     def tokenize():
-        return body.send(_tokenize(service, bodies.convert(body.read(), TokenizeBody)))
+        return body.send(_tokenize(service, dialect.read(TokenizeBody)))
 
     @routes.post("/detokenize")
     def detokenize():
-        given = bodies.convert(body.read(), DetokenizeBody)
+        given = dialect.read(DetokenizeBody)
         service.check_model(given.model)
         _known(service, "tokens", given.tokens)
         return body.send({"prompt": service.tokenizer.decode(given.tokens, skip_special=False)})

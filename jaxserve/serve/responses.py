@@ -32,7 +32,7 @@ log = logging.getLogger("jaxserve")
 RESPONSES = "/v1/responses"
 KIND = "response"
 PAGE, LONGEST_PAGE = 20, 100  # items of a listing
-ONE = {"errors": (404,), "parameters": (path_parameter("id", "its id"),)}
+ONE, ID = f"{RESPONSES}/{{id}}", (path_parameter("id", "its id"),)
 OPERATIONS = (
     Operation(
         *("post", RESPONSES, "Answer a conversation of items", "Responses", CreateResponse, Response),
@@ -43,19 +43,23 @@ OPERATIONS = (
         *("post", f"{RESPONSES}/input_tokens", "The tokens of an input", "Responses", CreateResponse, InputTokens),
         errors=(404,),
     ),
-    Operation("get", f"{RESPONSES}/{{id}}", "A stored response", "Responses", answer=Response, **ONE),
-    Operation("delete", f"{RESPONSES}/{{id}}", "Forget a response", "Responses", answer=Deleted, **ONE),
     Operation(
-        *("post", f"{RESPONSES}/{{id}}/cancel", "Cancel a background response", "Responses"),
-        answer=Response,
-        errors=(400, 404),
-        parameters=ONE["parameters"],
+        "get", f"{RESPONSES}/{{id}}", "A stored response", "Responses", answer=Response, errors=(404,), parameters=ID
     ),
     Operation(
-        *("get", f"{RESPONSES}/{{id}}/input_items", "The items that led to a response", "Responses"),
+        "delete", f"{RESPONSES}/{{id}}", "Forget a response", "Responses", answer=Deleted, errors=(404,), parameters=ID
+    ),
+    Operation(
+        *("post", f"{ONE}/cancel", "Cancel a background response", "Responses"),
+        answer=Response,
+        errors=(400, 404),
+        parameters=ID,
+    ),
+    Operation(
+        *("get", f"{ONE}/input_items", "The items that led to a response", "Responses"),
         answer=InputItems,
         errors=(400, 404),
-        parameters=ONE["parameters"],
+        parameters=ID,
     ),
 )
 
@@ -67,7 +71,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @routes.post(RESPONSES)
     def create():
-        given = bodies.convert(body.read(), CreateResponse)
+        given = dialect.read(CreateResponse)
         past = _past(store, given)
         with dialect.renamed(RENAMED):
             ask = service.parse(CHAT, chat(given, items(past)) | {"stream": given.stream is True})
@@ -83,7 +87,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @routes.post(f"{RESPONSES}/input_tokens")
     def input_tokens():
-        given = bodies.convert(body.read(), CreateResponse)
+        given = dialect.read(CreateResponse)
         with dialect.renamed(RENAMED):
             ask = service.parse(CHAT, chat(given, items(_past(store, given))))
             service.check_model(ask.model)

@@ -120,7 +120,7 @@ class Writer:
         if status == "completed" and not self.resource["output"]:
             yield from self._enter(MESSAGE)
         yield from self._close("completed" if status == "completed" else "incomplete")
-        made = {"status": status, "usage": usage, "error": error}
+        made: dict = {"status": status, "usage": usage, "error": error}
         if status == "completed":
             made["completed_at"] = at
         if status == "incomplete":
@@ -139,6 +139,8 @@ class Writer:
             return
         yield from self._close("completed")
         self._open = kind
+        item: dict
+        part: dict | None = None
         if kind == REASONING:
             item = {"id": new_id("rs"), "type": "reasoning", "summary": [], "content": []}
             part = {"type": "reasoning_text", "text": ""}
@@ -152,7 +154,7 @@ class Writer:
                 "call_id": unique(call.id, self._ids),
                 "name": call.name,
             }
-            item, part = item | {"arguments": ""}, None
+            item["arguments"] = ""
         item["status"] = "in_progress"
         self.resource["output"].append(item)
         yield self.event("response.output_item.added", output_index=self._index, item=copy.deepcopy(item))

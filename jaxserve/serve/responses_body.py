@@ -176,9 +176,11 @@ class CreateResponse(Struct):
     chat_template_kwargs: Any = None
 
 
-SAME = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "parallel_tool_calls", "top_k", "min_p")
-SAME += ("repetition_penalty", "seed", "stop", "logit_bias", "ignore_eos", "min_tokens", "skip_special_tokens")
-SAME += ("include_stop_str_in_output", "chat_template_kwargs")
+SAME = (
+    *("temperature", "top_p", "presence_penalty", "frequency_penalty", "parallel_tool_calls", "top_k", "min_p"),
+    *("repetition_penalty", "seed", "stop", "logit_bias", "ignore_eos", "min_tokens", "skip_special_tokens"),
+    *("include_stop_str_in_output", "chat_template_kwargs"),
+)
 RENAMED = {  # a chat's parameter -> how it is called here
     "messages": "input",
     "max_tokens": "max_output_tokens",

@@ -178,7 +178,7 @@ def test_a_stream_of_generate(client):
     pieces = [json.loads(data) for _, data in events[:-1]]
     assert "".join(piece["text"] for piece in pieces) == "answer 0: hi"
     assert pieces[-1]["meta_info"]["finish_reason"] == {"type": "stop"}
-    assert pieces[0]["meta_info"]["finish_reason"] is None
+    assert all(piece["meta_info"]["finish_reason"] is None for piece in pieces[:-1])
     failed = scripted.events(client.post("/generate", json={"prompt": "\x01", "stream": True}))
     assert "error" in json.loads(failed[-1][1])
 
@@ -250,7 +250,8 @@ def test_a_stream_of_lines(client):
     )
     lines = [json.loads(line) for line in response.get_data().splitlines() if line]
     assert "".join(line["text"] for line in lines) == "answer 1: hi"
-    assert [line["finish_reason"] for line in lines[-2:]] == [None, "stop"] and lines[-1]["tokens"] == 12
+    assert [line["finish_reason"] for line in lines] == [None] * (len(lines) - 1) + ["stop"]
+    assert lines[-1]["tokens"] == 12
     assert turn(client, "b", session_id=1)["history_tokens"] == 19
     failed = client.post(INTERACTIVE, json=PLAIN | {"prompt": "\x01", "stream": True})
     assert "error" in json.loads(failed.get_data().splitlines()[-1])
