@@ -52,7 +52,7 @@ def sse(
     stream = _Stream(answer, iter(chunks), error, client_socket())
     if stream.socket is not None:
         _bound(stream.socket, slow_reader)
-    return Response(stream, mimetype="text/event-stream", headers=HEADERS, direct_passthrough=True)
+    return Response(stream, mimetype="text/event-stream", headers=HEADERS)
 
 
 class _Stream:

@@ -6,10 +6,12 @@
 import logging
 import os
 import socket
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gevent
 from gevent import monkey
 from gunicorn import glogging
 from gunicorn.app.base import BaseApplication
@@ -100,6 +102,10 @@ class Worker(GeventWorker):
     def __init__(self, *settings):
         super().__init__(*settings)
         self._quiet: set[socket.socket] = set()
+
+    def run(self):
+        gevent.get_hub().NOT_ERROR += (ssl.SSLError,)  # who speaks no TLS needs no traceback
+        super().run()
 
     def handle(self, listener, client, addr):
         self._quiet.add(client)

@@ -199,7 +199,9 @@ def test_processes(server):
 
 
 def test_a_stream(server):
+    before = server.said.count("POST /v1/completions 200")
     assert server.stream(20).whole == 20
+    until(lambda: server.said.count("POST /v1/completions 200") > before)
     until(lambda: server.running() == 0)
 
 
