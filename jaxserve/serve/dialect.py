@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
+import orjson
 from msgspec import Struct
 
 from jaxserve import bodies
@@ -21,7 +22,12 @@ LOOK = 0.5  # seconds between two looks at what other web workers want cancelled
 
 def read[Body: Struct](kind: type[Body]) -> Body:
     """The body of the current request as a Struct.  ParamError or ApiError if it is none."""
-    return cast(Body, bodies.convert(body.read(), kind))
+    raw = body.read()
+    try:
+        orjson.dumps(raw)  # parts of it are told, or kept, as JSON, which is written less deep than it is read
+    except TypeError:
+        raise ParamError(None, "the body is nested too deeply") from None
+    return cast(Body, bodies.convert(raw, kind))
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """LMDeploy's own routes: /generate, /v1/chat/interactive (sessions that the server keeps), /v1/encode and /get_ppl."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Annotated, Any, Literal, cast
 
 import orjson
-from flask import Blueprint
+from flask import Blueprint, request
 from msgspec import Meta, Struct
 
 from jaxserve import bodies
@@ -246,7 +247,7 @@ class Turn:
         for name in ("adapter_name", "image_url"):
             if getattr(given, name) is not None:
                 raise ParamError(name, f"{name}: this model takes no adapters and no images")
-        self.key = str(given.session_id) if given.session_id >= 0 else None
+        self.key = f"{_client()} {given.session_id}" if given.session_id >= 0 else None
         self.messages: list[dict] = []
         self.history = self.input = 0  # tokens
 
@@ -334,6 +335,12 @@ class Turn:
         said = [{"role": "assistant", "content": text}] if text else []
         record = {"messages": self.messages + said, "tokens": tokens}
         self.service.engine.keep(SESSION, self.key, orjson.dumps(record))
+
+
+def _client() -> str:
+    """Whose sessions these are: many clients call theirs 1, and those with other keys must not meet in it."""
+    given = request.headers.get("Authorization", "") + request.headers.get("x-api-key", "")
+    return hashlib.sha256(given.encode()).hexdigest()[:32]
 
 
 def _line(value: dict) -> bytes:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.serve import scripted
+from tests.serve.live import connect, soon
 
 HI = {"model": scripted.MODEL, "max_tokens": 100, "messages": [{"role": "user", "content": "hi"}]}
 
@@ -115,6 +116,30 @@ def test_more_errors(client):
     assert response.status_code == 500 and response.json["error"]["type"] == "api_error"
     long = HI | {"messages": [{"role": "user", "content": "x" * 300}]}
     assert client.post("/v1/messages", json=long).status_code == 400
+
+
+def test_a_body_that_is_deep(client):
+    deep = {}
+    for _ in range(400):
+        deep = {"a": deep}
+    for body in (
+        {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b", "input": deep}]}]},
+        {"tools": [{"name": "x", "input_schema": deep}]},
+        {"metadata": deep},
+    ):
+        response = client.post("/v1/messages", json=HI | body)
+        assert response.status_code == 400 and "nested too deeply" in response.json["error"]["message"]
+
+
+def test_a_client_that_leaves():
+    with scripted.app(delay=0.02) as flask, scripted.serving(flask) as url:
+        engine = flask.service.engine.engine
+        for streamed in (True, False):
+            before = len(engine.aborted)
+            client = connect(url, "/v1/messages", json.dumps(HI | {"stream": streamed}).encode())
+            soon(lambda: flask.test_client().get("/load").json["running"])
+            client.close()
+            soon(lambda count=before: len(engine.aborted) > count)
 
 
 def test_an_error_after_the_first_event(client):

@@ -11,6 +11,7 @@ import pytest
 from jaxserve import __version__
 from jaxserve.serve import health
 from tests.serve import scripted
+from tests.serve.live import connect, soon
 
 INTERACTIVE = "/v1/chat/interactive"
 
@@ -277,6 +278,32 @@ def test_cancelled():
         again = turn(flask.test_client(), "c", session_id=5, interactive_mode=True, request_output_len=5)
         assert again["history_tokens"] == 0
         refused(client.post(INTERACTIVE, json={"cancel": True}), "session_id")
+
+
+def test_other_keys_have_other_sessions():
+    with scripted.app(keys=["one", "two"]) as flask:
+        client = flask.test_client()
+        said = PLAIN | {"prompt": "a", "session_id": 1, "interactive_mode": True}
+
+        def texts(key):
+            response = client.post(INTERACTIVE, json=said, headers={"Authorization": f"Bearer {key}"})
+            return response.json["text"]
+
+        assert [texts(key) for key in ("one", "two", "one")] == ["answer 1: a", "answer 1: a", "answer 2: a"]
+
+
+def test_a_client_that_leaves():
+    with scripted.app(delay=0.02) as flask, scripted.serving(flask) as url:
+        engine = flask.service.engine.engine
+        body = PLAIN | {"prompt": "a", "session_id": 1, "interactive_mode": True}
+        for path, more in ((INTERACTIVE, body), ("/generate", {"prompt": "x" * 30})):
+            for streamed in (True, False):
+                before = len(engine.aborted)
+                client = connect(url, path, json.dumps(more | {"stream": streamed}).encode())
+                soon(lambda: flask.test_client().get("/load").json["running"])
+                client.close()
+                soon(lambda count=before: len(engine.aborted) > count)
+        assert turn(flask.test_client(), "b", session_id=1)["history_tokens"] == 0
 
 
 @pytest.mark.parametrize(

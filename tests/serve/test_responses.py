@@ -188,6 +188,15 @@ def test_other_errors(client):
     assert client.get(f"{RESPONSES}/{done['id']}/input_items?limit=0").status_code == 400
 
 
+def test_a_body_that_is_deep(client):
+    deep = {}
+    for _ in range(400):
+        deep = {"a": deep}
+    tool = {"type": "function", "name": "x", "parameters": deep}
+    for body in ({"tools": [tool]}, {"input": [{"role": "user", "content": "x", "more": deep}]}):
+        assert client.post(RESPONSES, json=HI | body).status_code == 400
+
+
 def test_log_probabilities(client):
     body = client.post(RESPONSES, json=HI | {"top_logprobs": 1, "max_output_tokens": 2}).json
     rows = body["output"][0]["content"][0]["logprobs"]
