@@ -93,6 +93,9 @@ MEMORY = Kind(
     _share_or_pages,
 )
 POWER_OF_TWO = Kind("a power of two", lambda v: _whole(v) and v > 0 and v & (v - 1) == 0, int)
+FORMAT = Kind(
+    "an object with a type (or None)", lambda v: v is None or (isinstance(v, dict) and "type" in v), json.loads
+)
 BIAS = Kind("a mapping from token ids to numbers from -100 to 100", _mapping, json.loads)
 
 
@@ -287,7 +290,6 @@ UNUSED_GENERATION = {
     "return_routed_experts": (False, "which experts a token took is not reported"),
 }
 MISSING_GENERATION = {
-    "response_format": (None, "guided decoding is not there yet"),
     "logits_processors": (None, "logits stay on the device; logit_bias, bad_words and penalties work there"),
     "return_ppl": (False, "pipeline.get_ppl scores a prompt"),
     "repetition_ngram_size": (0, "use repetition_penalty or frequency_penalty"),
@@ -327,6 +329,9 @@ class GenerationConfig:
     logprobs: int | None = option(None, "log-probabilities of this many likeliest tokens", optional(whole(0, 20)))
     logit_bias: Mapping[int, float] | None = option(None, "added to the logits of these token ids", optional(BIAS))
     include_stop_str_in_output: bool = option(False, "keep the stop word in the text", FLAG)
+    response_format: Mapping[str, Any] | None = option(
+        None, "what the reply must look like: OpenAI's json_object or json_schema, LMDeploy's regex_schema", FORMAT
+    )
 
     def __post_init__(self):
         for name in ("stop_words", "bad_words"):  # a single text is as clear as a list of one

@@ -3,6 +3,7 @@
 The engine's thread calls `Reply.put`, which is cheap; whoever waits for the answer calls `Reply.take`.
 """
 
+import functools
 import itertools
 import os
 import random
@@ -14,6 +15,7 @@ from typing import Any
 
 from jaxserve.config import GenerationConfig
 from jaxserve.engine.request import Output, Request, SamplingParams
+from jaxserve.text import grammar as grammars
 from jaxserve.text.tokenizer import TextStream, Tokenizer
 
 LONGEST_BAD_WORD = 5  # tokens
@@ -158,6 +160,21 @@ class Author:
         self._sessions = itertools.count()
         self._name = os.urandom(6).hex()  # many authors may share an engine
 
+    @functools.cached_property
+    def table(self):
+        """The vocabulary as llguidance has it; takes up to a second, once."""
+        return grammars.token_table(self.tokenizer, stop_ids=self._stop_ids)
+
+    def grammar(self, config: GenerationConfig, given: str | None = None) -> str | None:
+        """What a reply must look like, as llguidance's JSON text: as given, or as config.response_format says.
+
+        ValueError where it cannot be followed.
+        """
+        made = given if given is not None else grammars.from_response_format(config.response_format)
+        if made is not None:
+            grammars.check(made, self.table)
+        return made
+
     def replies(
         self,
         tokens: Sequence[int],
@@ -171,10 +188,12 @@ class Author:
         """config.n answers to one prompt, not yet submitted.
 
         live: somebody reads along.  continues: the answer goes on with the prompt's text, and so may begin with a
-        space.  grammar: what it must look like, as llguidance's JSON text.
+        space.  grammar: what it must look like, as llguidance's JSON text, in the place of
+        config.response_format.  ValueError names what cannot be used.
         """
         if not tokens:
             raise ValueError("the prompt is empty")
+        grammar = self.grammar(config, grammar)
         session = next(self._sessions)
         room = self.session_len - len(tokens)
         wanted = room if config.max_new_tokens is None else min(config.max_new_tokens, room)

@@ -5,10 +5,12 @@ Knows the formats that one model writes them in, and no protocol's JSON.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
+from jaxserve.bodies import ParamError
 from jaxserve.config import GenerationConfig
-from jaxserve.reply import Reply, Response
+from jaxserve.reply import Author, Reply, Response
 from jaxserve.text import reasoning, tools
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -132,6 +134,25 @@ class Voice:
         return content
 
 
+def best(messages: list[Message], ask) -> list[Message]:
+    """Of the best_of answers to every prompt of a protocol.Ask, the n whose tokens are the likeliest on average."""
+    if not ask.best_of:
+        return messages
+    kept: list[Message] = []
+    for start in range(0, len(messages), ask.best_of):
+        ranked = sorted(messages[start : start + ask.best_of], key=_likelihood, reverse=True)
+        kept += ranked[: ask.config.n]
+    if ask.config.logprobs is None:
+        for message in kept:
+            message.logprobs = None
+    return kept
+
+
+def _likelihood(message: Message) -> float:
+    chances = [next(iter(row.values())) for row in message.logprobs or ()]
+    return sum(chances) / len(chances) if chances else -math.inf
+
+
 class Formats:
     """How one model writes calls and reasoning; None: it writes none that is known.
 
@@ -148,39 +169,62 @@ class Formats:
             ids = [tokenizer.id_of(tag) for tag in (tags.start, tags.end)]
             self._special_tags, self._end_id = any(id in tokenizer.special_ids for id in ids), ids[1]
 
-    def opens(self, ask, tokens: list[int]) -> bool:
+    def voices(self, author: Author, ask, prompts: list[list[int]], live: bool = False) -> list[Voice]:
+        """The answers to the prompts (token ids) of a protocol.Ask, not yet submitted; ParamError as far as it goes.
+
+        live: somebody reads along.  Their choices are numbered by prompt, and by the answer of its n or best_of.
+        """
+        config, count = self._config(ask), ask.best_of or ask.config.n
+        if ask.best_of:
+            config = replace(config, n=count, logprobs=config.logprobs or 0)
+        opened = self._opens(ask, prompts[0])
+        grammar = self._grammar(author, ask, opened)
+        made = []
+        for index, tokens in enumerate(prompts):
+            try:
+                replies = author.replies(
+                    tokens, config, index=index, live=live, continues=not ask.chat, grammar=grammar
+                )
+            except ValueError as error:  # a bad word of too many tokens
+                raise ParamError("bad_words" if config.bad_words else None, str(error)) from None
+            made += [self._voice(ask, reply, index * count + reply.whole.choice, opened) for reply in replies]
+        return made
+
+    def _opens(self, ask, tokens: list[int]) -> bool:
         """Whether the answer to a prompt begins with reasoning, without saying so."""
         if self.reasoning is None or not ask.chat:
             return False
         return reasoning.opens(self.reasoning, self.tokenizer.decode(tokens[-TAIL:], skip_special=False))
 
-    def config(self, ask) -> GenerationConfig:
-        """How an answer to a protocol.Ask is generated: markers that are special tokens have to be seen."""
+    def _config(self, ask) -> GenerationConfig:
+        """How an answer is generated: markers that are special tokens have to be seen."""
         calls = ask.tools and self.tools is not None and not self.tools.skip_special
         if calls or (ask.chat and self._special_tags):
             return replace(ask.config, skip_special_tokens=False)
         return ask.config
 
-    def grammar(self, ask, open: bool) -> str | None:
-        """What the answer must look like, as llguidance's JSON text.  ValueError names a tool that cannot be enforced.
+    def _grammar(self, author: Author, ask, opened: bool) -> str | None:
+        """What the answer must look like, as llguidance's JSON text.
 
-        open: what `opens` says.  With tool_choice "auto" only the arguments of functions that are strict are enforced.
+        With tool_choice "auto" only the arguments of functions that are strict are enforced.
         """
-        grammar = ask.grammar
-        if grammar is None and ask.tools and self.tools is not None:
-            strict = any(tool["function"].get("strict") is True for tool in ask.tools)
-            if ask.tool_choice != "auto" or strict:
-                choice, parallel = ask.tool_choice, ask.parallel_tool_calls
-                grammar = self.tools.grammar(ask.tools, choice, parallel, self.tokenizer)
-        if grammar is not None and self.reasoning is not None and ask.chat:
-            grammar = reasoning.allow_thoughts(grammar, self.reasoning, open, self.tokenizer)
-        return grammar
+        try:
+            grammar = ask.grammar
+            if grammar is None and ask.tools and self.tools is not None:
+                strict = any(tool["function"].get("strict") is True for tool in ask.tools)
+                if ask.tool_choice != "auto" or strict:
+                    choice, parallel = ask.tool_choice, ask.parallel_tool_calls
+                    grammar = self.tools.grammar(ask.tools, choice, parallel, self.tokenizer)
+            if grammar is not None and self.reasoning is not None and ask.chat:
+                grammar = reasoning.allow_thoughts(grammar, self.reasoning, opened, self.tokenizer)
+            return author.grammar(ask.config, grammar)
+        except ValueError as error:
+            raise ParamError("response_format" if ask.grammar else "tools", str(error)) from None
 
-    def voice(self, ask, reply: Reply, choice: int = 0, open: bool = False) -> Voice:
-        """Who takes one answer apart."""
+    def _voice(self, ask, reply: Reply, choice: int, opened: bool) -> Voice:
         splitter = parser = None
         if self.reasoning is not None and ask.chat:
-            splitter = reasoning.Splitter(self.reasoning, open)
+            splitter = reasoning.Splitter(self.reasoning, opened)
         if ask.tools and self.tools is not None:
             parser = self.tools.Parser(ask.tools, whole=not ask.stream)
         return Voice(reply, choice, splitter, parser, self._count)

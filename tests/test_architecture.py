@@ -18,8 +18,9 @@ LAYERS = [
     "hub step weights",
     "engine text",
     "reply",
-    "answers bodies pipeline voice",
-    "bench options protocol terminal",
+    "bodies pipeline",
+    "bench options protocol terminal voice",
+    "answers",
     "check_env commands convert lite serve",
     "cli",
 ]

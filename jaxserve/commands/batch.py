@@ -18,10 +18,12 @@ from typing import BinaryIO
 import click
 
 from jaxserve import hub, protocol
-from jaxserve.answers import answer as openai_answer
+from jaxserve.answers import Chat, Completion, scores, usage
 from jaxserve.answers import error as openai_error
 from jaxserve.config import EngineConfig
 from jaxserve.options import INTERRUPTED, interruptible, mistakes
+from jaxserve.text import reasoning, tools
+from jaxserve.voice import Formats, Message, Voice, best
 
 AHEAD = 2048  # answers that may wait for one before them
 BEGINNING = b'{"id": "batch_req_'  # of every answer
@@ -143,8 +145,9 @@ class Line:
     custom_id: str | None
     ask: protocol.Ask = field(init=False)
     error: str | None = None
+    prompts: list[list[int]] = field(default_factory=list)  # their token ids
+    voices: list[Voice] = field(default_factory=list)
     missing: int = 0  # replies that have not come
-    responses: list = field(default_factory=list)
 
 
 class Batch:
@@ -154,6 +157,8 @@ class Batch:
         """seed: with a line's number and custom_id it makes the seed of a line that brings none."""
         self.pipe, self.model, self.seed = pipe, model, seed
         self.failed = 0
+        described = (pipe.engine.info["checkpoint_config"], pipe.template.tool_style.source, pipe.tokenizer)
+        self.formats = Formats(pipe.tokenizer, tools.detect(*described), reasoning.detect(*described))
         self._pending: deque[Line] = deque()  # read, and not yet written
         self._line_of: dict = {}  # of the replies on their way
 
@@ -172,7 +177,6 @@ class Batch:
                             raise EngineDead(reply.whole.error_message)
                         line = self._line_of.pop(reply)
                         line.missing -= 1
-                        line.responses.append(reply.whole)
                         self._flush()
             self._flush()
         assert not self._pending
@@ -188,17 +192,18 @@ class Batch:
             line = Line(number, custom_id(text))
             self._pending.append(line)
             try:
-                replies = self._prepare(line, text)
+                self._prepare(line, text)
             except ValueError as error:
                 line.error = f"line {number}: {error}"
                 self._flush()
                 continue
-            line.missing = len(replies)
-            for reply in replies:
-                self._line_of[reply] = line
-                yield reply
+            line.missing = len(line.voices)
+            for voice in line.voices:
+                self._line_of[voice.reply] = line
+                yield voice.reply
 
-    def _prepare(self, line: Line, text: bytes) -> list:
+    def _prepare(self, line: Line, text: bytes) -> None:
+        """Reads a line, and makes the replies that it asks for."""
         try:
             given = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -213,12 +218,13 @@ class Batch:
             raise ValueError("body is missing")
         advice, seed = self.pipe.generation_config, self._seed_of(line)
         line.ask = ask = protocol.Ask.parse(given.get("url"), given["body"], advice, random_seed=seed)
-        prompts = [self.pipe.tokens(prompt, ask.do_preprocess, **ask.variables) for prompt in ask.prompts]
-        return [
-            reply
-            for index, tokens in enumerate(prompts)
-            for reply in self.pipe.author.replies(tokens, ask.config, index=index, continues=not ask.chat, grammar=ask.grammar)
-        ]
+        if ask.stream:
+            raise ValueError("stream: answers of a batch are not streamed")
+        if ask.tools and self.formats.tools is None:
+            raise ValueError("tools: how this model writes tool calls is not known")
+        variables = {"tools": ask.tools, **ask.variables} if ask.do_preprocess else {}
+        line.prompts = [self.pipe.tokens(prompt, ask.do_preprocess, **variables) for prompt in ask.prompts]
+        line.voices = self.formats.voices(self.pipe.author, ask, line.prompts)
 
     def _seed_of(self, line: Line) -> int:
         name = f"{self.seed} {line.number} {line.custom_id}".encode()
@@ -235,20 +241,12 @@ class Batch:
 
     def _record(self, line: Line) -> dict:
         """A line of the output, in OpenAI's form."""
-        failed = next((r for r in line.responses if r.finish_reason == "error"), None)
+        responses = [voice.reply.whole for voice in line.voices]
+        failed = next((response for response in responses if response.finish_reason == "error"), None)
         message = line.error or (failed.error_message if failed else None)
-        responses = sorted(line.responses, key=lambda response: (response.index, response.choice))
         status, error = 200, None
         if message is None:
-            prefix = "chatcmpl" if line.ask.chat else "cmpl"
-            body = openai_answer(
-                line.ask,
-                responses,
-                self.pipe.tokenizer,
-                model=self.model,
-                id=f"{prefix}-{line.number}",
-                created=int(time.time()),
-            )
+            body = self._body(line)
         else:
             self.failed += 1
             status = failed.error_code if failed else 400
@@ -260,3 +258,30 @@ class Batch:
             "response": {"status_code": status, "request_id": f"req_{line.number}", "body": body},
             "error": error,
         }
+
+    def _body(self, line: Line) -> dict:
+        form = (Chat if line.ask.chat else Completion)(line.ask, line.prompts, self.pipe.tokenizer)
+        if isinstance(form, Completion):
+            form.echo(self._scores)
+        messages = []
+        for voice in line.voices:
+            messages.append(Message())
+            messages[-1].add(voice.split(voice.reply.whole))
+        firsts = [voice.reply.whole for voice in line.voices if voice.reply.whole.choice == 0]
+        return {
+            "id": f"{form.prefix}-{line.number}",
+            "object": form.kind,
+            "created": int(time.time()),
+            "model": self.model,
+            "choices": [form.choice(index, message) for index, message in enumerate(best(messages, line.ask))],
+            "usage": usage(
+                sum(response.input_token_len for response in firsts),
+                sum(voice.reply.whole.generate_token_len for voice in line.voices),
+                sum(response.cached_tokens for response in firsts),
+                sum(voice.reasoning_tokens for voice in line.voices) if self.formats.reasoning else None,
+            ),
+        } | form.beside
+
+    def _scores(self, tokens: list[int], alternatives: int):
+        scored = self.pipe.engine.score(tokens, want="alternatives") if len(tokens) > 1 else None
+        return scores(tokens, scored, alternatives)

@@ -3,7 +3,6 @@
 Knows neither HTTP nor any protocol's JSON.
 """
 
-import math
 import queue
 import time
 from collections import deque
@@ -13,7 +12,7 @@ from jaxserve.protocol import Ask
 from jaxserve.reply import Reply
 from jaxserve.serve.errors import CLIENT_GONE, ApiError, of, of_finish
 from jaxserve.serve.heartbeat import beating
-from jaxserve.voice import Call, CallDelta, Delta, Message, Voice
+from jaxserve.voice import Call, CallDelta, Delta, Message, Voice, best
 
 __all__ = ["Answer", "Call", "CallDelta", "Delta", "Message", "Voice", "failure"]
 
@@ -120,18 +119,7 @@ class Answer:
                     raise failure(delta)
         if self.closed:
             raise ApiError(CLIENT_GONE, "the client has left")
-        return self._best(messages) if self.ask.best_of else messages
-
-    def _best(self, messages: list[Message]) -> list[Message]:
-        """Of every prompt's answers those with the likeliest tokens, n of best_of."""
-        count, kept = self.ask.best_of or 1, []
-        for start in range(0, len(messages), count):
-            ranked = sorted(messages[start : start + count], key=_likelihood, reverse=True)
-            kept += ranked[: self.ask.config.n]
-        if self.ask.config.logprobs is None:
-            for message in kept:
-                message.logprobs = None
-        return kept
+        return best(messages, self.ask)
 
     def close(self) -> None:
         """Aborts what still runs.  From any thread; twice is fine."""
@@ -159,12 +147,6 @@ class Answer:
     @property
     def completion_tokens(self) -> int:
         return sum(response.generate_token_len for response in self._responses)
-
-
-def _likelihood(message: Message) -> float:
-    """The mean log-probability of the tokens."""
-    chances = [next(iter(row.values())) for row in message.logprobs or ()]
-    return sum(chances) / len(chances) if chances else -math.inf
 
 
 def failure(delta: Delta) -> ApiError:

@@ -4,17 +4,15 @@ Knows nothing of Flask.
 """
 
 import dataclasses
-import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
 
-from jaxserve import protocol
+from jaxserve import answers, protocol
 from jaxserve.protocol import Ask, ParamError
 from jaxserve.reply import Author
 from jaxserve.serve.answer import Answer
 from jaxserve.serve.errors import MISSING, ApiError
-from jaxserve.text import grammar as grammars
 from jaxserve.text.tokenizer import stop_ids, stop_strings
 from jaxserve.voice import Formats
 
@@ -99,23 +97,16 @@ class Service:
         return self.submit(ask, prompts)
 
     def submit(self, ask: Ask, prompts: list[list[int]]) -> Answer:
-        """Starts answers to prompts that are tokens already."""
-        config = self._checked(self.formats.config(ask))
-        opened = self.formats.opens(ask, prompts[0])
-        grammar = self._grammar(ask, opened)
-        count = ask.best_of or config.n
-        if ask.best_of:
-            config = dataclasses.replace(config, n=count, logprobs=config.logprobs or 0)
-        voices = []
-        for index, tokens in enumerate(prompts):
-            try:
-                replies = self.author.replies(
-                    tokens, config, index=index, live=ask.stream, continues=not ask.chat, grammar=grammar
-                )
-            except ValueError as error:  # bad words of too many tokens
-                raise ParamError("bad_words", str(error)) from None
-            voices += [self.formats.voice(ask, reply, index * count + reply.whole.choice, opened) for reply in replies]
+        """Starts answers to prompts that are tokens already; raises as `start` does."""
+        for token in ask.config.logit_bias or ():
+            if int(token) >= self.vocab:
+                raise ParamError("logit_bias", f"logit_bias: {self._ids()}, not {token}")
+        work = offload if ask.grammar or ask.tools else _here  # a grammar is checked by compiling it
+        voices = work(self.formats.voices, self.author, ask, prompts, ask.stream)
         return Answer(self.engine, ask, prompts, voices, window=self.window, heartbeat=self.limits.heartbeat)
+
+    def _ids(self) -> str:
+        return f"token ids of this model are 0 to {self.vocab - 1}"
 
     def tokens(self, prompt, ask: Ask) -> list[int]:
         """One prompt of an Ask as token ids.  ParamError if it is empty, too long, or no prompt of this model."""
@@ -123,10 +114,10 @@ class Service:
         if isinstance(prompt, list) and not ask.chat:
             bad = next((token for token in prompt if not 0 <= token < self.vocab), None)
             if bad is not None:
-                raise ParamError(name, f"{name}: token ids of this model are 0 to {self.vocab - 1}, not {bad}")
+                raise ParamError(name, f"{name}: {self._ids()}, not {bad}")
             tokens = prompt
         else:
-            size = _characters(prompt)
+            size = _characters(prompt) + _characters(ask.tools)
             self._check_size(name, size)
             work = offload if size > QUICK else _here
             try:
@@ -145,37 +136,13 @@ class Service:
             )
         return tokens
 
-    def scores(self, tokens: list[int], alternatives: int) -> list[dict[int, float | None]]:
-        """Each token of a prompt with its log-probability given those before it, and so many alternatives.
-
-        {id: log-probability}, the prompt's token first; {id: None} for the first token, which nothing is before.
-        """
-        rows: list[dict[int, float | None]] = [{tokens[0]: None}]
-        if len(tokens) == 1:
-            return rows
+    def scores(self, tokens: list[int], alternatives: int) -> answers.Scores:
+        """Each token of a prompt with its log-probability given those before it, and so many alternatives.  Waits."""
         try:
-            chances, ids, values = self.engine.score(tokens, want="alternatives")
+            scored = self.engine.score(tokens, want="alternatives") if len(tokens) > 1 else None
         except ValueError as error:
             raise ApiError(400, str(error)) from None
-        for token, chance, others, theirs in zip(tokens[1:], chances, ids, values, strict=True):
-            others, theirs = others[:alternatives].tolist(), theirs[:alternatives].tolist()
-            rows.append({token: float(chance), **dict(zip(others, theirs, strict=True))})
-        return rows
-
-    @functools.cached_property
-    def table(self):
-        """The vocabulary as llguidance has it; takes up to a second, once."""
-        return grammars.token_table(self.tokenizer, self.vocab, self.ends)
-
-    def _grammar(self, ask: Ask, opened: bool) -> str | None:
-        """What the answer must look like, as llguidance's JSON text.  ParamError where that cannot be followed."""
-        try:
-            grammar = self.formats.grammar(ask, opened)
-            if grammar is not None:
-                offload(lambda: grammars.check(grammar, self.table))
-        except ValueError as error:
-            raise ParamError("response_format" if ask.grammar else "tools", str(error)) from None
-        return grammar
+        return answers.scores(tokens, scored, alternatives)
 
     def _check_size(self, name: str, characters: int) -> None:
         """Refuses, without tokenizing it, a text that cannot fit whatever its tokens are."""
@@ -187,17 +154,9 @@ class Service:
                 f"{most} at most",
             )
 
-    def _checked(self, config):
-        for token in config.logit_bias or ():
-            if int(token) >= self.vocab:
-                raise ParamError(
-                    "logit_bias", f"logit_bias: token ids of this model are 0 to {self.vocab - 1}, not {token}"
-                )
-        return config
-
 
 def _characters(prompt) -> int:
-    """The characters of a text, or of all texts in messages."""
+    """The characters of a text, or of all texts in messages or tools."""
     if isinstance(prompt, str):
         return len(prompt)
     if isinstance(prompt, dict):
