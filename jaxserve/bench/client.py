@@ -85,10 +85,20 @@ class Stream:
 
     __slots__ = ("answer", "due", "gaps", "last", "number", "out", "record", "said", "sent", "socket")
 
-    def __init__(self, number: int, due: float | None):
+    def __init__(self, number: int, due: float | None, sock: socket.socket, out: bytes):
+        """due: when it should have been sent, if a plan says.  out: what is still to be sent."""
         self.number, self.due, self.sent = number, due, time.perf_counter()
-        self.answer, self.gaps, self.last, self.said = Answer(), [], 0.0, 0
-        self.record = {"number": number, "error": None, "first": None, "tokens": None, "prompt": None, "finish": None}
+        self.socket, self.out, self.answer = sock, out, Answer()
+        self.gaps: list[float] = []
+        self.last, self.said = 0.0, 0
+        self.record: dict = {
+            "number": number,
+            "error": None,
+            "first": None,
+            "tokens": None,
+            "prompt": None,
+            "finish": None,
+        }
 
     def event(self, payload: bytes, now: float) -> None:
         """Takes one event in."""
@@ -124,7 +134,7 @@ class Stream:
             record["tokens"], record["prompt"] = usage.get("completion_tokens"), usage.get("prompt_tokens")
         record["seen"] = self.said  # of the ids in the chunks, where the server lists them; else chunks with text
         record["tokens"] = record["tokens"] or self.said
-        started = self.due or self.sent  # of a request that a rate has planned: when it should have been sent
+        started = self.sent if self.due is None else self.due
         record |= {"start": started, "lag": self.sent - started, "end": now, "last": self.last or now}
         record["gaps"] = [round(gap, 6) for gap in self.gaps]
         return record
@@ -182,11 +192,10 @@ class Client:
 
     def open(self, number: int, due: float | None = None) -> None:
         """Sends a request."""
-        stream = Stream(number, due)
         body = orjson.dumps(self.bodies[number])
-        stream.out = f"{self.head}{len(body)}\r\n\r\n".encode() + body
         family, kind, protocol, _, address = self.address
-        stream.socket = socket.socket(family, kind, protocol)
+        sock = socket.socket(family, kind, protocol)
+        stream = Stream(number, due, sock, f"{self.head}{len(body)}\r\n\r\n".encode() + body)
         try:
             if family != socket.AF_UNIX:
                 stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -238,7 +247,7 @@ class Client:
     def receive(self, stream: Stream) -> None:
         data = stream.socket.recv(BLOCK)
         now = time.perf_counter()
-        while self.tls and stream.socket.pending():
+        while isinstance(stream.socket, ssl.SSLSocket) and stream.socket.pending():
             data += stream.socket.recv(BLOCK)
         for payload in stream.answer.feed(data) if data else ():
             stream.event(payload, now)

@@ -115,7 +115,7 @@ def run(
     finished, done = os.pipe()
     job = {"url": target.path(), "headers": target.headers, "bodies": bodies, "timeout": target.timeout}
     job |= {"tickets": tickets, "done": done}
-    clients = []
+    clients: list[subprocess.Popen] = []
     try:
         for _ in range(count):
             command = [sys.executable, "-m", "jaxserve.bench.client"]
@@ -130,6 +130,7 @@ def run(
                 break  # one has failed: its exit status tells
         begin = f"{time.perf_counter() + LEAD}\n".encode()
         for client in clients:
+            assert client.stdin
             client.stdin.write(begin)
             client.stdin.close()
         offer(numbers, 0 if plan else len(items))

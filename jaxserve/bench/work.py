@@ -45,6 +45,7 @@ def made_up(
     items = []
     for _ in range(count):
         length = draw.randint(*inputs)
+        prompt: str | list
         if ids is None:
             prompt = " ".join(draw.choice(WORDS) for _ in range(length))
         else:

@@ -26,8 +26,10 @@ CACHES_QUEUED = 4  # the queue holds at most that many times the tokens of the K
 class Ticket:
     """Stands in for the outbox of a request while the request is inside; takes the times of its tokens."""
 
-    __slots__ = ("arrived", "door", "expired", "first", "gap", "last", "outbox", "request", "started", "submitted")
-    __slots__ += ("tokens", "unwanted")
+    __slots__ = (
+        *("arrived", "door", "expired", "first", "gap", "last"),
+        *("outbox", "request", "started", "submitted", "tokens", "unwanted"),
+    )
 
     def __init__(self, door, request, now):
         self.door, self.request, self.outbox = door, request, request.outbox

@@ -8,6 +8,7 @@ A snapshot is plain data, so it can be rendered in another process.
 import os
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -18,8 +19,10 @@ REJECTIONS = ("requests", "tokens", "concurrent", "draining")  # which bound a r
 
 # Upper edges of buckets.  vLLM's, and finer where a small model on a fast device would fall into its first one.
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
-GAP_SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
-GAP_SECONDS += (0.75, 1, 2.5, 5, 10, 20, 40, 80)
+GAP_SECONDS = (
+    *(0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.05, 0.075, 0.1),
+    *(0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80),
+)
 REQUEST_SECONDS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -40,32 +43,34 @@ class Histogram:
         self.sum += value
 
 
-# name -> (edges, our metric, vLLM's metrics, what it is)
+class Timed(NamedTuple):
+    """A histogram: its edges, our name of it, vLLM's names, and what it is of."""
+
+    edges: tuple[float, ...]
+    ours: str
+    theirs: tuple[str, ...]
+    text: str
+
+
+def same(edges: tuple[float, ...], name: str, text: str) -> Timed:
+    return Timed(edges, name, (name,), text)
+
+
 HISTOGRAMS = {
-    "first": (SECONDS, "time_to_first_token_seconds", ("time_to_first_token_seconds",), "arrival to first token"),
-    "gap": (
+    "first": same(SECONDS, "time_to_first_token_seconds", "arrival to first token"),
+    "gap": Timed(
         GAP_SECONDS,
         "inter_token_latency_seconds",
         ("inter_token_latency_seconds", "time_per_output_token_seconds"),
         "between two tokens of a request",
     ),
-    "total": (REQUEST_SECONDS, "e2e_request_latency_seconds", ("e2e_request_latency_seconds",), "arrival to end"),
-    "queue": (REQUEST_SECONDS, "request_queue_time_seconds", ("request_queue_time_seconds",), "arrival to start"),
-    "prefill": (
-        REQUEST_SECONDS,
-        "request_prefill_time_seconds",
-        ("request_prefill_time_seconds",),
-        "start to first token",
-    ),
-    "decode": (
-        REQUEST_SECONDS,
-        "request_decode_time_seconds",
-        ("request_decode_time_seconds",),
-        "first token to last",
-    ),
-    "prompt": (TOKENS, "request_prompt_tokens", ("request_prompt_tokens",), "tokens of a prompt"),
-    "generation": (TOKENS, "request_generation_tokens", ("request_generation_tokens",), "tokens of an answer"),
-    "step": (STEP_TOKENS, "iteration_tokens", ("iteration_tokens_total",), "tokens computed in a step"),
+    "total": same(REQUEST_SECONDS, "e2e_request_latency_seconds", "arrival to end"),
+    "queue": same(REQUEST_SECONDS, "request_queue_time_seconds", "arrival to start"),
+    "prefill": same(REQUEST_SECONDS, "request_prefill_time_seconds", "start to first token"),
+    "decode": same(REQUEST_SECONDS, "request_decode_time_seconds", "first token to last"),
+    "prompt": same(TOKENS, "request_prompt_tokens", "tokens of a prompt"),
+    "generation": same(TOKENS, "request_generation_tokens", "tokens of an answer"),
+    "step": Timed(STEP_TOKENS, "iteration_tokens", ("iteration_tokens_total",), "tokens computed in a step"),
 }
 
 # our metric, vLLM's, what it is; the value is the snapshot's of our name
@@ -95,8 +100,8 @@ class Meter:
 
     def __init__(self, model: str = ""):
         self.model = model
-        for name, (edges, *_) in HISTOGRAMS.items():
-            setattr(self, name, Histogram(edges))
+        for name, timed in HISTOGRAMS.items():
+            setattr(self, name, Histogram(timed.edges))
         self.ended = dict.fromkeys(FINISHES, 0)
         self.rejected = dict.fromkeys(REJECTIONS, 0)
         self.corrupted = self.timeouts = 0
@@ -179,11 +184,11 @@ class Collected(Collector):
         for reason, count in snapshot["rejected"].items():
             rejected.add_metric([*model, reason], count)
         yield rejected
-        for key, (edges, ours, theirs, text) in HISTOGRAMS.items():
+        for key, timed in HISTOGRAMS.items():
             counts, total = snapshot["histograms"][key]
-            buckets = cumulative(edges, counts)
-            for name in names(ours, *theirs):
-                histogram = HistogramMetricFamily(name, text, labels=label)
+            buckets = cumulative(timed.edges, counts)
+            for name in names(timed.ours, *timed.theirs):
+                histogram = HistogramMetricFamily(name, timed.text, labels=label)
                 histogram.add_metric(model, buckets, total)
                 yield histogram
 
