@@ -239,6 +239,8 @@ def main():
 
 
 def read(value):
+    if value in ("True", "False"):
+        return value == "True"
     for kind in (int, float):
         try:
             return kind(value)
