@@ -79,9 +79,11 @@ def served(command: Sequence[str], start: float = START) -> Iterator[Running]:
             raise
         finally:
             for stop in (launcher.terminate, launcher.terminate, launcher.kill):  # the second one stops at once
-                stop()
                 try:
+                    stop()
                     launcher.wait(STOP / 2)
+                    break
+                except psutil.NoSuchProcess:  # it has ended by itself
                     break
                 except psutil.TimeoutExpired:
                     pass
