@@ -106,7 +106,7 @@ class Link:
             if (number := self._number_of.get(request)) is not None:
                 self._post(Abort(number))
 
-    def score(self, tokens, want: str = "logprobs"):
+    def score(self, tokens, want: frames.WANTS = "logprobs"):
         """As the engine's: waits, and returns an array or a tuple of them.  Whoever stops waiting aborts it."""
         import numpy as np
 
@@ -248,7 +248,7 @@ class Link:
             except OSError:
                 _shut(wire.socket)  # the reader does the rest
 
-    def _write(self, wire, data):
+    def _write(self, wire: Wire, data: bytes):
         view = memoryview(data)
         while view and wire is self._wire:
             try:

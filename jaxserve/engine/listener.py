@@ -302,10 +302,10 @@ class Listener:
             return
         if number in connection.live or number in connection.scoring:
             raise ValueError(f"the number {number} is taken")
+        answer: Done | Failed = Done(number)
         try:
             if isinstance(message, Submit):
                 self._submit(connection, message)
-                answer = Done(number)
             elif isinstance(message, Score):
                 return self._score(connection, message)
             else:

@@ -1,7 +1,10 @@
-"""Where the server listens, and why it cannot."""
+"""Where the server listens, and why it cannot; where the engine's socket lies."""
 
 import errno
+import os
 import socket
+import tempfile
+from pathlib import Path
 
 import click
 
@@ -15,7 +18,7 @@ class Failed(click.ClickException):
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
-        self.exit_code = status
+        self.exit_code = status  # type: ignore[misc]
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -54,3 +57,9 @@ def address(listening: socket.socket, options: ServerOptions) -> str:
     host, port = listening.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http{'s' * options.ssl}://{host}:{port}{options.root_path}"
+
+
+def private_folder() -> Path:
+    """Mode 0700, and not so long a path that a socket's cannot follow (107 bytes)."""
+    usual = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="jaxserve-", dir=usual if len(os.fsencode(usual)) < 80 else "/tmp"))

@@ -6,12 +6,14 @@ Their messages to the launcher are JSON, one a line.
 import ctypes
 import json
 import os
+import resource
 import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 
+DESCRIPTORS = 65536  # open files, where the machine allows as many
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
 
@@ -88,3 +90,11 @@ def ended(status: int) -> str:
     """How a child ended, from what `os.waitpid` says: "was killed by SIGKILL", "ended with status 1"."""
     code = os.waitstatus_to_exitcode(status)
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+
+def more_descriptors() -> None:
+    """Raises the number of open files that this process and its children may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -3,6 +3,7 @@
 What they do is imported when they run.
 """
 
+from collections.abc import Callable
 from dataclasses import fields
 
 import click
@@ -107,7 +108,19 @@ CLIENT_OPTIONS = (
 )
 
 
+def _all(options: tuple) -> Callable:
+    """Adds several options to a command, shown in that order."""
+
+    def add(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 @click.command(cls=Command)
+@_all(CLIENT_OPTIONS)
 def client(url, api_key, session_id):
     """Talk in the terminal with the server at URL.
 
@@ -150,6 +163,8 @@ UI_OPTIONS = (
 
 
 @click.command(cls=Command)
+@_all(UI_OPTIONS)
+@engine_options
 def ui(model_or_url, server_name, server_port, api_key, share, **given):
     """A web page (gradio) for the server at a URL, or for MODEL, which is then served too."""
     config = engine_config(given)
@@ -160,10 +175,5 @@ def ui(model_or_url, server_name, server_port, api_key, share, **given):
     run(model_or_url, config, server_name=server_name, server_port=server_port, api_key=api_key)
 
 
-for option in reversed(CLIENT_OPTIONS):
-    client = option(client)
-for option in reversed(UI_OPTIONS):
-    ui = option(ui)
-ui = engine_options(ui)
 serve.add_command(client, "api-client")
 serve.add_command(ui, "gradio")

@@ -10,13 +10,11 @@ Exit statuses: 0 after a stop that was asked for, 2 options, 3 the model, 4 the 
 
 import logging
 import os
-import resource
 import selectors
 import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -26,8 +24,8 @@ from jaxserve import hub
 from jaxserve.config import EngineConfig
 from jaxserve.options import INTERRUPTED
 from jaxserve.serve import engine_process, logs
-from jaxserve.serve.address import Failed, address, bind
-from jaxserve.serve.children import Line, ended, fork, name_process
+from jaxserve.serve.address import Failed, address, bind, private_folder
+from jaxserve.serve.children import Line, ended, fork, more_descriptors, name_process
 from jaxserve.serve.engine_process import USAGE
 from jaxserve.serve.options import ServerOptions
 
@@ -36,7 +34,6 @@ log = logging.getLogger("jaxserve")
 RESTARTS, WINDOW = 3, 600  # so many times in so many seconds is a child started again
 SILENCE = 5  # seconds without a word from the engine's process that are worth a word
 LAST_WORDS = 10  # seconds that a child gets to end
-DESCRIPTORS = 65536  # open files, where the machine allows as many
 HINT = "HINT:    Please open {}/docs in a browser for detailed api usage!!!"
 
 
@@ -52,7 +49,11 @@ def run(model: str | None, config: EngineConfig, options: ServerOptions) -> int:
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast over NVLink fails in many containers
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there
     listening = bind(options.server_name, options.server_port)
-    folder = Path(tempfile.mkdtemp(prefix="jaxserve-"))  # mode 0700
+    try:
+        folder = private_folder()
+    except OSError as error:
+        listening.close()
+        raise Failed(f"no folder for the engine's socket: {error}", 1) from error
     try:
         return Launcher(listening, folder, model, config, options).run()
     finally:
@@ -103,6 +104,7 @@ class Launcher:
         self.up_read, self.up_write = os.pipe()
         self.ups = 0  # web processes that have begun to serve
         self.engine: Engine | None = None
+        self.info: dict = {}  # the engine's, once it is ready
         self.web: int | None = None  # process id of gunicorn's master
         self.final: int | None = None  # exit status, once the end has begun
         self.why = ""  # with a final status that is not 0
@@ -113,7 +115,7 @@ class Launcher:
 
     def run(self) -> int:
         name_process("jaxserve")
-        _more_descriptors()
+        more_descriptors()
         self._take_signals()
         os.set_blocking(self.up_read, False)
         os.set_blocking(self.up_write, False)
@@ -138,7 +140,8 @@ class Launcher:
         self.ring.setblocking(False)
         self.bell.setblocking(False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, lambda *_: None)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self.ring.fileno(), warn_on_full_buffer=False)
         self.selector.register(self.bell, selectors.EVENT_READ, self._signalled)
 
@@ -187,6 +190,7 @@ class Launcher:
     def _hear(self):
         """Whatever the engine's process has said.  False when it says nothing more."""
         engine = self.engine
+        assert engine is not None
         messages = engine.line.hear()
         if messages is None:
             self.selector.unregister(engine.line.socket)
@@ -199,7 +203,7 @@ class Launcher:
             if message["event"] == "failed":
                 engine.failure = (message["status"], message["message"])
             elif message["event"] == "ready":
-                self._engine_ready(message["info"])
+                self._engine_ready(engine, message["info"])
             elif message["event"] == "beat":
                 engine.inside = message["inside"]
                 if self.grace is not None and message["idle"]:
@@ -207,14 +211,14 @@ class Launcher:
                     self._stop_web()
         return True
 
-    def _engine_ready(self, info):
-        self.engine.info = info
+    def _engine_ready(self, engine, info):
+        engine.info = self.info = info
         if self.final is not None:
             self._stop_engine()
         elif self.web is None:
             self._start_web()
         else:
-            log.warning("the engine is back after %.0f seconds", time.monotonic() - self.engine.began)
+            log.warning("the engine is back after %.0f seconds", time.monotonic() - engine.began)
 
     def _stop_engine(self):
         if self.engine is not None and self.kill_engine_at is None:
@@ -224,6 +228,7 @@ class Launcher:
 
     def _engine_ended(self, status):
         engine = self.engine
+        assert engine is not None
         while engine.line.socket in self.selector.get_map() and self._hear():
             pass  # its last words
         self.engine = self.kill_engine_at = self.grace = None
@@ -250,18 +255,19 @@ class Launcher:
     # The web processes ----------------------------------------------------------------------------------------------
 
     def _start_web(self):
-        launcher, info = os.getpid(), self.engine.info
+        launcher = os.getpid()
 
         def main():
             from jaxserve.serve import web
 
             self._forget_all(but=self.up_write)
-            self.engine.line.close()
+            if self.engine is not None:
+                self.engine.line.close()
             web.main(
                 self.listening.fileno(),
                 self.up_write,
                 self.path,
-                info,
+                self.info,
                 self.names,
                 self.config,
                 self.options,
@@ -364,7 +370,7 @@ class Launcher:
 
     def _announce(self):
         """Where the server is and what it holds, for people; the addresses on standard output."""
-        info, options = self.engine.info, self.options
+        info, options = self.info, self.options
         url = address(self.listening, options)
         log.info(
             "%s: context of %s tokens, KV cache of %s, %s at once",
@@ -390,10 +396,3 @@ class Launcher:
 def count(number: int, thing: str, plural: str = "s") -> str:
     """1 request, 2 requests."""
     return f"{number:,} {thing}{plural * (number != 1)}"
-
-
-def _more_descriptors():
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

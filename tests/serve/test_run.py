@@ -22,7 +22,7 @@ import pytest
 from scripts import tiny_checkpoint
 from tests.fake_engine import TEMPLATE, tokenizer
 
-DEADLINE = 60  # seconds; the machine may be busy
+DEADLINE = 120  # seconds; the machine may be busy
 PROMPT = [1000, 2, 3]  # the stub goes on with 1000, 1001 and so on: tokens that are text
 ROOT = Path(__file__).parents[2]
 
@@ -149,7 +149,7 @@ def launched(folder, *command, ready=True):
     port = None
     try:
         if ready:
-            until(lambda: process.poll() is not None or log.read_text().count("HINT") == 3)
+            until(lambda: process.poll() is not None or log.read_text().count("HINT") == 3, 3 * DEADLINE)
             assert process.poll() is None, log.read_text()
             port = int(re.search(r"http://127\.0\.0\.1:(\d+)\S*/docs", log.read_text())[1])
         yield Served(process, port, log, temporary)
