@@ -39,7 +39,8 @@ ONLY = {
 # These know nothing of devices: they are tested, and start, without jax.
 NO_JAX = [
     *("jaxserve", "jaxserve.config", "jaxserve.cli", "jaxserve.hub", "jaxserve.pipeline", "jaxserve.check_env"),
-    *("jaxserve.engine.pages", "jaxserve.engine.request", "jaxserve.engine.scheduler"),
+    *("jaxserve.engine.pages", "jaxserve.engine.request", "jaxserve.engine.scheduler", "jaxserve.engine.link"),
+    *(f"jaxserve.serve.{path.stem}" for path in sorted(ROOT.glob("serve/[!_]*.py"))),
     *(f"jaxserve.{path.parent.name}.{path.stem}" for path in sorted(ROOT.glob("text/[!_]*.py"))),
     *(f"jaxserve.{path.parent.name}.{path.stem}" for path in sorted(ROOT.glob("checkpoint/[!_]*.py"))),
 ]
