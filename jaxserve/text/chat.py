@@ -8,9 +8,11 @@ import json
 import logging
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from jaxserve.config import ChatTemplateConfig
+from jaxserve.text import tool_prompt
 from jaxserve.text.jinja import Jinja
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -39,6 +41,12 @@ class Delimited:
     stop_words: tuple[str, ...] = ()
 
     adds_bos = True
+    source = ""
+
+    @property
+    def source(self) -> str:
+        """The jinja of the template that shows tools; "" if it is no jinja."""
+        return self.tool_style.source
 
     @property
     def takes_tools(self) -> bool:
@@ -163,7 +171,7 @@ class ChatTemplate:
 
     @property
     def takes_tools(self) -> bool:
-        """Whether the template shows a list of tools to the model."""
+        """Whether the template itself shows a list of tools to the model; where not, `render` adds it to a message."""
         return self.tool_style.takes_tools and not self.completion
 
     def render(
@@ -184,14 +192,25 @@ class ChatTemplate:
             return "".join(message["content"] or "" for message in messages)
         if refused := RESERVED & variables.keys():
             raise ValueError(f"a chat template's variable cannot be called {', '.join(sorted(refused))}")
-        style = self.tool_style if tools else self.style
-        if tools and not style.takes_tools:
-            raise ValueError("the chat template of this model has no place for tools")
         if self.meta_instruction is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.meta_instruction}, *messages]
+        continues = add_generation_prompt and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
+        style = self.tool_style if tools else self.style
+        draw = partial(self._continued, style, number) if continues else style.render
+        if self.tool_style.takes_tools:
+            messages = tool_prompt.fitting(messages, self.tool_style.source)
+            return draw(messages, tools, add_generation_prompt, **variables)
+        try:
+            return draw(tool_prompt.told(messages, tools), None, add_generation_prompt, **variables)
+        except ValueError:
+            if not tools:
+                raise
+            told = tool_prompt.told(messages, tools, system=False)  # some templates know no system message
+            return draw(told, None, add_generation_prompt, **variables)
+
+    def _continued(self, style, number: int, messages: list[dict], tools: list[dict] | None, _, **variables) -> str:
+        """The prompt for the rest of the last message, whose number is given for an error."""
         last = messages[-1]
-        if not add_generation_prompt or last["role"] != "assistant" or last.get("tool_calls"):
-            return style.render(messages, tools, add_generation_prompt, **variables)
         if not last["content"] and len(messages) > 1:
             return style.render(messages[:-1], tools, True, **variables)
         marked = [*messages[:-1], last | {"content": last["content"] + _MARK}]
@@ -275,7 +294,9 @@ def _message(number: int, message) -> dict:
     if isinstance(content, list | tuple):
         content = "\n".join(_part(number, part) for part in content)
     elif content is None and not calls:
-        raise ValueError(f"message {number} ({role}) has no content")
+        if role != "assistant":
+            raise ValueError(f"message {number} ({role}) has no content")
+        content = ""  # the course's script sends back a reply that was a tool call without the call
     elif content is not None and not isinstance(content, str):
         raise ValueError(f"message {number} ({role}): the content is a text or a list of parts, not {content!r:.80}")
     made = {**message, "content": content}
@@ -307,7 +328,7 @@ def _call(number: int, call) -> dict:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"message {number}: the arguments of {function['name']} are not JSON: {error}") from None
     return {**call, "function": {**function, "arguments": arguments}}
 

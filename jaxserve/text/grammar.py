@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import gbnf_to_lark
@@ -18,8 +18,8 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from jaxserve.text import schema as schemas
 from jaxserve.text.tokenizer import Tokenizer
 
-LONGEST = 1 << 20  # characters of a grammar as JSON text
-LONGEST_REGEX = 1 << 15  # characters
+LONGEST = 1 << 18  # characters of a grammar as JSON text
+LONGEST_REGEX = 1 << 14  # characters
 LONGEST_GRAMMAR = 1 << 14  # characters of Lark or GBNF
 MOST_RULES = 200  # of Lark or GBNF; llguidance follows a chain of rules on the C stack
 MOST_OPERATORS = 8  # "&" and "~" of Lark; each may double the work
@@ -30,13 +30,13 @@ MOST_CHECKED = 4096  # grammars whose check is remembered; about 200 bytes each
 # One space, or a new line with its indentation: models write JSON either way, and none can go on with blanks for ever.
 WHITESPACE = r" |\n[ \t]{0,16}"
 
-# Half to a fifth of llguidance's own limits.  A matcher's lexer holds 1 to 2 KB a state.
+# A tenth to a half of llguidance's own limits.  A matcher's lexer holds 1 to 2 KB a state.
 LIMITS = LLParserLimits(
-    initial_lexer_fuel=500_000,
+    initial_lexer_fuel=300_000,
     step_lexer_fuel=100_000,
-    step_max_items=25_000,
+    step_max_items=20_000,
     max_lexer_states=20_000,
-    max_grammar_size=100_000,
+    max_grammar_size=50_000,
     verbose_errors=False,
 )
 
@@ -190,8 +190,9 @@ def from_guided(**fields) -> str | None:
             return from_schema(_parsed(value) if isinstance(value, str) else value)
         if name == "json_object":
             return from_schema({"type": "object"})
-        make: Callable = {"regex": from_regex, "choice": from_choice, "grammar": from_lark}[name]
-        return make(value)
+        if name == "choice":
+            return from_choice(value)
+        return from_regex(value) if name == "regex" else from_lark(value)
     return None
 
 
@@ -223,7 +224,7 @@ def from_choice(choices: list[str]) -> str:
         raise ValueError(f"there are {len(choices)} choices; {MOST_CHOICES} is the most")
     if wrong := [choice for choice in choices if not isinstance(choice, str | int | float)]:
         raise ValueError(f"a choice is a list of texts, not of {_short(wrong[0])}")
-    return lark("start: " + " | ".join(quoted(str(choice)) for choice in choices))
+    return lark("start: CHOICE\nCHOICE: " + " | ".join(quoted(str(choice)) for choice in choices))
 
 
 def from_lark(text: str | None) -> str:

@@ -31,6 +31,7 @@ class Jinja:
         self.name = name
         self.variables = dict(variables or {})
         self.stop_words = tuple(word for word in END_OF_TURN if word in source)
+        self.source = source
         try:
             tree = _environment.parse(source)
             self.takes_tools = any(node.name == "tools" for node in tree.find_all(nodes.Name))

@@ -22,6 +22,8 @@ LISTS = {"anyOf", "allOf", "oneOf", "prefixItems"}
 NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 
 DEEPEST = 40  # schemas in one another
+MOST_SCHEMAS = 3000
+MOST_PROPERTIES = 1000  # of one object: the work grows with their square
 MOST_REFERENCES = 256  # different ones: llguidance follows them on the C stack, at about 5 KB each ...
 LONGEST_PATH = 1536  # ... and 2 KB for a schema; different references x depth
 MOST_MERGED = 12  # patterns that may have to hold at once: each may double the work
@@ -48,7 +50,7 @@ class _Reader:
     """Walks through one schema, copies it, and counts what makes it expensive."""
 
     def __init__(self):
-        self.depth = 0
+        self.depth = self.schemas = 0
         self.references: set[str] = set()
         self.patterns = 0
         self.merges = 0  # places where two schemas must hold for the same value
@@ -62,6 +64,9 @@ class _Reader:
         if depth > DEEPEST:
             raise ValueError(TOO_DEEP)
         self.depth = max(self.depth, depth)
+        self.schemas += 1
+        if self.schemas > MOST_SCHEMAS:
+            raise ValueError(f"the JSON schema is too large; {MOST_SCHEMAS} schemas in it are the most")
         made = {}
         for key, value in given.items():
             if key in SCHEMAS and not (key == "items" and isinstance(value, list)):
@@ -86,6 +91,8 @@ class _Reader:
     def _named(self, key: str, value, depth: int) -> dict:
         if not isinstance(value, dict):
             raise ValueError(f"JSON schema: {key} is an object of schemas, not {_name(value)}")
+        if len(value) > MOST_PROPERTIES:
+            raise ValueError(f"JSON schema: {key} has {len(value)} entries; {MOST_PROPERTIES} are the most")
         self.patterns += len(value) * (key == "patternProperties")
         return {name: self.schema(one, depth + 1) for name, one in value.items()}
 
