@@ -74,11 +74,10 @@ class Chat:
         if delta.content or delta.logprobs:
             piece({"content": delta.content}, None, self._logprobs(delta.logprobs or None))
         for call in delta.calls:
-            function = {"arguments": call.arguments}
             if call.id is None:
-                piece({"tool_calls": [{"index": call.index, "function": function}]})
+                piece({"tool_calls": [{"index": call.index, "function": {"arguments": call.arguments}}]})
             else:
-                function = {"name": call.name, **function}
+                function = {"name": call.name, "arguments": call.arguments}
                 piece({"tool_calls": [{"index": call.index, "id": call.id, "type": "function", "function": function}]})
         if delta.finish and delta.finish not in FAILED:
             piece({}, delta.finish)

@@ -24,25 +24,27 @@ class ParamError(ValueError):
         self.param = param
 
 
-def _number(low: float, high: float, words: str | None = None):
-    return Annotated[float, Meta(ge=low, le=high, description=words or f"a number from {low:g} to {high:g}")]
+def _number(low: float, high: float) -> Meta:
+    return Meta(ge=low, le=high, description=f"a number from {low:g} to {high:g}")
 
 
-def _whole(low: int, high: int, words: str | None = None):
-    return Annotated[int, Meta(ge=low, le=high, description=words or f"a whole number from {low} to {high}")]
+def _whole(low: int, high: int, words: str | None = None) -> Meta:
+    return Meta(ge=low, le=high, description=words or f"a whole number from {low} to {high}")
 
 
 INT64 = 2**63 - 1
 Flag = Annotated[bool, Meta(description="true or false")]
-Count = _whole(1, INT64, "a whole number, 1 or more")
-Natural = _whole(0, INT64, "a whole number, 0 or more")
+Count = Annotated[int, _whole(1, INT64, "a whole number, 1 or more")]
+Natural = Annotated[int, _whole(0, INT64, "a whole number, 0 or more")]
 Share = Annotated[float, Meta(gt=0, le=1, description="a number above 0 and up to 1")]
 StopText = Annotated[str, Meta(min_length=1, max_length=1000)]
-Ids = Annotated[list[_whole(0, 2**31 - 1)], Meta(max_length=1024, description="a list of token ids, 1024 at most")]
+Ids = Annotated[
+    list[Annotated[int, _whole(0, 2**31 - 1)]], Meta(max_length=1024, description="a list of token ids, 1024 at most")
+]
 Texts = Annotated[list[StopText], Meta(max_length=128, description="a list of texts, 128 at most")]
 Object = Annotated[dict[str, Any], Meta(description="an object")]
 Bias = Annotated[
-    dict[str, _number(-100, 100)],
+    dict[str, Annotated[float, _number(-100, 100)]],
     Meta(max_length=300, description="an object of token ids and numbers from -100 to 100, 300 at most"),
 ]
 
@@ -58,15 +60,15 @@ class Sampling(Struct):
     """What chats and completions have in common."""
 
     model: Annotated[str, Meta(description="the name of a model that this server has")] | None = None
-    temperature: _number(0, 2) | None = None
+    temperature: Annotated[float, _number(0, 2)] | None = None
     top_p: Share | None = None
-    top_k: _whole(-1, 2**31 - 1, "a whole number; 0 and -1 stand for all tokens") | None = None
-    min_p: _number(0, 1) | None = None
+    top_k: Annotated[int, _whole(-1, 2**31 - 1, "a whole number; 0 and -1 stand for all tokens")] | None = None
+    min_p: Annotated[float, _number(0, 1)] | None = None
     max_tokens: Natural | None = None
     min_tokens: Natural | None = None
     min_new_tokens: Natural | None = None
-    n: _whole(1, 128) | None = None
-    seed: _whole(-(2**63), INT64, "a whole number of 64 bits") | None = None
+    n: Annotated[int, _whole(1, 128)] | None = None
+    seed: Annotated[int, _whole(-(2**63), INT64, "a whole number of 64 bits")] | None = None
     stop: (
         StopText
         | Annotated[list[StopText], Meta(max_length=32, description="a text or up to 32 texts of 1 to 1000 characters")]
@@ -75,8 +77,8 @@ class Sampling(Struct):
     stop_token_ids: Ids | None = None
     bad_words: Texts | None = None
     bad_token_ids: Ids | None = None
-    presence_penalty: _number(-2, 2) | None = None
-    frequency_penalty: _number(-2, 2) | None = None
+    presence_penalty: Annotated[float, _number(-2, 2)] | None = None
+    frequency_penalty: Annotated[float, _number(-2, 2)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100, description="a number above 0 and up to 100")] | None = None
     logit_bias: Bias | None = None
     ignore_eos: Flag | None = None
@@ -109,7 +111,7 @@ class ChatBody(Sampling, kw_only=True):
     ]
     max_completion_tokens: Count | None = None
     logprobs: Flag | None = None
-    top_logprobs: _whole(0, 20) | None = None
+    top_logprobs: Annotated[int, _whole(0, 20)] | None = None
     tools: Annotated[list[Object], Meta(max_length=1024, description="a list of functions, 1024 at most")] | None = None
     tool_choice: Literal["none", "auto", "required"] | Object | None = None
     parallel_tool_calls: Flag | None = None
@@ -129,7 +131,12 @@ class CompletionBody(Sampling, kw_only=True):
             extra_json_schema={
                 "anyOf": [
                     {"type": "string", "minLength": 1},
-                    {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": MOST_PROMPTS},
+                    {
+                        "type": "array",
+                        "items": {"type": "string", "minLength": 1},
+                        "minItems": 1,
+                        "maxItems": MOST_PROMPTS,
+                    },
                     {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
                     {
                         "type": "array",
@@ -141,10 +148,10 @@ class CompletionBody(Sampling, kw_only=True):
             }
         ),
     ]
-    logprobs: _whole(0, 20) | bool | None = None
+    logprobs: Annotated[int, _whole(0, 20)] | bool | None = None
     echo: Flag | None = None
     suffix: Annotated[str, Meta(max_length=0, description="empty: filling in the middle is not there")] | None = None
-    best_of: _whole(1, 128) | None = None
+    best_of: Annotated[int, _whole(1, 128)] | None = None
 
 
 def convert(body: dict, kind: type[Struct]) -> Struct:

@@ -102,16 +102,15 @@ class Ask:
 
 
 def _chat(given: ChatBody) -> dict:
-    messages = given.messages
-    raw = isinstance(messages, str)  # a whole prompt, as in LMDeploy
+    messages: Any = given.messages
     if messages is None:
         raise ParamError("messages", "messages is missing")
     if not isinstance(messages, str | list) or not messages:
         raise ParamError("messages", f"messages is a list of at least one message, not {shown(messages)}")
-    if not raw:
+    if isinstance(messages, list):
         contents = _check_messages(messages)
         if given.do_preprocess is False:
-            messages, raw = "".join(contents), True
+            messages = "".join(contents)
             if not messages:
                 raise ParamError("messages", "messages hold no text, and do_preprocess is false")
     variables = _variables(given)
@@ -119,7 +118,7 @@ def _chat(given: ChatBody) -> dict:
     return {
         "chat": True,
         "prompts": [messages],
-        "do_preprocess": not raw,
+        "do_preprocess": isinstance(messages, list),  # a text is a whole prompt, as in LMDeploy
         "variables": variables,
         "tools": tools,
         "tool_choice": choice,
@@ -129,6 +128,9 @@ def _chat(given: ChatBody) -> dict:
 
 def _check_messages(messages: list) -> list[str]:
     """The texts of messages that a template can take."""
+    for number, message in enumerate(messages):
+        if isinstance(message, dict) and not isinstance(calls := message.get("tool_calls"), list | None):
+            raise ParamError("messages", f"message {number}: tool_calls is a list, not {shown(calls)}")
     try:
         checked = conversation.checked(messages)
     except ValueError as error:

@@ -244,7 +244,8 @@ class Batch:
         responses = [voice.reply.whole for voice in line.voices]
         failed = next((response for response in responses if response.finish_reason == "error"), None)
         message = line.error or (failed.error_message if failed else None)
-        status, error = 200, None
+        status: int | None = 200
+        error = None
         if message is None:
             body = self._body(line)
         else:

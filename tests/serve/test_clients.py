@@ -1,6 +1,7 @@
 """The official client of OpenAI against a server behind a socket."""
 
 import openai
+import pydantic
 import pytest
 
 from tests.serve.live import live
@@ -93,3 +94,41 @@ def test_failures_of_the_server_are_not_tried_again(address):
         with pytest.raises(openai.InternalServerError):
             client.completions.create(model=MODEL, prompt="\x01")
     assert len(asked) == 1
+
+
+class Step(pydantic.BaseModel):
+    explanation: str
+    result: int
+
+
+class Add(pydantic.BaseModel):
+    """Adds two numbers."""
+
+    a: int
+    b: int
+
+
+def test_parsed_answers():
+    said = '{"explanation": "one and one", "result": 2}'
+    with (
+        live(say=lambda _: said) as (server, url),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client,
+    ):
+        answer = client.chat.completions.parse(model=MODEL, messages=HI, response_format=Step)
+        assert answer.choices[0].message.parsed == Step(explanation="one and one", result=2)
+        assert "explanation" in server.engine.submitted[-1].grammar
+        with client.chat.completions.stream(model=MODEL, messages=HI, response_format=Step) as stream:
+            assert stream.get_final_completion().choices[0].message.parsed.result == 2
+
+
+def test_parsed_calls():
+    said = '<tool_call>\n{"name": "Add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+    with (
+        live(say=lambda _: said, service={"tool_format": "hermes"}, session_len=4096) as (server, url),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client,
+    ):
+        tools = [openai.pydantic_function_tool(Add)]
+        answer = client.chat.completions.parse(model=MODEL, messages=HI, tools=tools)
+        (call,) = answer.choices[0].message.tool_calls
+        assert call.function.parsed_arguments == Add(a=1, b=2)
+        assert server.engine.submitted[-1].grammar  # the function is strict

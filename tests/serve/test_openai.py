@@ -353,3 +353,57 @@ def test_silence_is_filled_with_comments():
     with serving(delay=0.05, limits={"heartbeat": 0.01}) as server:
         events = server.events(CHAT, messages() | {"max_tokens": 3})
         assert ": keep-alive" in events and events[-1] == "data: [DONE]"
+
+
+# The shape of answers. ------------------------------------------------------------------------------------------------
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}},
+        {"response_format": {"type": "regex_schema", "regex_schema": "[a-z]+"}},
+        {"guided_json": SCHEMA},
+        {"guided_regex": "[a-z]+"},
+        {"guided_choice": ["yes", "no"]},
+        {"guided_grammar": 'start: "x"'},
+        {"structured_outputs": {"regex": "[a-z]+"}},
+        {"structured_outputs": {"choice": ["yes", "no"]}},
+    ],
+    ids=lambda body: str(next(iter(body.values())))[:40],
+)
+def test_shapes_reach_the_engine(server, body):
+    server.chat(**body)
+    assert "grammars" in server.engine.submitted[-1].grammar
+    server.complete(**body)
+    assert "grammars" in server.engine.submitted[-1].grammar
+    server.chat(response_format={"type": "text"})
+    assert server.engine.submitted[-1].grammar is None
+
+
+@pytest.mark.parametrize(
+    "param, value",
+    [
+        ("response_format", {"type": "hiccup"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": 123}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "hiccup"}}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://x.example/y"}}}),
+        ("response_format", {"type": "regex_schema", "regex_schema": "(?=x)"}),
+        ("response_format", {}),
+        ("guided_regex", "("),
+        ("guided_choice", []),
+        ("guided_grammar", "nonsense"),
+    ],
+    ids=str,
+)
+def test_shapes_that_cannot_be(server, param, value):
+    status, _, message = server.refused(CHAT, messages() | {param: value})
+    assert status == 400 and message
+
+
+def test_two_shapes_at_once(server):
+    body = messages() | {"guided_regex": "x", "response_format": {"type": "json_object"}}
+    assert server.refused(CHAT, body)[:2] == (400, "guided_regex")
