@@ -10,7 +10,7 @@ from jax import lax
 
 from pallas_kernels import tuning
 from pallas_kernels.paged_decode import BLOCK, MASKED, gather_pages, paged_decode, paged_decode_reference, pages_of
-from pallas_kernels.triton_call import cdiv, jit, power_of_two, tl, triton_call
+from pallas_kernels.triton_call import cdiv, device, jit, power_of_two, tl, triton_call
 
 TILE = 64  # consecutive tokens of one row that the reference handles at once
 
@@ -208,26 +208,47 @@ def _tiles(first, count, start, tokens, tile, most):
 def paged_prefill(
     q, k_pool, v_pool, layer: int, pages, first, count, start, *, scale: float, window: int | None = None
 ):
-    """`paged_prefill_reference` as Triton kernels: tiles for the rows of several tokens, `paged_decode` for the others.
+    """`paged_prefill_reference` as kernels: tiles for the rows of several tokens, `paged_decode` for the others.
 
     The rows' tokens must fill q from its start; padding comes after them.
     """
-    T, K, G, H = q.shape
-    N, S = k_pool.shape[1:3]
-    R, P = pages.shape
     if k_pool.dtype != q.dtype:
         raise ValueError(f"the kernel needs queries and cache of one dtype, not {q.dtype} and {k_pool.dtype}")
-    size = tuning.lookup("paged_prefill", q.dtype, H)
-    tile = max(1, size["rows"] // G)
-    most = T // tile + min(R, T // 2) + 1
-    (out,) = triton_call(
-        _attend_tile, q, k_pool, v_pool, pages, _tiles(first, count, start, T, tile, most),
-        jnp.full(1, layer * N, jnp.int32), P, out=[jax.ShapeDtypeStruct(q.shape, q.dtype)], grid=(K, most), warps=size["warps"], stages=size["stages"],
-        SCALE=scale * 1.4426950408889634, WINDOW=window or 0, S=S, K=K, G=G, H=H, HP=power_of_two(H), ROWS=size["rows"],
-        BLOCK=size["block"], STAGES=size["stages"], PRECISION="ieee" if q.dtype == jnp.float32 else "tf32",
-    )  # fmt: skip
+    rows = (pages, first, count, start)
+    if hopper(q, k_pool, window):
+        from pallas_kernels.hopper_prefill import prefill_tiles  # imports Mosaic, which takes 0.3 s
+
+        out = prefill_tiles(q, k_pool, v_pool, layer, *rows, scale=scale)
+    else:
+        out = _prefill_tiles(q, k_pool, v_pool, layer, *rows, scale=scale, window=window)
     single = count == 1
     return paged_decode(
         q, k_pool, v_pool, layer, pages, jnp.where(single, start + 1, 0), scale=scale, window=window,
         token=jnp.where(single, first, -1), out=out,
     )  # fmt: skip
+
+
+def hopper(q, k_pool, window) -> bool:
+    """Whether the kernel of hopper_prefill.py can take the rows of several tokens on the device compiled for."""
+    return False  # until it was measured
+    S, H = k_pool.shape[2], q.shape[-1]
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and H in (64, 128) and S in (16, 32, 64, 128)
+    return fits and not window and device()[1] == 90
+
+
+def _prefill_tiles(q, k_pool, v_pool, layer, pages, first, count, start, *, scale, window):
+    """The rows of several tokens and the padding, by the Triton kernel."""
+    T, K, G, H = q.shape
+    N, S = k_pool.shape[1:3]
+    R, P = pages.shape
+    size = tuning.lookup("paged_prefill", q.dtype, H)
+    tile = max(1, size["rows"] // G)
+    most = T // tile + min(R, T // 2) + 1
+    (out,) = triton_call(
+        _attend_tile, q, k_pool, v_pool, pages, _tiles(first, count, start, T, tile, most),
+        jnp.full(1, layer * N, jnp.int32), P, out=[jax.ShapeDtypeStruct(q.shape, q.dtype)], grid=(K, most),
+        warps=size["warps"], stages=size["stages"],
+        SCALE=scale * 1.4426950408889634, WINDOW=window or 0, S=S, K=K, G=G, H=H, HP=power_of_two(H), ROWS=size["rows"],
+        BLOCK=size["block"], STAGES=size["stages"], PRECISION="ieee" if q.dtype == jnp.float32 else "tf32",
+    )  # fmt: skip
+    return out

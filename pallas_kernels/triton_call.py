@@ -59,6 +59,13 @@ def device() -> tuple[str, int]:
     return abstract.device_kind, COMPUTE_CAPABILITY[abstract.device_kind]
 
 
+def cores() -> int:
+    """Streaming multiprocessors of the GPU compiled for."""
+    if jax.default_backend() == "gpu":
+        return jax.devices()[0].core_count
+    return jax.sharding.get_abstract_mesh().abstract_device.num_cores
+
+
 def triton_call(kernel, *inputs, out, grid, in_place=(), warps: int, stages: int, **constants):
     """Launches a Triton kernel and returns its outputs as a tuple.
 
