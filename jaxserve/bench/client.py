@@ -7,6 +7,7 @@ measured.
 
 import os
 import select
+import signal
 import socket
 import ssl
 import sys
@@ -316,6 +317,7 @@ def run(job: dict, start: float) -> dict:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches whoever started this, who ends it
     job = orjson.loads(sys.stdin.buffer.readline())
     os.write(job["done"], b"r")
     line = sys.stdin.buffer.readline()
