@@ -44,11 +44,6 @@ class Delimited:
     source = ""
 
     @property
-    def source(self) -> str:
-        """The jinja of the template that shows tools; "" if it is no jinja."""
-        return self.tool_style.source
-
-    @property
     def takes_tools(self) -> bool:
         return self.call is not None
 
@@ -168,6 +163,11 @@ class ChatTemplate:
         made = cls(style, tokenizer, meta, styles.get("tool_use"))
         made.stop_words += tuple(given.stop_words or ())
         return made
+
+    @property
+    def source(self) -> str:
+        """The jinja of the template that shows tools; "" if it is no jinja."""
+        return self.tool_style.source
 
     @property
     def takes_tools(self) -> bool:

@@ -7,6 +7,7 @@ import pytest
 from jaxserve.config import ChatTemplateConfig
 from jaxserve.text.chat import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tools import internlm2 as internlm2_calls
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data/smollm2_golden.json").read_text())
 INTERNLM2 = {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"]}
@@ -120,6 +121,63 @@ def test_internlm2_results_of_tools(internlm2):
     assert silent == done.replace("I add. ", "")
 
 
+# The function calling script of InternLM's course, as it stands there: 'int' is no type of JSON Schema, the call is not
+# sent back with the reply, and the result has the role "environment".
+COURSE = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"Compute the {result} of two numbers",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "a": {"type": "int", "description": "A number"},
+                    "b": {"type": "int", "description": "A number"},
+                },
+                "required": ["a", "b"],
+            },
+        },
+    }
+    for name, result in (("add", "sum"), ("mul", "product"))
+]
+COURSE_ASKED = (
+    META + "<|im_start|>system name=<|plugin|>\n"
+    '[{"description": "Compute the sum of two numbers", "name": "add", "parameters": {"type": "object", "properties": '
+    '{"a": {"type": "int", "description": "A number"}, "b": {"type": "int", "description": "A number"}}, '
+    '"required": ["a", "b"]}}, '
+    '{"description": "Compute the product of two numbers", "name": "mul", "parameters": {"type": "object", '
+    '"properties": {"a": {"type": "int", "description": "A number"}, "b": {"type": "int", "description": "A number"}}, '
+    '"required": ["a", "b"]}}]<|im_end|>\n'
+    "<|im_start|>user\nCompute (3+5)*2<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_the_courses_function_calls(internlm2, content):
+    """Two steps against a model that says what it should: 8, then 16."""
+    says = [
+        '<|action_start|><|plugin|>\n{"name": "add", "parameters": {"a": 3, "b": 5}}',
+        '<|action_start|><|plugin|>\n{"name": "mul", "parameters": {"a": 8, "b": 2}}',
+    ]
+    functions = {"add": lambda a, b: a + b, "mul": lambda a, b: a * b}
+    messages = [user("Compute (3+5)*2")]
+    prompts, ids, results = [], [], []
+    for said in says:
+        prompts.append(internlm2.render(messages, COURSE))
+        call, arguments = internlm2_calls.Parser(COURSE, whole=True).feed(said)
+        ids.append(call.id)
+        results.append(functions[call.name](**json.loads(arguments.text)))
+        messages.append(assistant(content))
+        messages.append({"role": "environment", "content": f"3+5={results[-1]}", "name": "plugin"})
+    assert (ids, results) == (["0", "1"], [8, 16])
+    assert prompts[0] == COURSE_ASKED
+    assert prompts[1] == COURSE_ASKED + (
+        "<|im_end|>\n<|im_start|>environment name=<|plugin|>\n3+5=8<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
 def test_internlm2_names(internlm2):
     rendered = internlm2.render([system("s") | {"name": "interpreter"}, user("u") | {"name": "Ann"}])
     assert rendered == ("<|im_start|>system name=<|interpreter|>\ns<|im_end|>\n<|im_start|>user\nu<|im_end|>\n" + REPLY)
@@ -173,10 +231,8 @@ def test_json_file(smollm2, tmp_path):
     )
     assert template.render([system("s"), assistant("b")]) == "[S]s[/S]\n[A]b"
     assert template.stop_words == ("[/A]",)
-    with pytest.raises(ValueError, match="no place for tools"):
-        template.render("x", TOOLS)
-    with pytest.raises(ValueError, match="message 1: the role 'tool' is none of system, user, assistant"):
-        template.render([user("x"), {"role": "tool", "content": "y"}])
+    with pytest.raises(ValueError, match="message 1: the role 'judge' is none of system, user, assistant"):
+        template.render([user("x"), {"role": "judge", "content": "y"}])
 
 
 def test_bos_is_not_doubled(spm, tmp_path):
@@ -284,6 +340,89 @@ def test_tool_calls_are_objects_for_a_template(smollm2):
     with pytest.raises(ValueError, match="message 1: the arguments of add are not JSON"):
         call = {"function": {"name": "add", "arguments": "{"}}
         template.render([user("x"), assistant(None, tool_calls=[call])])
+    with pytest.raises(ValueError, match="message 1: the arguments of add are not JSON"):
+        call = {"function": {"name": "add", "arguments": "[" * 100_000}}
+        template.render([user("x"), assistant(None, tool_calls=[call])])
+
+
+# --- tools for templates that know none, and for those that are particular
+
+ADDING = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 3}'}}
+RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "3"}
+PLAIN = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TOLD = (
+    "You can call functions. These are their names and arguments, a JSON object for each function:\n<tools>\n"
+    + json.dumps(ADD, ensure_ascii=False)
+    + """
+</tools>
+
+To call a function, reply with a JSON object between tags, and with another one for each further call:
+<tool_call>
+{"name": "the function's name", "arguments": {"argument": "value"}}
+</tool_call>
+
+What a function returns is in the next message, between <tool_response> and </tool_response>."""
+)
+
+
+def test_every_model_is_told_of_tools(smollm2):
+    template = ChatTemplate.for_model(LLAMA, smollm2)
+    assert not template.takes_tools and template.source
+    assert template.render("hi", TOOLS) == (
+        f"<|im_start|>system\n{TOLD}<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert template.render([system("Be kind."), user("hi")], TOOLS).startswith(
+        f"<|im_start|>system\nBe kind.\n\n{TOLD}<|im_end|>\n<|im_start|>user\nhi"
+    )
+    plain = ChatTemplate.for_model(LLAMA, with_template(smollm2, PLAIN), meta_instruction="Be kind.")
+    assert plain.render("hi", TOOLS) == f"<system>Be kind.\n\n{TOLD}\n<user>hi\n<assistant>"
+
+
+def test_calls_and_results_in_a_template_that_knows_none(smollm2):
+    template = ChatTemplate.for_model(LLAMA, with_template(smollm2, PLAIN))
+    said = [user("x"), assistant("I add.", tool_calls=[ADDING, ADDING]), RESULT, RESULT, user("And?")]
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 3}}\n</tool_call>\n'
+    assert template.render(said) == (
+        f"<user>x\n<assistant>I add.\n{call}{call}"
+        "<user><tool_response>\n3\n</tool_response>\n<tool_response>\n3\n</tool_response>\n<user>And?\n<assistant>"
+    )
+    silent = template.render([user("x"), assistant(None, tool_calls=[ADDING])])
+    assert silent == f"<user>x\n<assistant>{call}<assistant>"
+    environment = {"role": "environment", "name": "plugin", "content": "3"}
+    assert template.render([user("x"), environment]).endswith("<user><tool_response>\n3\n</tool_response>\n<assistant>")
+
+
+def test_a_template_without_a_system_message(smollm2):
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + PLAIN
+    template = ChatTemplate.for_model(LLAMA, with_template(smollm2, strict))
+    assert template.render("hi", TOOLS) == f"<user>{TOLD}\n\nhi\n<assistant>"
+    assert template.render([system("Be kind."), user("hi")], TOOLS) == f"<user>Be kind.\n\n{TOLD}\n\nhi\n<assistant>"
+    with pytest.raises(ValueError, match="no system message"):
+        template.render([system("Be kind."), user("hi")])
+
+
+def test_results_have_the_role_that_a_template_knows(smollm2):
+    knows = "{{ tools }}{% for m in messages %}{% if m.role == 'tool' %}[{{ m.content }}]{% endif %}{% endfor %}"
+    template = ChatTemplate.for_model(LLAMA, with_template(smollm2, knows))
+    for role in ("tool", "environment", "function"):
+        assert template.render([user("x"), {"role": role, "content": "3"}], TOOLS).endswith("[3]")
+    both = ChatTemplate.for_model(LLAMA, with_template(smollm2, knows.replace("'tool'", "'environment'")))
+    assert both.render([user("x"), {"role": "environment", "content": "3"}], TOOLS).endswith("[3]")
+
+
+def test_mistral_wants_nine_letters(smollm2):
+    ids = (
+        "[TOOL_CALLS]{{ tools }}{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls[0].id }} {% endif %}"
+        "{% if m.tool_call_id is defined %}{{ m.tool_call_id }}{% endif %}{% endfor %}"
+    )
+    template = ChatTemplate.for_model(LLAMA, with_template(smollm2, ids))
+    made, again = template.render([user("x"), assistant(None, tool_calls=[ADDING]), RESULT]).split("None")[1].split()
+    assert made == again and len(made) == 9 and made.isalnum()
+    own = [assistant(None, tool_calls=[ADDING | {"id": "abcDEF123"}]), RESULT | {"tool_call_id": "abcDEF123"}]
+    assert template.render([user("x"), *own]).endswith("abcDEF123 abcDEF123")
 
 
 # --- what callers get wrong
@@ -300,6 +439,7 @@ def test_tool_calls_are_objects_for_a_template(smollm2):
         ([user("a"), {"role": 3, "content": "b"}], "message 1: 3 is no role"),
         ([{"role": "user"}], r"message 0 \(user\) has no content"),
         ([user(None)], r"message 0 \(user\) has no content"),
+        ([{"role": "tool", "content": None}], r"message 0 \(tool\) has no content"),
         ([user(5)], r"message 0 \(user\): the content is a text or a list of parts, not 5"),
         ([user([{"type": "image_url", "image_url": {}}])], "message 0: images are not supported"),
         ([user([{"type": "input_audio"}])], "message 0: parts of the type 'input_audio'"),
