@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from jaxserve import hub
 from jaxserve.config import EngineConfig
 from jaxserve.serve import logs
 from jaxserve.serve.children import Line
@@ -49,9 +50,11 @@ def main(line: Line, path: Path, model: str | None, config: EngineConfig, option
         return failure.status
     from jaxserve.engine.link import Listener
     from jaxserve.serve.door import Door
+    from jaxserve.serve.metrics import Meter
 
     door = Door(
         engine,
+        meter=Meter(model_names(model, config)[0]),
         max_queued=options.max_queued_requests,
         max_queued_tokens=options.max_queued_tokens,
         max_concurrent=options.max_concurrent_requests,
@@ -64,13 +67,24 @@ def main(line: Line, path: Path, model: str | None, config: EngineConfig, option
     return status
 
 
+def model_names(model: str | None, config: EngineConfig) -> list[str]:
+    """The names under which a model answers, the first being told: those given, or what it was called."""
+    if config.model_name:
+        return [name.strip() for name in config.model_name.split(",") if name.strip()]
+    if model is None:
+        return [hub.DEFAULT_NAME]
+    if Path(model).expanduser().exists():
+        return list(dict.fromkeys((Path(model).expanduser().resolve().name, model)))
+    return [model]
+
+
 def load(model: str | None, config: EngineConfig, options: ServerOptions):
     """The engine, with what is loaded and how far it is on standard error.  Failure says why there is none."""
     people = options.log_format == "text" and sys.stderr.isatty()
     report = _tell_people if people else _log_lines
     report("loading")
     with _failing(MODEL):
-        from jaxserve import checkpoint, hub
+        from jaxserve import checkpoint
         from jaxserve.text import reasoning, tools
         from jaxserve.text.chat import ChatTemplate
         from jaxserve.text.tokenizer import Tokenizer

@@ -20,13 +20,12 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxserve import hub
 from jaxserve.config import EngineConfig
 from jaxserve.options import INTERRUPTED
 from jaxserve.serve import engine_process, logs
 from jaxserve.serve.address import Failed, address, bind, private_folder
 from jaxserve.serve.children import Line, ended, fork, more_descriptors, name_process
-from jaxserve.serve.engine_process import USAGE
+from jaxserve.serve.engine_process import USAGE, model_names
 from jaxserve.serve.options import ServerOptions
 
 log = logging.getLogger("jaxserve")
@@ -65,17 +64,6 @@ def _check_tls(options: ServerOptions) -> None:
     for name in ("SSL_KEYFILE", "SSL_CERTFILE") if options.ssl else ():
         if not Path(os.environ.get(name, "")).is_file():
             raise Failed(f"--ssl needs the environment variable {name} to name a file", USAGE)
-
-
-def model_names(model: str | None, config: EngineConfig) -> list[str]:
-    """The names under which a model answers, the first being told: those given, or what it was called."""
-    if config.model_name:
-        return [name.strip() for name in config.model_name.split(",") if name.strip()]
-    if model is None:
-        return [hub.DEFAULT_NAME]
-    if Path(model).expanduser().exists():
-        return list(dict.fromkeys((Path(model).expanduser().resolve().name, model)))
-    return [model]
 
 
 @dataclass

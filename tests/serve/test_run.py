@@ -450,5 +450,6 @@ def test_a_model(tiny, tmp_path):
         first, second = json.loads(first), json.loads(second)
         assert first["choices"] == second["choices"] and first["usage"]["completion_tokens"] <= 5
         assert served.request("POST", "/v1/chat/completions", body | {"model": "other"})[0] == 404
+        assert b'jaxserve:num_requests_running{model_name="tiny"} 0.0' in served.request("GET", "/metrics")[2]
         served.process.terminate()
         assert served.wait() == 0
