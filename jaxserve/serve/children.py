@@ -57,6 +57,14 @@ def fork(name: str, main: Callable[[], int | None]) -> int:
         os._exit(status or 0)
 
 
+def kill_group(child: int) -> None:
+    """Ends a child, and whom it has forked, at once."""
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:  # it has not made its own group yet
+        os.kill(child, signal.SIGKILL)
+
+
 class Line:
     """One end of a conversation between launcher and child, in lines of JSON."""
 

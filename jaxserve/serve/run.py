@@ -24,7 +24,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.options import INTERRUPTED
 from jaxserve.serve import engine_process, logs
 from jaxserve.serve.address import Failed, address, bind, private_folder
-from jaxserve.serve.children import Line, ended, fork, more_descriptors, name_process
+from jaxserve.serve.children import Line, ended, fork, kill_group, more_descriptors, name_process
 from jaxserve.serve.engine_process import USAGE, model_names
 from jaxserve.serve.options import ServerOptions
 
@@ -312,9 +312,9 @@ class Launcher:
             self._stop_engine()  # its requests end, and the web processes can tell their clients
             self._stop_web()
         if engine and self.kill_engine_at is not None and now > self.kill_engine_at:
-            os.killpg(engine.pid, signal.SIGKILL)
+            kill_group(engine.pid)
         if self.web and self.kill_web_at is not None and now > self.kill_web_at:
-            os.killpg(self.web, signal.SIGKILL)
+            kill_group(self.web)
 
     def _again(self, what) -> bool:
         """Notes that a child died.  Whether it may be started again."""
@@ -332,10 +332,7 @@ class Launcher:
         """Leaves no process behind."""
         for pid in (self.web, self.engine.pid if self.engine else None):
             if pid is not None:
-                try:
-                    os.killpg(pid, signal.SIGKILL)
-                except ProcessLookupError:  # it has not made its own group yet
-                    os.kill(pid, signal.SIGKILL)
+                kill_group(pid)
                 os.waitpid(pid, 0)
         if self.engine:
             self._drop(self.engine.line)
