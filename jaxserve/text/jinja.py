@@ -6,6 +6,7 @@ given, and cannot run or write for ever.
 
 import datetime
 import json
+import time
 
 import jinja2
 from jinja2 import nodes
@@ -14,6 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MOST_STEPS = 2_000_000  # turns of loops and calls of macros in one rendering: one to ten seconds
+MOST_SECONDS = 10.0  # of one rendering, as far as it is looked at: at each step
 MOST_CHARACTERS = 1 << 25  # of a prompt, or of a text that the template puts together
 _STEPS = " steps"  # a variable that no template can name
 
@@ -54,7 +56,7 @@ class Jinja:
             "messages": messages,
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
-            _STEPS: iter(range(MOST_STEPS)),
+            _STEPS: _Budget(),
         }
         pieces, size = [], 0
         try:
@@ -118,6 +120,22 @@ def _filter(node, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
+class _Budget:
+    """What one rendering may take."""
+
+    def __init__(self):
+        self.steps = MOST_STEPS
+        self.end = time.monotonic() + MOST_SECONDS
+
+    def take(self) -> None:
+        """One step; OverflowError when there is none left."""
+        self.steps -= 1
+        if self.steps < 0:
+            raise OverflowError(f"it takes more than {MOST_STEPS} steps")
+        if time.monotonic() > self.end:
+            raise OverflowError(f"it takes more than {MOST_SECONDS:.0f} seconds")
+
+
 def _bounded(size: int) -> None:
     if size > MOST_CHARACTERS:
         raise OverflowError(f"it writes more than {MOST_CHARACTERS} characters")
@@ -131,8 +149,7 @@ def _measured(context, text):
 
 @jinja2.pass_context
 def _step(context, value):
-    if next(context.resolve(_STEPS), None) is None:
-        raise OverflowError(f"it takes more than {MOST_STEPS} steps")
+    context.resolve(_STEPS).take()
     return value
 
 

@@ -108,3 +108,13 @@ def test_a_template_ends(source, monkeypatch):
     with pytest.raises(ValueError, match=r"more than \d+ (steps|characters)|no use for powers|Recursion"):
         Jinja(source).render(USER, None, True)
     assert time.monotonic() - start < 20  # less than a second on an idle machine
+
+
+def test_a_rendering_has_an_end_in_time(monkeypatch):
+    """Filters take no steps of their own, however long they work."""
+    monkeypatch.setattr("jaxserve.text.jinja.MOST_SECONDS", 0.2)
+    source = "{% for m in messages %}{{ messages | selectattr('role', 'equalto', 'x') | list | length }}{% endfor %}"
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="it takes more than 0 seconds"):
+        Jinja(source).render(USER * 20_000, None, True)
+    assert time.monotonic() - start < 10

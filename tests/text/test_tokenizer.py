@@ -1,5 +1,7 @@
 import json
+import random
 import threading
+import time
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -182,6 +184,37 @@ def test_stops(smollm2):
     assert stop_ids(smollm2, {"eos_token_id": 0}, Words) == {0, 1, 2}
     assert stop_strings(smollm2, Words) == ("\nUser:",) and stop_strings(smollm2) == ()
     assert smollm2.split_stops(["x", "<|im_end|>", "x"]) == ({2}, ("x",))
+
+
+def test_a_long_text_leaves_the_interpreter_to_others(smollm2):
+    """A prompt of 1.3 MB stops other threads for 10 ms at most, not for the seconds that it takes."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9))) for _ in range(5000)]
+    text = " ".join(rng.choices(words, k=200_000))
+    took = []
+
+    def work():
+        started = time.perf_counter()
+        smollm2.encode(text)
+        took.append(time.perf_counter() - started)
+
+    thread, gaps, last = threading.Thread(target=work), [], time.perf_counter()
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        gaps.append(now - last)
+        last = now
+    assert len(text) > 1_200_000
+    assert sorted(gaps)[-3] < took[0] / 4 and len(gaps) > 20, (sorted(gaps)[-5:], took)
+
+
+def test_spelling(smollm2, spm):
+    for tokenizer in (smollm2, spm):
+        for text in ("sea", " sea", "a<s>b<|im_end|>", "naïve 你好", "\n\n  x", ""):
+            ids = tokenizer.spell(text)
+            assert b"".join(tokenizer.token_bytes[id] for id in ids) == text.encode()
+            assert tokenizer.special_ids.isdisjoint(ids)
 
 
 def test_threads_share_a_tokenizer(smollm2):
