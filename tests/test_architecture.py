@@ -42,6 +42,7 @@ NO_JAX = [
     *("jaxserve.engine.pages", "jaxserve.engine.request", "jaxserve.engine.scheduler", "jaxserve.engine.link"),
     *(f"jaxserve.serve.{path.stem}" for path in sorted(ROOT.glob("serve/[!_]*.py"))),
     *(f"jaxserve.{path.parent.name}.{path.stem}" for path in sorted(ROOT.glob("text/[!_]*.py"))),
+    *(f"jaxserve.text.tools.{path.stem}" for path in sorted(ROOT.glob("text/tools/[!_]*.py"))),
     *(f"jaxserve.{path.parent.name}.{path.stem}" for path in sorted(ROOT.glob("checkpoint/[!_]*.py"))),
 ]
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from jaxserve.text import grammar as grammars
 from jaxserve.text import reasoning
 from jaxserve.text.reasoning import Splitter
-from tests.text.test_tools import spelled
+from jaxserve.text.tools import hermes
+from tests.text.test_tools import HERMES, TOOLS, spelled
 from tests.text.walk import accepts
 
 # what comes, whether the prompt began the thoughts, thoughts, words
@@ -128,6 +129,11 @@ def test_a_grammar_allows_thoughts(spm, special):
         '<think>Hm</think>\n\n\n\n{"a":1}',
     ):
         assert not accepts(free, bad, tokenizer, table), bad
+    calls = hermes.grammar(TOOLS, "required", True, tokenizer)
+    thought_out = reasoning.allow_thoughts(calls, "think", False, tokenizer)
+    grammars.check(thought_out, table)
+    assert accepts(thought_out, f"<think>\nI add.\n</think>\n\n{HERMES}\n{HERMES}", tokenizer, table)
+    assert not accepts(thought_out, f"<think>\nI add.\n</think>\n\nSo: {HERMES}", tokenizer, table)
     begun = reasoning.allow_thoughts(inner, "think", True, tokenizer)
     assert accepts(begun, 'Hm</think>{"a":1}', tokenizer, table)
     assert not accepts(begun, '{"a":1}', tokenizer, table)

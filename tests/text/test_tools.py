@@ -239,7 +239,7 @@ BITS = [
     ),
 ]
 ANYTHING = st.lists(st.sampled_from(BITS) | st.text(max_size=4), max_size=25).map("".join)
-QUICK = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.mark.parametrize("whole", [False, True])
