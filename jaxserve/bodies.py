@@ -49,6 +49,9 @@ Bias = Annotated[
 ]
 
 
+MESSAGES = [{"$ref": f"#/components/schemas/{name}"} for name in ("Message", "AssistantMessage")]
+
+
 class StreamOptions(Struct):
     """What a stream tells beside the answer."""
 
@@ -90,9 +93,9 @@ class Sampling(Struct):
     response_format: Object | None = None
     structured_outputs: Object | None = None
     guided_json: Any = None
-    guided_regex: Annotated[str, Meta(description="a regular expression")] | None = None
-    guided_choice: Annotated[list[str], Meta(description="a list of texts")] | None = None
-    guided_grammar: Annotated[str, Meta(description="a grammar")] | None = None
+    guided_regex: Annotated[str, Meta(min_length=1, description="a regular expression")] | None = None
+    guided_choice: Annotated[list[str], Meta(min_length=1, description="a list of at least one text")] | None = None
+    guided_grammar: Annotated[str, Meta(min_length=1, description="a grammar")] | None = None
 
 
 class ChatBody(Sampling, kw_only=True):
@@ -104,7 +107,7 @@ class ChatBody(Sampling, kw_only=True):
             extra_json_schema={
                 "anyOf": [
                     {"type": "string", "minLength": 1, "description": "a whole prompt, without a chat template"},
-                    {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Message"}},
+                    {"type": "array", "minItems": 1, "items": {"anyOf": MESSAGES}},
                 ]
             }
         ),

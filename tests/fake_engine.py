@@ -83,7 +83,7 @@ class FakeEngine:
         text = self.say(self.tokenizer.decode(request.tokens, skip_special=False))
         if not request.params.plain:
             text += f" (seed {request.params.seed})"
-        return [*self.tokenizer.encode(text), eos] if eos in request.stop_ids else self.tokenizer.encode(text * 100)
+        return [*self.tokenizer.encode(text), eos] if eos in request.stop_ids else self.tokenizer.encode(text)
 
     def abort(self, request):
         with self._wake:
@@ -114,7 +114,8 @@ class FakeEngine:
             self._closed, request.finish = True, "error"
             output = Output(None, "error", error="the engine has stopped")
         elif request.finish is None:
-            token = answer.popleft()
+            token = answer[0]
+            answer.rotate(-1)  # what has no end begins again
             request.tokens.append(token)
             if token in request.stop_ids:
                 request.finish = "stop"

@@ -77,7 +77,7 @@ def document(operations: Iterable[Operation], *, title: str, server: str = "", k
     for operation in operations:
         given = (operation.body, operation.answer, operation.error, operation.streams)
         kinds += [kind for kind in given if kind not in (None, True, False)]
-    kinds += [schemas.Message]
+    kinds += [schemas.Message, schemas.AssistantMessage]
     found, components = msgspec.json.schema_components(kinds, ref_template=REF)
     schema_of = {id(kind): schema for kind, schema in zip(kinds, found, strict=True)}
     paths: dict[str, dict] = {}

@@ -48,11 +48,19 @@ class ToolCall(Struct):
 class Message(Struct):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool", "function", "environment"]
+    role: Literal["system", "developer", "user", "tool", "function", "environment"]
     content: str | list[Part]
     name: str | UnsetType | None = UNSET
-    tool_calls: list[ToolCall] | UnsetType | None = UNSET
     tool_call_id: str | UnsetType | None = UNSET
+
+
+class AssistantMessage(Struct):
+    """An answer given back; a call needs no content."""
+
+    role: Literal["assistant"]
+    content: str | list[Part] | UnsetType | None = UNSET
+    name: str | UnsetType | None = UNSET
+    tool_calls: list[ToolCall] | UnsetType | None = UNSET
 
 
 class CachedTokens(Struct):

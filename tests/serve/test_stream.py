@@ -69,7 +69,7 @@ def test_leaving_between_requests_is_no_fault(slow):
 
 
 def test_a_client_that_does_not_read():
-    with live(limits={"slow_reader": 0.3}, session_len=200_000, say=lambda _: "x" * 1900) as (server, url):
+    with live(limits={"slow_reader": 0.3}, session_len=200_000, say=lambda _: "x" * 19) as (server, url):
         client = connect(url, CHAT, body(stream=True, max_tokens=190_000, logprobs=True, top_logprobs=20))
         try:
             soon(lambda: server.engine.stats()["running"] == 1)
