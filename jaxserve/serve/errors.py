@@ -92,6 +92,10 @@ def of_finish(message: str | None, status: int | None = None) -> ApiError:
         return ApiError(504, message, "timeout_error")
     if message.startswith("the engine has stopped"):
         return ApiError(503, "the engine has stopped; it is being started again", FAILED, retry_after=RESTARTING)
+    if message.startswith("the step failed"):  # what follows are the words of a library
+        if "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower():
+            return ApiError(503, "the device ran out of memory; try again", retry_after=RESTARTING)
+        return ApiError(500, "a step of the computation failed; the server's log says why")
     return ApiError(500, message)
 
 
