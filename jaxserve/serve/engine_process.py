@@ -10,6 +10,7 @@ import queue
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ log = logging.getLogger("jaxserve")
 
 DIED, USAGE, MODEL, DEVICE = 1, 2, 3, 4  # exit statuses
 BEAT, QUICK_BEAT = 1.0, 0.05  # seconds; the quick one while the launcher waits for the end
+LAST_WORDS = 3.0  # seconds that the engine gets to end its requests
 LONGEST = 600  # characters of an error
 
 
@@ -37,13 +39,18 @@ class Failure(Exception):
         self.status = status
 
 
-def main(line: Line, path: Path, model: str | None, config: EngineConfig, options: ServerOptions) -> int:
-    """The whole life of the process; the socket will be at `path`.  Returns the exit status."""
+def main(
+    line: Line, path: Path, model: str | None, config: EngineConfig, options: ServerOptions, again: bool = False
+) -> int:
+    """The whole life of the process; the socket will be at `path`.  Returns the exit status.
+
+    again: the web processes are there, and write to the same terminal.
+    """
     commands: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_hear, args=(line, commands, path.parent), daemon=True).start()
     logs.configure(options.log_level, options.log_format)
     try:
-        engine = load(model, config, options)
+        engine = load(model, config, options, again)
     except Failure as failure:
         log.debug("the engine could not be started", exc_info=failure)
         line.tell(event="failed", status=failure.status, message=str(failure))
@@ -63,7 +70,7 @@ def main(line: Line, path: Path, model: str | None, config: EngineConfig, option
     with Listener(door, path) as listener:
         line.tell(event="ready", info=door.info)
         status = _attend(line, commands, door, listener)
-        door.close()  # whoever still waits is told, over the listener
+        _let_go(door)
     return status
 
 
@@ -78,9 +85,9 @@ def model_names(model: str | None, config: EngineConfig) -> list[str]:
     return [model]
 
 
-def load(model: str | None, config: EngineConfig, options: ServerOptions):
+def load(model: str | None, config: EngineConfig, options: ServerOptions, again: bool = False):
     """The engine, with what is loaded and how far it is on standard error.  Failure says why there is none."""
-    people = options.log_format == "text" and sys.stderr.isatty()
+    people = options.log_format == "text" and sys.stderr.isatty() and not again
     report = _tell_people if people else _log_lines
     report("loading")
     with _failing(MODEL):
@@ -109,6 +116,17 @@ def load(model: str | None, config: EngineConfig, options: ServerOptions):
 
     with _failing(DEVICE), stages(None if people else False) as progress:
         return loading.load(str(path), config, report=report, progress=progress)
+
+
+def _let_go(door) -> None:
+    """Ends what still runs, so that whoever waits for it is told.
+
+    Does not wait until programs and memory are given back, which takes seconds: they go with the process.
+    """
+    threading.Thread(target=door.close, daemon=True).start()
+    until = time.monotonic() + LAST_WORDS
+    while not door.idle and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -159,6 +159,7 @@ class Launcher:
     # The engine's process -------------------------------------------------------------------------------------------
 
     def _start_engine(self):
+        again = self.web is not None
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         theirs.setblocking(True)
@@ -167,7 +168,7 @@ class Launcher:
             self._forget_all()
             ours.close()
             self.listening.close()
-            return engine_process.main(Line(theirs), self.path, self.model, self.config, self.options)
+            return engine_process.main(Line(theirs), self.path, self.model, self.config, self.options, again)
 
         pid = fork("jaxserve-engine", main)
         theirs.close()
@@ -303,7 +304,8 @@ class Launcher:
         """What time brings."""
         now = time.monotonic()
         engine = self.engine
-        if engine and engine.info is not None and not engine.silent and now - engine.heard > SILENCE:
+        speaks = engine and engine.info is not None and self.kill_engine_at is None
+        if engine and speaks and not engine.silent and now - engine.heard > SILENCE:
             engine.silent = True
             log.error("the engine's process has not answered for %d seconds; /health says so", SILENCE)
         if self.grace is not None and now > self.grace:

@@ -154,7 +154,7 @@ class Logger(glogging.Logger):
         self.error_log.handlers.clear()
         self.error_log.propagate = True
         quiet = log.getEffectiveLevel() > logging.DEBUG  # who boots and listens is the launcher's to tell
-        self.error_log.setLevel(logging.WARNING if quiet else logging.DEBUG)
+        self.error_log.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 class Web(BaseApplication):

@@ -228,7 +228,8 @@ def test_a_stopped_engine_is_reported_and_recovers(server):
         engine.resume()
     assert until(lambda: server.health() == 200) < 50
     assert stream.whole == 400
-    assert "answers again" in server.said and server.complete()[0] == 200
+    assert "answers again" in server.said
+    until(lambda: server.complete()[0] == 200)
 
 
 def test_a_killed_web_process_takes_only_its_own_streams(server):
@@ -268,8 +269,7 @@ def test_a_killed_engine_comes_back(server):
     until(lambda: server.health() == 503 or "is back" in server.said)
     pieces = stream.rest()
     assert "the engine" in json.loads(pieces[-1])["error"]["message"]
-    until(lambda: server.health() == 200)
-    assert server.complete()[0] == 200
+    until(lambda: server.complete()[0] == 200)  # each web process connects by itself
     assert "was killed by SIGKILL; it is started again (1 of 3" in server.said
 
 
