@@ -39,6 +39,7 @@ async function show() {
     spec,
     domNode: $("swagger"),
     deepLinking: true,
+    tagsSorter: (a, b) => (a === "server") - (b === "server"), // last; the others as they come
     displayRequestDuration: true,
     defaultModelsExpandDepth: 0,
     validatorUrl: null, // or it would send the document to swagger.io
