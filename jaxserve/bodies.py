@@ -17,11 +17,11 @@ MOST_PROMPTS = 1024  # of one completion
 
 
 class ParamError(ValueError):
-    """A parameter that cannot be used; `param` is its name, None for the body as a whole."""
+    """A parameter that cannot be used; `param` is its name, None for the body as a whole; code: OpenAI's, if any."""
 
-    def __init__(self, param: str | None, message: str):
+    def __init__(self, param: str | None, message: str, code: str | None = None):
         super().__init__(message)
-        self.param = param
+        self.param, self.code = param, code
 
 
 def _number(low: float, high: float) -> Meta:

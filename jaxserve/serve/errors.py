@@ -70,7 +70,7 @@ def of(error: BaseException) -> ApiError:
         case ApiError():
             return error
         case ParamError():
-            return ApiError(400, str(error), param=error.param)
+            return ApiError(400, str(error), param=error.param, code=error.code)
         case Overloaded():
             return ApiError(503, str(error), code="overloaded", retry_after=error.retry_after)
         case EngineDead():

@@ -28,6 +28,7 @@ STATUSES = {
 }
 ALWAYS = (401, 403, 500)
 OF_BODIES = (400, 413, 415, 503, 504)
+BRACES = str.maketrans("", "", "{}")
 REF = "#/components/schemas/{name}"
 
 
@@ -113,7 +114,7 @@ def _operation(operation: Operation, schema_of: dict, keys: bool) -> dict:
         success["content"]["text/event-stream"] = {"schema": event}
     made: dict[str, Any] = {
         "summary": operation.summary,
-        "operationId": f"{operation.method}_{operation.path.strip('/').replace('/', '_') or 'page'}",
+        "operationId": f"{operation.method}_{operation.path.strip('/').replace('/', '_').translate(BRACES) or 'page'}",
         "tags": [operation.tag],
         "responses": {str(operation.status): success},
     }

@@ -16,6 +16,7 @@ from jaxserve.serve.errors import MISSING, ApiError
 from jaxserve.text.tokenizer import stop_ids, stop_strings
 from jaxserve.voice import Formats
 
+TOO_LONG = "context_length_exceeded"  # the code by which clients know that they must send less
 QUICK = 4000  # characters that are tokenized where they are; more go to the thread pool
 
 
@@ -133,6 +134,7 @@ class Service:
             raise ParamError(
                 name,
                 f"{name}: the prompt has {len(tokens)} tokens; prompt and answer together may have {self.session_len}",
+                TOO_LONG,
             )
         return tokens
 
@@ -152,6 +154,7 @@ class Service:
                 name,
                 f"{name}: the prompt has {characters} characters; the {self.session_len} tokens of this model hold "
                 f"{most} at most",
+                TOO_LONG,
             )
 
 
