@@ -329,7 +329,7 @@ class GenerationConfig:
     logprobs: int | None = option(None, "log-probabilities of this many likeliest tokens", optional(whole(0, 20)))
     logit_bias: Mapping[int, float] | None = option(None, "added to the logits of these token ids", optional(BIAS))
     include_stop_str_in_output: bool = option(False, "keep the stop word in the text", FLAG)
-    response_format: dict[str, Any] | None = option(
+    response_format: Mapping[str, Any] | None = option(
         None, "what the reply must look like: OpenAI's json_object or json_schema, LMDeploy's regex_schema", FORMAT
     )
 

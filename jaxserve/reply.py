@@ -170,7 +170,9 @@ class Author:
 
         ValueError where it cannot be followed.
         """
-        made = given if given is not None else grammars.from_response_format(config.response_format)
+        made = given
+        if made is None and config.response_format is not None:
+            made = grammars.from_response_format(dict(config.response_format))
         if made is not None:
             grammars.check(made, self.table)
         return made

@@ -48,9 +48,7 @@ def echo(text):
 class FakeEngine:
     """The members of jaxserve.engine.engine.Engine that a pipeline uses."""
 
-    def __init__(
-        self, *, session_len=256, max_batch_size=4, delay=0.0, say=echo, generation_config=None, breaks=True
-    ):
+    def __init__(self, *, session_len=256, max_batch_size=4, delay=0.0, say=echo, generation_config=None, breaks=True):
         """breaks: prompts with the ids 0, 1 and 2 can never be served, fail a step, or end the engine."""
         self.tokenizer = tokenizer()
         self.session_len, self.max_batch_size = session_len, max_batch_size

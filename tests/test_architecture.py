@@ -39,6 +39,7 @@ ONLY = {
 # These know nothing of devices: they are tested, and start, without jax.
 NO_JAX = [
     *("jaxserve", "jaxserve.config", "jaxserve.cli", "jaxserve.hub", "jaxserve.pipeline", "jaxserve.check_env"),
+    *("jaxserve.answers", "jaxserve.reply", "jaxserve.commands.batch", "jaxserve.voice"),
     *("jaxserve.engine.pages", "jaxserve.engine.request", "jaxserve.engine.scheduler", "jaxserve.engine.link"),
     *(f"jaxserve.serve.{path.stem}" for path in sorted(ROOT.glob("serve/[!_]*.py"))),
     *(f"jaxserve.{path.parent.name}.{path.stem}" for path in sorted(ROOT.glob("text/[!_]*.py"))),
