@@ -19,6 +19,8 @@ from jax import lax
 TOP = 20  # alternatives reported with logprobs, OpenAI's most
 BIASES = 384  # OpenAI's 300 of logit_bias, stop ids, bad words
 BEFORE = 4  # tokens that a bad word may have ahead of its last
+NOT_NUMBERS = -1  # a row's logits hold NaN or +inf
+NOTHING_LEFT = -2  # no token of the row may be picked
 COLD = 1e-5  # temperatures below mean greedy, as in vLLM (_SAMPLING_EPS)
 ALWAYS = 2**31 - 1
 LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
@@ -109,7 +111,7 @@ class Drawn:
     """One token a row.  What follows `bad` is None after `greedy`, and zeros where no row asked for logprobs."""
 
     tokens: jax.Array  # int32[R]
-    bad: jax.Array  # bool[R]  the row's logits hold NaN or +inf, or nothing may be picked: its token means nothing
+    bad: jax.Array  # int32[R]  0, or why the token means nothing: NOT_NUMBERS or NOTHING_LEFT
     logprob: jax.Array | None = None  # float32[R]  of the token, by the model's own logits
     top_ids: jax.Array | None = None  # int32[R, TOP]  the likeliest first, of equals the lower id
     top_logprobs: jax.Array | None = None  # float32[R, TOP]
@@ -177,25 +179,32 @@ def set_lane(tables, lane, ids, prompt, length, *biases):
 
 def greedy(logits):
     """The likeliest token of each row, of equals the lower id.  logits: float32[R, V]."""
-    bad = ~jnp.isfinite(jnp.max(logits, -1))
-    return Drawn(jnp.where(bad, 0, _argmax(logits)), bad)
+    bad = _bad(jnp.max(logits, -1))
+    return Drawn(jnp.where(bad < 0, 0, _argmax(logits)), bad)
 
 
-def sample(logits, sampling, tables, lane):
+def _bad(best):
+    """Drawn.bad of rows with these largest logits."""
+    return jnp.where(jnp.isfinite(best), 0, jnp.where(best == -jnp.inf, NOTHING_LEFT, NOT_NUMBERS))
+
+
+def sample(logits, sampling, tables, lane, allowed=None):
     """Draws a token for each row of logits, float32[R, V], and notes it in the tables.
 
-    lane: int32[R]; a row with a lane out of range (lanes or more) changes no table.
+    lane: int32[R]; a row with a lane out of range (lanes or more) changes no table.  allowed: int32[R, ceil(V / 32)],
+    a bit for each column that may be drawn, the lowest first; None: all may.
 
     The order is that of vLLM and transformers: biases and bad words, repetition, presence and frequency penalty,
     temperature, top-k, top-p, min-p.  Rows below temperature COLD, or with a top-k of 1, take the
     best token after the penalties, of equals the lower id.
     """
     hot = (sampling.temperature >= COLD) & (sampling.top_k != 1)
-    distance, best = _if_any(sampling.tables, _penalised_distance, _distance, logits, hot, sampling, tables, lane)
+    wanted = logits, hot, sampling, allowed, tables, lane
+    distance, best = _if_any(sampling.tables, _penalised_distance, _distance, *wanted)
     kept = _bits(distance) <= _limit(distance, hot, sampling)[:, None]
     noise = jnp.where(hot[:, None], _gumbel(sampling, logits.shape[1]), 0)
-    bad = ~jnp.isfinite(best)
-    tokens = jnp.where(bad, 0, _argmax(jnp.where(kept, noise - distance, -jnp.inf)))
+    bad = _bad(best)
+    tokens = jnp.where(bad < 0, 0, _argmax(jnp.where(kept, noise - distance, -jnp.inf)))
     logprobs = _if_any(sampling.logprobs, _logprobs, _no_logprobs, logits, tokens)
     noted = tables.output_count, tables.recent  # alone: what passes through a cond untouched might be copied
     count, recent = _if_any(sampling.tables, _noted, lambda *noted: noted[:2], *noted, sampling, lane, tokens)
@@ -207,15 +216,19 @@ def _if_any(rows, wanted, otherwise, *operands):
     return lax.cond(jnp.any(rows), lambda *operands: wanted(*lax.optimization_barrier(operands)), otherwise, *operands)
 
 
-def _distance(logits, hot, sampling, *_):
+def _distance(logits, hot, sampling, allowed=None, *_):
     """How far each logit is below the row's best, in units of the temperature (float32[R, V]), and the best [R]."""
+    if allowed is not None:
+        bits = jnp.repeat(allowed, 32, axis=1)[:, : logits.shape[1]] >> (jnp.arange(logits.shape[1]) % 32)[None] & 1
+        # NaN and +inf stay: a mask must not hide them.
+        logits = jnp.where((bits == 1) | ~(logits < jnp.inf), logits, -jnp.inf)
     best = jnp.max(logits, -1)
     unit = jnp.where(hot, sampling.temperature, 1)
     return (best[:, None] - logits) / unit[:, None], best
 
 
-def _penalised_distance(logits, hot, sampling, tables, lane):
-    return _distance(_penalised(logits, sampling, tables, lane), hot, sampling)
+def _penalised_distance(logits, hot, sampling, allowed, tables, lane):
+    return _distance(_penalised(logits, sampling, tables, lane), hot, sampling, allowed)
 
 
 def _penalised(logits, sampling, tables, lane):
@@ -328,6 +341,19 @@ def _gumbel(sampling, vocab):
     # From 2**-33 to 1 - 2**-24, finest near 0, where the winners are.
     uniform = (jax.vmap(bits)(sampling.seed, sampling.step).astype(jnp.float32) + 0.5) * 2.0**-32
     return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24)))
+
+
+def known(logits, tokens, alternatives):
+    """Of tokens that are given, int32[R]: the log-probability, and if `alternatives` (a bool) what was likeliest there.
+
+    Returns float32[R], int32[R, TOP] and float32[R, TOP]; the latter two are zeros unless asked for.
+    """
+
+    def plain(logits, tokens):
+        total = jax.nn.logsumexp(logits, -1, keepdims=True)
+        return (jnp.take_along_axis(logits, tokens[:, None], -1) - total)[:, 0], *_no_logprobs(logits, tokens)[1:]
+
+    return _if_any(alternatives, _logprobs, plain, logits, tokens)
 
 
 def _logprobs(logits, tokens):

@@ -15,7 +15,19 @@ from hypothesis import strategies as st
 
 from jaxserve import mesh, sampling
 from jaxserve.engine.request import Request, SamplingParams
-from jaxserve.sampling import BEFORE, BIASES, TOP, Sampling, Tables, bias_rows, greedy, set_lane, table_rows
+from jaxserve.sampling import (
+    BEFORE,
+    BIASES,
+    NOT_NUMBERS,
+    NOTHING_LEFT,
+    TOP,
+    Sampling,
+    Tables,
+    bias_rows,
+    greedy,
+    set_lane,
+    table_rows,
+)
 
 LANES = 4
 DROPPED = 2**30
@@ -295,20 +307,57 @@ def test_extreme_logits():
         assert drawn.tokens[0] == 0 and drawn.tokens[1] < 20 and drawn.tokens[2] == 33
 
 
+@pytest.mark.parametrize("vocab", [64, 97, 300])
+def test_masks(vocab):
+    """A mask does what -inf in the logits does, after biases and penalties, and reported logprobs do not see it."""
+    draw_bits = np.random.default_rng(vocab)
+    logits = draw_bits.normal(0, 3, (6, vocab)).astype(np.float32)
+    bits = draw_bits.random((6, vocab)) < 0.2
+    bits[0], bits[5] = True, False
+    allowed = np.zeros((6, -(-vocab // 32) * 32), bool)
+    allowed[:, :vocab] = bits
+    allowed = np.packbits(allowed, axis=1, bitorder="little").view(np.int32)
+    params = (
+        SamplingParams(),
+        hot(top_p=0.8, logprobs=3),
+        hot(top_k=4),
+        SamplingParams(logprobs=0),
+        hot(min_p=0.2),
+        hot(),
+    )
+    masked = jax.jit(lambda *given: sampling.sample(given[0], Sampling.unpack(given[1]), *given[2:])[0])
+    lane = np.full(6, DROPPED, np.int32)
+    for step in range(5):
+        found = masked(logits, pack(*params, step=step), no_tables(vocab), lane, allowed)
+        expected = draw(np.where(bits, logits, -np.inf), *params, step=step)
+        assert found.tokens.tolist() == expected.tokens.tolist()
+        assert found.bad.tolist() == [0] * 5 + [NOTHING_LEFT]
+        free = draw(logits, *params, step=step)
+        np.testing.assert_array_equal(found.top_logprobs, free.top_logprobs)
+    biased = SamplingParams(
+        logit_bias=((int(np.flatnonzero(~bits[1])[0]), 100.0), (int(np.flatnonzero(bits[1])[1]), 50))
+    )
+    tables = seat(no_tables(vocab), biased, [1])
+    found = masked(logits[1:2], pack(biased), tables, np.int32([0]), allowed[1:2])
+    assert found.tokens.tolist() == [np.flatnonzero(bits[1])[1]]
+    logits[1, np.flatnonzero(~bits[1])[0]] = np.nan  # a mask does not hide it
+    assert masked(logits, pack(*params), no_tables(vocab), lane, allowed).bad[1] == NOT_NUMBERS
+
+
 def test_bad_rows_fail_alone():
     logits = np.random.default_rng(4).normal(size=(6, 200)).astype(np.float32)
     params = [hot(seed=9, logprobs=1, top_p=0.9, top_k=20)] * 6
     expected = draw(logits, *params)
     logits[1, 77], logits[2], logits[3, 5], logits[4, 199] = np.nan, -np.inf, np.inf, -np.nan
     for drawn in draw(logits, *params), greedy(logits):
-        assert drawn.bad.tolist() == [False, True, True, True, True, False]
+        assert drawn.bad.tolist() == [0, NOT_NUMBERS, NOTHING_LEFT, NOT_NUMBERS, NOT_NUMBERS, 0]
         assert not drawn.tokens[1:5].any()
     drawn = draw(logits, *params)
     for found, was in zip(jax.tree.leaves(drawn), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(found[np.array([0, 5])], was[np.array([0, 5])])
     everything = SamplingParams(logit_bias=tuple((i, -np.inf) for i in range(200)))
     tables = seat(no_tables(200), everything, [1])
-    assert draw(np.zeros((1, 200)), everything, tables=tables, lane=[0]).bad.tolist() == [True]
+    assert draw(np.zeros((1, 200)), everything, tables=tables, lane=[0]).bad.tolist() == [NOTHING_LEFT]
 
 
 # Log-probabilities

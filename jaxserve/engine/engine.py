@@ -1,37 +1,29 @@
 """The loop: plan, dispatch, and only then read what an earlier step produced.  One thread owns the device."""
 
+import itertools
 import logging
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
-
+from jaxserve.engine import recovery
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.request import EngineDead, Output, Overloaded
-from jaxserve.engine.runner import SCORED
+from jaxserve.engine.runner import InFlight
 from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.scoring import WANTS, Job, Scorer
+from jaxserve.sampling import NOTHING_LEFT
 
 __all__ = ["Engine", "EngineDead", "Overloaded"]
 
 log = logging.getLogger("jaxserve")
 GIVE_UP = 3  # failed steps in a row after which the engine stops
-WANTS = ("logprobs", "alternatives", "logits", "hidden", "last")
+CAREFUL = 64  # steps of half the tokens after the device ran out of memory
 SHORT = 32  # tokens: steps so short that launching one takes longer than running it (a 1.8B model on an H200: 1.9 ms)
-
-
-@dataclass
-class Scoring:
-    """A sequence whose tokens are all known: computed a chunk at a time beside the requests, sharing no pages."""
-
-    tokens: list[int]
-    want: str  # one of WANTS
-    done: Future = field(default_factory=Future)
-    start: int = 0
-    pages: list[int] = field(default_factory=list)
-    parts: list[np.ndarray] = field(default_factory=list)
+NAN = "the model's logits were not numbers (NaN): the weights or the computation overflowed"
+NONE_LEFT = "no token was left to choose: the grammar, the banned words and the biases exclude each other"
 
 
 class Engine:
@@ -40,13 +32,22 @@ class Engine:
     `engine.loading.load(...)` builds one from a checkpoint.
     """
 
-    def __init__(self, runner, *, prefix_caching=True, rope_original=None):
+    # Of the model; set by `load`.
+    path: Any
+    config: Any  # ModelConfig
+    plan: Any  # MemoryPlan
+    dtype: str
+    checkpoint_config: dict
+    generation_config: dict
+
+    def __init__(self, runner, *, prefix_caching=True, rope_original=None, guide=None):
         """runner: compiled, with its weights.
 
-        rope_original: the length past which a prompt stretches its rotations (dynamic NTK).
+        rope_original: the length past which a prompt stretches its rotations (dynamic NTK).  guide: an
+        engine.guide.Guide, where requests may have grammars; the runner is compiled for it.
         """
         plan = runner.plan
-        self.runner, self.rope_original = runner, rope_original
+        self.runner, self.rope_original, self.guide = runner, rope_original, guide
         self.session_len, self.max_batch_size = plan.session_len, plan.lanes
         pool = PagePool(plan.pages, plan.page_size)
         self.scheduler = Scheduler(
@@ -57,12 +58,17 @@ class Engine:
             prefix_caching=prefix_caching,
             sizes=runner.sizes.tokens,
         )
-        self.info = {}  # plain data about the model, set by whoever loads it
-        self.on_turn = []  # called on the engine's thread when a turn's tokens are in their outboxes
-        self.pending = deque()  # the steps in flight, oldest first
+        self.scorer = Scorer(runner, self.scheduler)
+        self.info: dict[str, Any] = {}  # plain data about the model
+        self.on_turn: list[Callable] = []  # called on the engine's thread when a turn's tokens are in their outboxes
+        self.pending: deque[InFlight] = deque()  # the steps in flight, oldest first
         self.ahead = 1 if runner.on_cpu else 2  # how many while the oldest is a short one; else one
         self.steps, self.computed, self.dispatched, self.busy = 0, 0, 0, 0.0
-        self._inbox, self._scoring = deque(), deque()
+        self.corrupted = self.failed_steps = self.recovered = 0
+        self._launching: list = []  # a plan that is not on the device yet
+        self._careful = 0  # steps for which the budget stays small
+        self._arrivals = itertools.count(1)
+        self._inbox: deque[tuple] = deque()
         self._wake = threading.Condition()
         self._closed, self._dead, self._failures = False, None, 0
         self._thread = threading.Thread(target=self._loop, name="jaxserve-engine", daemon=True)
@@ -72,11 +78,16 @@ class Engine:
 
     def submit(self, request):
         """Queues a request; its outbox gets an Output a token.  ValueError if it can never be served."""
+        self._check_ids(request.tokens)
         self.scheduler.check(request)
         self.runner.check(request)
+        if request.grammar is not None:
+            if self.guide is None:
+                raise ValueError("this engine was started without guided decoding")
+            request.matcher = self.guide.open(request)
         if self.rope_original is not None and request.prompt_len > self.rope_original:
             request.salt = (request.salt, "rope", request.prompt_len)  # its keys are rotated as no other length's
-        self._send(self.scheduler.add, request)
+        self._send(self._add, request)
 
     def abort(self, request):
         """Ends a request wherever it is, and frees what it holds."""
@@ -101,11 +112,18 @@ class Engine:
         """A concurrent.futures.Future of what `score` returns.  Cancelling it frees what it holds."""
         if want not in WANTS:
             raise ValueError(f"score gives {', '.join(WANTS)}, not {want!r}")
-        if not 1 <= len(tokens) <= min(self.session_len, (self.scheduler.pool.count - 1) * self.scheduler.pool.size):
-            raise ValueError(f"a sequence to score has 1 to {self.session_len} tokens, not {len(tokens)}")
-        job = Scoring(list(tokens), want)
-        self._send(self._scoring.append, job)
+        room = (self.scheduler.pool.count - 1) * self.scheduler.pool.size
+        if not 1 <= len(tokens) <= min(self.session_len, room):
+            raise ValueError(f"a sequence to score has 1 to {min(self.session_len, room)} tokens, not {len(tokens)}")
+        self._check_ids(tokens)
+        job = Job(list(tokens), want)
+        self._send(self._add_job, job)
         return job.done
+
+    def _check_ids(self, tokens):
+        vocab, least, most = self.runner.cfg.vocab, min(tokens), max(tokens)
+        if least < 0 or most >= vocab:  # on the device -1 stands for what its neighbour in the batch sampled
+            raise ValueError(f"token ids of this model are 0 to {vocab - 1}, not {least if least < 0 else most}")
 
     def stats(self):
         """Counts of requests, pages and tokens at this moment, and of steps since the start."""
@@ -114,6 +132,11 @@ class Engine:
             "step_tokens": self.computed,
             "step_tokens_padded": self.dispatched,
             "busy_s": self.busy,
+            "scoring": self.scorer.jobs,
+            "scored_tokens": self.scorer.tokens,
+            "corrupted": self.corrupted,  # requests that failed for NaN
+            "failed_steps": self.failed_steps,
+            "recovered": self.recovered,  # requests that went on after a step was lost
         }
 
     def close(self):
@@ -152,7 +175,6 @@ class Engine:
             began = time.perf_counter()
             try:
                 self._turn()
-                self._failures = 0
             except Exception as error:
                 log.exception("a step failed")
                 self._recover(error)
@@ -178,110 +200,199 @@ class Engine:
         for action, subject in sent:
             try:
                 action(subject)
-            except ValueError as error:
-                subject.outbox.put(Output(None, "error", error=str(error)))
+            except Exception as error:
+                if not isinstance(error, ValueError):
+                    log.exception("a request could not be taken or ended")
+                self._refuse(subject, str(error))
         return not (self._closed or self._dead)
 
+    def _add(self, request):
+        request.arrival = next(self._arrivals)
+        self.scheduler.add(request)
+
+    def _add_job(self, job):
+        job.arrival = next(self._arrivals)
+        self.scorer.waiting.append(job)
+
+    def _refuse(self, request, message):
+        try:
+            request.finish = request.finish or "error"
+            request.outbox.put(Output(None, "error", error=message))
+        except Exception:
+            log.exception("the outbox of a request failed")
+
     def _busy(self):
-        return not self.scheduler.idle or self.pending or self._scoring
+        return not self.scheduler.idle or self.pending or self.scorer.busy
 
     def _turn(self):
         """One turn.  The device works on the new step while the host reads the old one."""
+        self.scorer.admit()
         chunks = self.scheduler.plan()
-        if chunks:
-            step = self.runner.dispatch(chunks)
-            self.pending.append(step)
-            self.steps += 1
-            self.computed += step.tokens
-            self.dispatched += step.padded
+        launched = bool(chunks) and self._launch(chunks)
         # Steps that take the device less time than the host takes to launch one need a second on its way.
         ahead = self.ahead if self.pending and self.pending[-1].padded <= SHORT else 1
         # Without a plan one step is read all the same: it may be what the next plan waits for.
-        for _ in range(max(0, len(self.pending) - ahead) if chunks else min(1, len(self.pending))):
-            self._read(self.pending.popleft())
-        if self._scoring:
-            self._score(self._scoring[0])
+        for _ in range(max(0, len(self.pending) - ahead) if launched else min(1, len(self.pending))):
+            self._read()
+        self._score()
 
-    def _read(self, step):
-        """Records what a step drew, once it is done."""
-        tokens, logprobs, tops = step.read()
-        for chunk in (c for c, token in zip(step.chunks, tokens) if token < 0 and c.emits):
-            self.scheduler.fail(
-                chunk.request,
-                "the model's logits were not numbers (NaN): the weights or the computation overflowed",
-            )
-        self.scheduler.commit(step.chunks, tokens, logprobs, tops)
-
-    def _score(self, job):
-        """The next chunk of a sequence to score, once there are pages for it."""
-        pool = self.scheduler.pool
-        if job.done.cancelled():
-            self._scoring.popleft()
-            return pool.release(job.pages)
-        if job.start == 0 and not job.pages:
-            need = -(-len(job.tokens) // pool.size)
-            if pool.free < need:
-                return
-            job.pages = pool.take(need)
-        stop = min(len(job.tokens), job.start + SCORED)
-        tokens, targets = job.tokens[job.start : stop], job.tokens[job.start + 1 : stop + 1]
-        logprob, logits, hidden = self.runner.score(tokens, job.start, job.pages, len(job.tokens), targets)
-        if job.want == "alternatives":
-            job.parts.append((np.asarray(logprob)[: len(targets)], np.asarray(logits)[: len(targets)]))
+    def _launch(self, chunks):
+        """Starts a planned step.  False if a request made that impossible: it has failed, the plan is taken back."""
+        self._launching = chunks
+        guided = [(row, c.request) for row, c in enumerate(chunks) if c.emits and c.request.grammar is not None]
+        packed = self._pack(chunks, bool(guided))
+        if packed is None:
+            return False
+        if guided:
+            # What a grammar allows next depends on tokens that the host has yet to see: beside the forward pass it
+            # reads them and fills the masks.
+            half = self.runner.advance(packed)
+            while self.pending:
+                self._read()
+            step = self.runner.draw(half, self._masks(guided, packed.shape.rows))
         else:
-            part = {"logprobs": logprob, "logits": logits, "hidden": hidden, "last": hidden}[job.want]
-            job.parts.append(np.asarray(part, np.float32)[: len(targets) if job.want == "logprobs" else len(tokens)])
-        job.start = stop
-        if stop == len(job.tokens):
-            self._scoring.popleft()
-            pool.release(job.pages)
-            if job.done.set_running_or_notify_cancel():
-                job.done.set_result(self._scored(job))
+            step = self.runner.dispatch(packed)
+        self._launching = []
+        self.pending.append(step)
+        if self._careful:
+            self._careful -= 1
+            if not self._careful:
+                self.scheduler.budget = self.runner.plan.budget
+        self.steps += 1
+        self.computed += step.tokens
+        self.dispatched += step.padded
+        return True
 
-    def _scored(self, job):
-        if job.want == "last":
-            return job.parts[-1][-1]
-        if job.want != "alternatives":
-            return np.concatenate(job.parts)
-        logprobs, logits = (np.concatenate(part) for part in zip(*job.parts))
-        ids = np.argsort(-logits, -1, kind="stable")[:, :20].astype(np.int32)
-        best = np.take_along_axis(logits, ids, -1)
-        total = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        return logprobs, ids, best - logits.max(-1, keepdims=True) - total
+    def _pack(self, chunks, apart):
+        """The plan as an array; None where requests could not be packed, which have failed."""
+        try:
+            return self.runner.pack(chunks, apart)
+        except Exception:
+            guilty = {}
+            for chunk in chunks:
+                try:
+                    self.runner.pack([chunk], apart)
+                except Exception as own:
+                    guilty[chunk.request] = own
+            if not guilty:
+                raise
+            log.exception("%d requests could not be packed", len(guilty))
+        recovery.undo(self.scheduler, chunks)
+        self._launching = []
+        for request, error in guilty.items():
+            self._fail(request, f"the request could not be computed: {error}")
+        return None
+
+    def _masks(self, guided, rows):
+        """What each row may draw; None: everything.  Answers that are complete or stuck end here."""
+        guided = [(row, request) for row, request in guided if not request.finish]
+        try:
+            masks, ended = self.guide.allow(guided, rows)
+        except Exception as error:
+            log.exception("masks could not be made")
+            masks, ended = None, [(request, f"no mask could be made: {error}") for _, request in guided]
+        for request, why in ended:
+            if why:
+                self._fail(request, f"the answer cannot follow its grammar: {why}")
+            else:
+                self._safely(recovery.complete, self.scheduler, request)
+        return masks
+
+    def _read(self):
+        """Records what the oldest step in flight drew, once it is done."""
+        step = self.pending.popleft()
+        try:
+            tokens, logprobs, tops = step.read()
+        except Exception:
+            self.runner.state = None  # what it left there is of no use
+            self._launching = step.chunks
+            raise
+        self._failures = 0
+        for chunk, token in zip(step.chunks, tokens):
+            if token < 0 and chunk.emits and not chunk.request.finish:
+                self.corrupted += token != NOTHING_LEFT
+                self._fail(chunk.request, NONE_LEFT if token == NOTHING_LEFT else NAN)
+        recovery.commit(self.scheduler, step.chunks, tokens, logprobs, tops)
+
+    def _fail(self, request, message):
+        self._safely(self.scheduler.fail, request, message)
+
+    def _safely(self, action, *subjects):
+        """Ends a request; what its outbox makes of it is no other's concern."""
+        try:
+            action(*subjects)
+        except Exception:
+            log.exception("the outbox of a request failed")
 
     def _recover(self, error):
-        """After a failed step the state on the device is lost: its requests fail, those that wait go on."""
+        """After a failed step: where the device has its state, only that plan is taken back; else all starts over.
+
+        What fails twice in a row is laid to the requests of that step, which end; three times, and the engine stops.
+        """
         self._failures += 1
-        self.pending.clear()
-        self.scheduler.restart(f"the step failed: {error}")
-        while self._scoring:
-            job = self._scoring.popleft()
-            self.scheduler.pool.release(job.pages)
-            _failed(job.done, RuntimeError(f"the step failed: {error}"))
-        try:
-            self.runner.reset()
-        except Exception as again:
-            error, self._failures = again, GIVE_UP
+        self.failed_steps += 1
+        launching, self._launching = self._launching, []
+        full = "RESOURCE_EXHAUSTED" in str(error)
+        message = "overloaded: the device ran out of memory" if full else f"the step failed: {error}"
+        guilty = [chunk.request for chunk in launching] if self._failures > 1 else []
+        if full:  # the newest, and smaller steps for a while
+            guilty = guilty[len(guilty) // 2 :]
+            self.scheduler.budget = max(self.runner.plan.lanes, self.scheduler.budget // 2)
+            self._careful = CAREFUL
+        failures = self._failures
+        if launching and self.runner.intact and self._drain():
+            self._failures = failures  # of steps that were launched before
+            recovery.undo(self.scheduler, launching)
+            for request in guilty:
+                self._fail(request, message)
+        else:
+            self._start_over(message, guilty)
         if self._failures >= GIVE_UP:
             with self._wake:
                 self._dead = error
+
+    def _drain(self):
+        """Reads all steps in flight; False if one of them failed, too."""
+        try:
+            while self.pending:
+                self._read()
+        except Exception:
+            log.exception("a step failed")
+            return False
+        return True
+
+    def _start_over(self, message, guilty):
+        """With an empty cache."""
+        self.pending.clear()
+        self._launching = []
+        try:
+            self.recovered += recovery.restart(self.scheduler, message, guilty)
+            self.scorer.restart(RuntimeError(message))
+            self.runner.reset()
+        except Exception:
+            log.exception("the engine could not start over")
+            self._failures = GIVE_UP
+
+    def _score(self):
+        """The scoring jobs' part of a turn; what fails there is theirs alone, as long as the device has its state."""
+        try:
+            self.scorer.turn()
+        except Exception as error:
+            log.exception("scoring failed")
+            self.scorer.restart(RuntimeError(f"scoring failed: {error}"))
+            if not self.runner.intact:
+                raise
 
     def _end(self, why):
         """Nobody is left waiting for an answer."""
         with self._wake:
             self._closed, sent, self._inbox = True, self._inbox, deque()
         for action, subject in sent:
-            if action == self.scheduler.add or isinstance(subject, Scoring):
-                action(subject)
+            if action in (self._add, self._add_job):
+                self._safely(action, subject)
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             if self._dead is None:
-                self.scheduler.abort(request)
+                self._safely(self.scheduler.abort, request)
             else:
-                self.scheduler.fail(request, why)
-        for job in self._scoring:
-            _failed(job.done, EngineDead(why))
-
-
-def _failed(future, error):
-    if future.set_running_or_notify_cancel():
-        future.set_exception(error)
+                self._fail(request, why)
+        self.scorer.close(EngineDead(why))

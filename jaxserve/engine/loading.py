@@ -18,6 +18,7 @@ from jaxserve import __version__, checkpoint, hub, weights
 from jaxserve import mesh as meshes
 from jaxserve.checkpoint.orbax import save
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.guide import Guide
 from jaxserve.engine.memory import make_plan
 from jaxserve.engine.runner import Runner
 from jaxserve.models.config import ModelConfig, from_hf
@@ -53,8 +54,10 @@ def open_model(model, config):
     return Model(source, cfg, mesh, dtype, weights.shapes(cfg, mesh, source.names, dtype))
 
 
-def load(model, config, report=_quiet, progress=_quiet):
+def load(model, config, report=_quiet, progress=_quiet, guide=None):
     """An Engine that answers with `model` (see `open_model`).
+
+    guide: for guided decoding, the tokenizer's table for llguidance, or what makes it when it is needed first.
 
     `report(text)` gets lines for people: the memory plan, what was chosen, how long it took.
     `progress(what, done, total)` is called while compiling (programs) and loading (bytes).  ValueError says what is
@@ -65,7 +68,7 @@ def load(model, config, report=_quiet, progress=_quiet):
     run_as = weights.padded(held.cfg, config.tp)
     plan = make_plan(run_as, config, list(held.mesh.devices.flat), weights.nbytes(held.shapes), held.dtype)
     report(str(plan))
-    runner = Runner(run_as, held.mesh, plan, held.dtype, held.shapes)
+    runner = Runner(run_as, held.mesh, plan, held.dtype, held.shapes, guided=guide is not None)
     found = 0
 
     def compiled(done, total, loaded):
@@ -83,7 +86,9 @@ def load(model, config, report=_quiet, progress=_quiet):
     runner.reset()
     runner.warm_up()
     original = held.cfg.rope.original if held.cfg.rope.kind == "dynamic" else None
-    engine = Engine(runner, prefix_caching=config.enable_prefix_caching, rope_original=original)
+    if guide is not None:
+        guide = Guide(guide, runner.vocab)
+    engine = Engine(runner, prefix_caching=config.enable_prefix_caching, rope_original=original, guide=guide)
     engine.path, engine.config, engine.plan, engine.dtype = held.source.path, held.cfg, plan, held.dtype.name
     engine.checkpoint_config, engine.generation_config = held.source.config, held.source.generation_config
     engine.info = {

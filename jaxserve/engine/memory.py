@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import psutil
 
 from jaxserve.cache import PagedKV
-from jaxserve.engine.runner import SCORED
+from jaxserve.engine.runner import BLOCK
 from jaxserve.sampling import Tables
 
 GIB = 1 << 30
@@ -105,7 +105,7 @@ def workspace_bytes(cfg, devices, dtype, tokens, rows):
     else:
         scratch = max(forward, rows * logits * 7 // 2)
     tables = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(Tables.shape(rows, cfg.vocab)))
-    return scratch + SCORED * logits + tables + (CPU_RUNTIME if cpu else GPU_RUNTIME)
+    return scratch + BLOCK * logits + tables + (CPU_RUNTIME if cpu else GPU_RUNTIME)
 
 
 def make_plan(cfg, config, devices, weights, dtype):
@@ -115,7 +115,8 @@ def make_plan(cfg, config, devices, weights, dtype):
     with what would help.
     """
     tp, cpu = len(devices), devices[0].platform == "cpu"
-    free, notes = free_bytes(devices), []
+    free = free_bytes(devices)
+    notes: list[str] = []
     left = free - weights
     needs = partial(workspace_bytes, cfg, devices, dtype)
     lanes, budget, workspace = _steps(config, cpu, left, needs, notes)
@@ -197,9 +198,9 @@ def _pages(config, cpu, free, left, workspace, page, notes):
     return max(int(min(wanted, room) // page), 1)
 
 
-def _remedies(config, devices, dtype, *ways):
-    """What would make more room, of what this machine and configuration have; `ways` are the first of them."""
-    tp, cpu, ways = len(devices), devices[0].platform == "cpu", list(ways)
+def _remedies(config, devices, dtype, *first):
+    """What would make more room, of what this machine and configuration have; `first` go ahead."""
+    tp, cpu, ways = len(devices), devices[0].platform == "cpu", list(first)
     if config.session_len:
         ways.append("lower session_len")
     if config.max_batch_size or config.num_tokens_per_iter:

@@ -91,6 +91,8 @@ class Request:
     salt: Hashable = None  # cached pages are shared only between equal salts
     grammar: str | None = field(default=None, repr=False)  # what the answer must match: llguidance's JSON text
 
+    arrival: int = 0  # its place in the order in which requests and scoring jobs came
+    matcher: Any = field(default=None, repr=False)  # with a grammar: where the answer stands in it (engine.guide)
     computed: int = 0  # positions whose keys are in the cache, or on their way
     in_flight: int = 0  # tokens sampled on the device that the host has not seen
     lane: int = -1  # its seat on the device while it runs
@@ -98,6 +100,7 @@ class Request:
     finish: str | None = None
     cached: int = 0  # prompt tokens that came from the prefix cache
     preemptions: int = 0
+    recoveries: int = 0  # steps that failed under it and were computed again
     chained: int = 0  # its first pages, as many, are in the prefix cache ...
     chain: Hashable = field(default=None, repr=False)  # ... and this is where the next one links to
     prompt_len: int = field(init=False)

@@ -4,8 +4,8 @@ T tokens of a step, R rows, P pages a row; a lane is a request's seat on the dev
 """
 
 import math
-from bisect import bisect_left
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,58 +14,39 @@ import numpy as np
 from jaxserve import mesh as meshes
 from jaxserve.cache import PagedKV
 from jaxserve.engine.programs import compile_all
+from jaxserve.engine.sizes import Sizes, bucket
 from jaxserve.sampling import Sampling, Tables, bias_rows, table_rows
-from jaxserve.step import ROW, ROW_WIDTH, Shape, State, score, seat, step
+from jaxserve.step import BLOCK, LANE, ROW, ROW_WIDTH, Shape, State, advance, draw, logits, pick, score, seat, step
 
 NO_LANE = 2**30  # out of range: what the row draws is dropped
-START, COUNT, LANE, ROPE = range(len(ROW))
-SCORED = 64  # tokens of a step that scores a prompt
+START, COUNT, ROPE = ROW.index("start"), ROW.index("count"), ROW.index("rope_len")
 # From so many tokens cuBLAS multiplies faster than the kernels that XLA generates: a step of a 1.8B model on an H200
 # takes 2.95 ms, not 3.19, at 64, 3.87, not 4.53, at 512, 19.2, not 20.8, at 4096; but 2.09, not 1.97, at 16.
 CUBLAS_FROM = 48
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes for which programs are compiled, each ascending; the last is the most that a step may have."""
+@dataclass
+class Packed:
+    """A step as it goes to the device, not yet sent."""
 
-    tokens: tuple[int, ...]  # steps with prompts
-    rows: tuple[int, ...]  # steps of one token a row
-    pages: tuple[int, ...]  # a row
+    chunks: list
+    shape: Shape
+    full: bool  # the full sampler; otherwise every row is greedy and plain
+    fused: bool
+    words: np.ndarray
 
-    @classmethod
-    def choose(cls, platform, plan):
-        """Few on the CPU, where compiling costs what running saves; more on a GPU."""
-        cpu = platform == "cpu"
-        if cpu:
-            rows, tokens = (1, 4, 16, 64, 256), (64, 256, 2048)
-        else:  # XLA's product with one row is slower than that with two (0.7 ms a step of a 1.8B model on an H200)
-            rows = (2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 224, 256, 384, 512, 768, 1024)
-            tokens = (64, 128, 256, 320, 384, 448, 512, 576, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096)
-            tokens += (6144, 8192, 12288, 16384)
-        table = -(-plan.session_len // plan.page_size)
-        lanes = max(plan.lanes, rows[0])
-        return cls(_upto(tokens, plan.budget), _upto(rows, lanes), (table,) if table <= 128 else (128, table))
-
-
-def _upto(sizes, most):
-    return (*(size for size in sizes if size < most), most)
-
-
-def bucket(n, sizes):
-    """The smallest compiled size that holds n."""
-    if n > sizes[-1]:
-        raise ValueError(f"{n} is over the largest compiled size, {sizes[-1]}")
-    return sizes[bisect_left(sizes, n)]
+    @property
+    def tokens(self):
+        return sum(c.stop - c.start for c in self.chunks)
 
 
 class InFlight:
     """A step that was dispatched: reading waits for it."""
 
-    def __init__(self, chunks, drawn, shape):
-        self.chunks, self.drawn = chunks, drawn
-        self.tokens, self.padded = sum(c.stop - c.start for c in chunks), shape.tokens
-        self.wants = shape.full and any(c.emits and c.request.params.logprobs is not None for c in chunks)
+    def __init__(self, packed, drawn):
+        self.chunks, self.drawn = packed.chunks, drawn
+        self.tokens, self.padded = packed.tokens, packed.shape.tokens
+        self.wants = packed.full and any(c.emits and c.request.params.logprobs is not None for c in self.chunks)
         for array in self._wanted():  # asked for later, they would come when the step after this one ends
             array.copy_to_host_async()
 
@@ -74,7 +55,7 @@ class InFlight:
         return (drawn.tokens, drawn.logprob, drawn.top_ids, drawn.top_logprobs) if self.wants else (drawn.tokens,)
 
     def read(self):
-        """(tokens, logprobs or None, tops or None), an entry for each chunk; a token below 0 stands for NaN logits."""
+        """(tokens, logprobs or None, tops or None), an entry for each chunk; a token below 0 is a Drawn.bad."""
         tokens, *rest = (np.asarray(x)[: len(self.chunks)].tolist() for x in self._wanted())
         if not rest:
             return tokens, None, None
@@ -84,66 +65,111 @@ class InFlight:
         return tokens, [p if k is not None else None for p, k in zip(logprobs, counts)], tops
 
 
+@dataclass
+class Piece:
+    """Tokens of a known sequence of `length` from position `start` on, their keys going into its `pages`."""
+
+    tokens: list[int]
+    targets: list[int]  # the tokens after each; the last of a sequence has none
+    start: int
+    length: int
+    pages: list[int]
+
+
 class Runner:
     """Owns the device arrays and the compiled programs."""
 
-    def __init__(self, cfg, mesh, plan, dtype, shapes):
-        """cfg: the padded model.  shapes: Params as ShapeDtypeStructs; `params` is set when they are loaded."""
-        self.cfg, self.mesh, self.plan, self.shapes, self.params = cfg, mesh, plan, shapes, None
+    def __init__(self, cfg, mesh, plan, dtype, shapes, guided=False):
+        """cfg: the padded model.  shapes: Params as ShapeDtypeStructs; `params` is set when they are loaded.
+
+        guided: whether `advance` and `draw` may be called for any step.
+        """
+        self.cfg, self.mesh, self.plan, self.shapes = cfg, mesh, plan, shapes
+        self.params: Any = None
+        self.state: Any = None
         self.sizes = Sizes.choose(mesh.devices.flat[0].platform, plan)
-        vocab = shapes.embed.shape[0]
+        self.guided = guided or not self.sizes.fused
+        self.vocab = shapes.embed.shape[0]  # with padding
+        self.mask_words = -(-self.vocab // 32)
         self.whole = whole = meshes.sharding(mesh)
-        newest = jax.ShapeDtypeStruct((plan.lanes,), jnp.int32, sharding=whole)
-        tables = Tables.shape(plan.lanes, vocab, whole)
-        self.state_shape = State(PagedKV.shape(cfg, plan.pages, plan.page_size, mesh, dtype), newest, tables)
-        self.programs, self.state = {}, None
+        newest: Any = jax.ShapeDtypeStruct((plan.lanes,), jnp.int32, sharding=whole)
+        tables = Tables.shape(plan.lanes, self.vocab, whole)
+        self.state_shape: Any = State(PagedKV.shape(cfg, plan.pages, plan.page_size, mesh, dtype), newest, tables)
+        self.programs: dict = {}
+        self.unmasked: dict[int, jax.Array] = {}  # rows -> a mask that allows everything
         self.on_cpu = mesh.devices.flat[0].platform == "cpu"
         # XLA's collectives between virtual CPU devices deadlock when two programs run at once.
         self.one_at_a_time = mesh.size > 1 and self.on_cpu
         # By lane: what is the same in every step of the request seated there.
-        self.seated = [None] * plan.lanes
+        self.seated: list = [None] * plan.lanes
         self.rows = np.zeros((plan.lanes, ROW_WIDTH), np.int32)
         self.table = np.zeros((plan.lanes, self.sizes.pages[-1]), np.int32)
         self.filled = [0] * plan.lanes
 
     def compile(self, folder, progress=None):
         """Compiles every program that can be needed; nothing is compiled after it."""
-        jobs = {shape: (step, self._arguments(shape), self._options(shape)) for shape in self._shapes()}
-        scoring = Shape(SCORED, 1, self.sizes.pages[-1], False)
-        target = self._struct((SCORED,))
-        jobs["score"] = (score, (*self._arguments(scoring), target), self._options(scoring))
-        jobs["seat"] = (
-            seat,
-            (self.state_shape, *self._structs(table_rows(None, self.shapes.embed.shape[0], self.plan.session_len))),
-            None,
-        )
         # What float32 means: a GPU would round the factors of a product to 10 bits (TF32) otherwise.
         precision = "highest" if self.shapes.embed.dtype == jnp.float32 else None
         with meshes.on(self.mesh), jax.default_matmul_precision(precision):
-            self.programs = compile_all(jobs, list(self.mesh.devices.flat), folder, progress)
+            self.programs = compile_all(self._jobs(), list(self.mesh.devices.flat), folder, progress)
 
-    def _options(self, shape):
-        """Compiler options of a program."""
-        if self.on_cpu or shape.tokens < CUBLAS_FROM:
+    def _jobs(self):
+        """{key: (function, arguments, compiler options)} of all programs."""
+        state, head = self.state_shape, self.shapes.head
+        jobs: dict = {}
+        for shape in self._fused():
+            jobs["step", shape] = step, self._arguments(shape), self._options(shape.tokens)
+        for shape in self._apart():
+            jobs["advance", shape] = advance, self._arguments(shape), self._options(shape.tokens)
+        for rows in sorted({shape.rows for shape in self._apart()}) if self.guided else ():
+            left = self._hidden(rows), self._struct((rows, ROW_WIDTH))
+            mask, options = self._struct((rows, self.mask_words)), self._options(rows)
+            jobs["draw", rows] = draw, (self.cfg, head, state.newest, state.tables, *left, mask), options
+            if not self.sizes.fused:
+                jobs["pick", rows] = pick, (self.cfg, head, state.newest, *left), options
+        for tokens in self.sizes.scored:
+            known = self._hidden(tokens), self._struct((tokens,)), self._struct((), bool)
+            jobs["score", tokens] = score, (self.cfg, head, *known), self._options(BLOCK)
+        jobs["logits"] = logits, (self.cfg, head, self._hidden(self.sizes.scored[0]), self._struct(())), None
+        jobs["seat"] = seat, (state, *self._structs(table_rows(None, self.vocab, self.plan.session_len))), None
+        return jobs
+
+    def _options(self, tokens):
+        """Compiler options of a program whose products have so many rows."""
+        if self.on_cpu or tokens < CUBLAS_FROM:
             return None
         return {"xla_gpu_enable_triton_gemm": False}
 
-    def _shapes(self):
-        for pages in self.sizes.pages:
+    def _fused(self):
+        """Shapes of steps that are one program."""
+        sizes = self.sizes
+        for pages in sizes.pages if sizes.fused else ():
             for full in (False, True):
-                yield from (Shape(rows, rows, pages, full) for rows in self.sizes.rows)
+                yield from (Shape(rows, rows, pages, full) for rows in sizes.rows)
                 # One row more than tokens can never be: T == R means one token a row (cache.Spans).
-                yield from (Shape(tokens, self._rows_of(tokens), pages, full) for tokens in self.sizes.tokens)
+                yield from (Shape(tokens, self.rows_of(tokens), pages, full) for tokens in sizes.tokens)
 
-    def _rows_of(self, tokens):
+    def _apart(self):
+        """Shapes of steps that are two programs; without guided decoding these only score."""
+        sizes = self.sizes
+        for pages in sizes.apart_pages:
+            if self.guided:
+                yield from (Shape(rows, rows, pages) for rows in sizes.apart_rows)
+            for tokens in sizes.apart_tokens if self.guided else sizes.scored:
+                yield Shape(tokens, self.rows_of(tokens), pages)
+
+    def rows_of(self, tokens):
         """Rows of a step with prompts."""
-        return min(self.plan.lanes, tokens - 1)
+        return max(1, min(self.plan.lanes, tokens - 1))
 
     def _struct(self, shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.sharding(self.mesh))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.whole)
 
     def _structs(self, arrays):
         return tuple(self._struct(np.shape(x), np.asarray(x).dtype) for x in arrays)
+
+    def _hidden(self, count):
+        return self._struct((count, self.cfg.width), self.shapes.embed.dtype)
 
     def _arguments(self, shape):
         return (self.cfg, shape, self.shapes, self.state_shape, self._struct((shape.sections[-1],)))
@@ -164,22 +190,36 @@ class Runner:
         )
         self.state = make()
         self.seated = [None] * self.plan.lanes
+        self.unmasked = {}
+
+    @property
+    def intact(self):
+        """Whether the state is still there after a step that failed."""
+        try:
+            jax.block_until_ready(self.state)
+        except Exception:  # what should have made it failed
+            return False
+        return self.state is not None and not any(x.is_deleted() for x in jax.tree.leaves(self.state))
 
     def release(self):
         """Gives the device's memory back."""
         self.state = self.params = None
-        self.programs = {}
+        self.programs, self.unmasked = {}, {}
 
     def warm_up(self):
-        """Runs the programs on padding, so that the first request meets nothing new; on the CPU, one of them."""
-        shapes = list(self._shapes())
-        for shape in shapes[:1] if self.on_cpu else shapes:
-            words = self._pack((), shape)
+        """Runs the programs on padding, so that the first request meets nothing new; on the CPU, a step."""
+        if self.on_cpu:
+            fused = self.sizes.fused
+            self.dispatch(self._empty(next(self._fused() if fused else self._apart()), False, fused))
+        else:
             for _ in range(2):  # the second run records the CUDA graph
-                self.state, _drawn = self.programs[shape](self.params, self.state, words)
-        if not self.on_cpu:
+                for shape in self._fused():
+                    self.dispatch(self._empty(shape, shape.full, True))
+                for shape in self._apart() if self.guided else ():
+                    self.draw(self.advance(self._empty(shape, True, False)), None)
+                for tokens in self.sizes.scored:
+                    self.logits(self.score([Piece([0] * tokens, [], 0, tokens, [])])[-1], 0)
             self._sit(None, 0)
-            self.score((), 0, np.zeros(self.sizes.pages[-1], np.int32), 0)
         jax.block_until_ready(self.state)
 
     def check(self, request):
@@ -187,51 +227,128 @@ class Runner:
         if request.params.tables:
             bias_rows(request.params, request.stop_ids, self.cfg.vocab)
 
-    def dispatch(self, chunks):
-        """Starts a step and returns at once."""
+    def pack(self, chunks, apart=False):
+        """A plan as one array, padded to a size that is compiled.  apart: for `advance`, not `dispatch`."""
         for chunk in chunks:
             if chunk.grew:
                 self._seat(chunk.request)
-        tokens, rows = sum(c.stop - c.start for c in chunks), len(chunks)
-        pages = bucket(max(len(c.request.pages) for c in chunks), self.sizes.pages)
+        tokens, rows, sizes = sum(c.stop - c.start for c in chunks), len(chunks), self.sizes
         full = any(c.emits and not c.request.params.plain for c in chunks)
-        if tokens == rows and rows <= self.sizes.rows[-1]:
-            size = bucket(rows, self.sizes.rows)
-            shape = Shape(size, size, pages, full)
+        fused = sizes.fused and not apart
+        all_rows, all_tokens = (sizes.rows, sizes.tokens) if fused else (sizes.apart_rows, sizes.apart_tokens)
+        held = max(len(c.request.pages) for c in chunks)
+        pages = bucket(held, sizes.pages if fused else sizes.apart_pages)
+        if tokens == rows and rows <= all_rows[-1]:
+            size = count = bucket(rows, all_rows)
         else:
-            size = next(t for t in self.sizes.tokens if t >= tokens and self._rows_of(t) >= rows)
-            shape = Shape(size, self._rows_of(size), pages, full)
+            size = next(t for t in all_tokens if t >= tokens and self.rows_of(t) >= rows)
+            count = self.rows_of(size)
+        shape = Shape(size, count, pages, fused and full)
+        return Packed(chunks, shape, full or apart, fused, self._words(chunks, shape))
+
+    def _empty(self, shape, full, fused):
+        return Packed([], shape, full, fused, self._words([], shape))
+
+    def dispatch(self, packed):
+        """Starts a step and returns an InFlight at once."""
+        if packed.fused:
+            self.state, drawn = self._call(("step", packed.shape), self.params, self.state, self._put(packed.words))
+            return InFlight(packed, drawn)
+        return self.draw(self.advance(packed), None)
+
+    def advance(self, packed):
+        """Starts the first half of a step; what is returned goes to `draw`, once and before the next step."""
+        shape = packed.shape
+        self.state, left = self._call(("advance", shape), self.params, self.state, self._put(packed.words))
+        return packed, left
+
+    def draw(self, half, allowed):
+        """Starts the other half and returns an InFlight at once.
+
+        allowed: int32[R, mask_words], R the rows of packed.shape; a row whose bits are all set is free.  None: all are.
+        """
+        packed, left = half
+        rows, state, head = packed.shape.rows, self.state, self.params.head
+        if not packed.full:
+            newest, drawn = self._call(("pick", rows), head, state.newest, left.last, left.rows)
+            self.state = state.replace(newest=newest)
+            return InFlight(packed, drawn)
+        if allowed is not None:
+            allowed = self._put(allowed)
+        elif (allowed := self.unmasked.get(rows)) is None:
+            allowed = self.unmasked[rows] = self._put(np.full((rows, self.mask_words), -1, np.int32))
+        newest, tables, drawn = self._call(
+            ("draw", rows), head, state.newest, state.tables, left.last, left.rows, allowed
+        )
+        self.state = state.replace(newest=newest, tables=tables)
+        return InFlight(packed, drawn)
+
+    def score(self, pieces, alternatives=False):
+        """Computes pieces of known sequences, at most sizes.scored[-1] tokens, and returns at once.
+
+        Returns device arrays over the tokens of all pieces, one behind the other: log-probability of the target [T];
+        the likeliest tokens and their log-probabilities [T, 20], zeros unless asked for; hidden states [T, D].
+        """
+        size = bucket(sum(len(p.tokens) for p in pieces), self.sizes.scored)
+        shape = Shape(size, self.rows_of(size), self.sizes.apart_pages[-1])
+        words, token, rows, pages = self._blank(shape)
+        target, at = np.zeros(size, np.int32), 0
+        for row, table, piece in zip(rows, pages, pieces, strict=False):
+            stop = at + len(piece.tokens)
+            row[START], row[COUNT], row[ROPE] = piece.start, len(piece.tokens), piece.length
+            token[at:stop], target[at : at + len(piece.targets)] = piece.tokens, piece.targets
+            table[: len(piece.pages)] = piece.pages
+            at = stop
+        self.state, left = self._call(("advance", shape), self.params, self.state, self._put(words))
+        known = left.hidden, self._put(target), self._put(np.bool_(alternatives))
+        return *self._call(("score", size), self.params.head, *known), left.hidden
+
+    def logits(self, hidden, start):
+        """float32[min(64, T), V]: logits of hidden states [T, D] from `start` on, at most T - 64.
+
+        T is sizes.scored[0]: steps that are to give logits have no more tokens.
+        """
+        return self._call("logits", self.params.head, hidden, self._put(np.int32(start)))
+
+    def _call(self, key, *arguments):
         if self.one_at_a_time:
-            jax.block_until_ready(self.state)
-        # Placed first: a program that is called with an array of the host takes 0.2 ms longer over it.
-        words = jax.device_put(self._pack(chunks, shape), self.whole)
-        self.state, drawn = self.programs[shape](self.params, self.state, words)
-        return InFlight(chunks, drawn, shape)
+            jax.block_until_ready(arguments)
+        return self.programs[key](*arguments)
+
+    def _put(self, array):
+        """Placed first: a program that is called with an array of the host takes 0.2 ms longer over it."""
+        return jax.device_put(array, self.whole)
 
     def _seat(self, request):
         """Notes what does not change while a request keeps its lane, and its new pages."""
         lane, pages = request.lane, request.pages
         if self.seated[lane] != (request, request.preemptions):
-            self.seated[lane], self.filled[lane] = (request, request.preemptions), 0
+            self.seated[lane], self.filled[lane] = None, 0
             self.rows[lane, ROPE] = request.prompt_len
             Sampling.pack(request.params, 0, self.rows[lane, len(ROW) :])
             if request.params.tables:
                 self._sit(request, lane)
-        if self.filled[lane] < len(pages):
-            self.table[lane, self.filled[lane] : len(pages)] = pages[self.filled[lane] :]
-            self.filled[lane] = len(pages)
+            self.seated[lane] = request, request.preemptions
+        new = min(self.filled[lane], len(pages) - 1)  # the last one is another when a plan was taken back
+        self.table[lane, new : len(pages)] = pages[new:]
+        self.filled[lane] = len(pages)
 
     def _sit(self, request, lane):
-        rows = table_rows(request, self.shapes.embed.shape[0], self.plan.session_len, lane)
-        self.state = self.programs["seat"](self.state, *rows)
+        rows = table_rows(request, self.vocab, self.plan.session_len, lane)
+        self.state = self._call("seat", self.state, *rows)
 
-    def _pack(self, chunks, shape):
-        """The step as one int32 array; see step.Batch.unpack."""
-        at_rows, at_pages, end = shape.sections
-        words, n = np.zeros(end, np.int32), len(chunks)
-        token = words[: shape.tokens]
-        rows = words[at_rows : at_rows + shape.rows * ROW_WIDTH].reshape(shape.rows, ROW_WIDTH)
+    def _blank(self, shape):
+        """The array of a step that computes nothing, and views of its tokens, rows and pages; see step.Batch.unpack."""
+        _, at_pages, end = shape.sections
+        words = np.zeros(end, np.int32)
+        rows = shape.row_words(words)
         rows[:, LANE] = NO_LANE
+        return words, words[: shape.tokens], rows, words[at_pages:].reshape(shape.rows, shape.pages)
+
+    def _words(self, chunks, shape):
+        """The step as one int32 array."""
+        words, token, rows, pages = self._blank(shape)
+        n = len(chunks)
         if not n:
             return words
         lanes = [c.request.lane for c in chunks]
@@ -240,7 +357,7 @@ class Runner:
         rows[:n, COUNT] = [c.stop - c.start for c in chunks]
         rows[:n, LANE] = [lane if c.emits else NO_LANE for lane, c in zip(lanes, chunks)]
         rows[:n, len(ROW) + Sampling.STEP] = [c.request.length - c.request.prompt_len - c.emits for c in chunks]
-        words[at_pages:].reshape(shape.rows, shape.pages)[:n] = self.table[lanes, : shape.pages]
+        pages[:n] = self.table[lanes, : shape.pages]
         at = 0
         for chunk in chunks:
             known = chunk.request.tokens[chunk.start : chunk.stop]
@@ -249,18 +366,3 @@ class Runner:
             token[at + len(known) : stop] = -1  # still on the device
             at = stop
         return words
-
-    def score(self, tokens, start, pages, length, targets=()):
-        """Computes `tokens` at positions from `start` of a sequence of `length` in the pages `pages`.  At most SCORED.
-
-        Returns device arrays with SCORED rows: log-probability of each target, logits, hidden states.
-        """
-        shape = Shape(SCORED, 1, self.sizes.pages[-1], False)
-        at_rows, at_pages, end = shape.sections
-        words, target = np.zeros(end, np.int32), np.zeros(SCORED, np.int32)
-        words[: len(tokens)], target[: len(targets)] = tokens, targets
-        row = words[at_rows : at_rows + ROW_WIDTH]
-        row[START], row[COUNT], row[LANE], row[ROPE] = start, len(tokens), NO_LANE, length
-        words[at_pages : at_pages + len(pages)] = pages
-        self.state, out = self.programs["score"](self.params, self.state, words, target)
-        return out

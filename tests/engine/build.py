@@ -2,9 +2,12 @@
 
 import queue
 
+import llguidance
+
 from jaxserve.config import EngineConfig
 from jaxserve.engine import loading
 from jaxserve.engine.request import Request, SamplingParams
+from jaxserve.engine.sizes import Sizes
 from scripts import tiny_checkpoint
 
 VOCAB = 97
@@ -13,15 +16,46 @@ HF = tiny_checkpoint.config(
 )  # heads that no tp divides
 
 
-def engine(folder, **knobs):
-    """An engine with pages of 4 tokens, steps of 16, four lanes."""
+def engine(folder, guide=None, **knobs):
+    """An engine with pages of 4 tokens, steps of 16, four lanes; guide: see loading.load."""
     knobs = (
         dict(
             max_batch_size=4, num_tokens_per_iter=16, cache_block_seq_len=4, session_len=100, cache_max_entry_count=150
         )
         | knobs
     )
-    return loading.load(str(folder), EngineConfig(**knobs))
+    return loading.load(str(folder), EngineConfig(**knobs), guide=guide)
+
+
+EOS = 2
+# What the tokens of the tiny vocabulary stand for: the printable characters, and a few that are longer.
+BYTES = [b" ", b'","', b"", *(bytes([c]) for c in range(33, 126)), b'":']
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer."""
+
+    eos_token_id, bos_token_id, special_token_ids = EOS, None, (EOS,)
+    tokens = tuple(text or b"<end>" for text in BYTES)
+
+    def __call__(self, text):
+        return [BYTES.index(bytes([c])) for c in text]
+
+
+def table():
+    """The tiny vocabulary for llguidance."""
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary()))
+
+
+def text(tokens):
+    """What tokens stand for."""
+    return b"".join(BYTES[token] for token in tokens).decode()
+
+
+def like_a_gpu(monkeypatch):
+    """Engines made from now on have the sizes of programs that they would have on a GPU."""
+    choose = Sizes.choose
+    monkeypatch.setattr(Sizes, "choose", lambda platform, plan: choose("gpu", plan))
 
 
 GREEDY = SamplingParams()

@@ -82,6 +82,17 @@ def test_two_steps_ahead_equal_oracle(folder, expected, pages):
         assert (engine.stats()["preemptions"] > 0) == (pages == 15)
 
 
+def test_fused_as_on_a_gpu(folder, engine, expected, monkeypatch):
+    """Where a step is one program, it gives what the two give."""
+    params = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.3, seed=2, logprobs=1)
+    sampled = build.run(engine, random_requests(), params)
+    build.like_a_gpu(monkeypatch)
+    with build.engine(folder) as fused:
+        assert fused.runner.sizes.fused
+        assert build.run(fused, random_requests()) == expected
+        assert build.run(fused, random_requests(), params) == sampled
+
+
 @pytest.mark.parametrize("tp", [2, 4])
 def test_tensor_parallel_equals_oracle(folder, expected, tp):
     with build.engine(folder, tp=tp) as engine:
@@ -224,51 +235,6 @@ def test_a_request_that_can_never_fit_is_refused(folder):
         build.submit(engine, [1] * 59, 10)
 
 
-def test_a_failed_step_fails_its_requests_only(folder, expected, caplog):
-    with build.engine(folder) as engine:
-        running = build.submit(engine, [1] * 10, 80)
-        running.get(timeout=60)
-        dispatch = engine.runner.dispatch
-
-        def broken(chunks):
-            engine.runner.dispatch = dispatch
-            raise RuntimeError("the device fell off")
-
-        engine.runner.dispatch = broken
-        running.wait()
-        assert running.finish == "error" and "the device fell off" in running.outputs[-1].error
-        assert build.run(engine, random_requests()) == expected
-        assert engine.alive
-
-
-def test_an_engine_that_keeps_failing_says_so(folder, caplog):
-    engine = build.engine(folder)
-
-    def broken(chunks):
-        raise RuntimeError("no device")
-
-    engine.runner.dispatch = broken
-    answers = [build.submit(engine, [1] * 10, 5) for _ in range(9)]  # more than two steps hold
-    for answer in answers:
-        answer.wait()
-        assert answer.finish == "error"
-    engine._thread.join(10)
-    assert not engine.alive
-    with pytest.raises(EngineDead, match="no device"):
-        build.submit(engine, [1], 1)
-    engine.close()
-
-
-def test_not_a_number_fails_its_request_only(folder):
-    with build.engine(folder) as engine:
-        embed = engine.runner.params.embed
-        engine.runner.params = engine.runner.params.replace(embed=embed.at[42].set(np.nan))
-        sound, broken = build.submit(engine, [1, 2, 3], 8), build.submit(engine, [1, 42, 3], 8)
-        sound.wait(), broken.wait()
-        assert broken.finish == "error" and "NaN" in broken.outputs[-1].error
-        assert sound.finish == "length"
-
-
 def test_closing_ends_everything(folder):
     engine = build.engine(folder)
     answers = [build.submit(engine, [i] * 20, 70) for i in range(6)]
@@ -291,29 +257,6 @@ def test_the_state_is_donated(engine):
     old = engine.runner.state.cache.k
     build.run(engine, [([1, 2, 3], 3)])
     assert old.is_deleted()
-
-
-def test_scores_of_every_kind(engine, folder):
-    tokens = random_requests()[0][0] * 3
-    logits = oracle.logits(folder, None, tokens)
-    want = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[:-1]
-    logprobs, ids, values = engine.score(tokens, "alternatives")
-    np.testing.assert_array_equal(logprobs, engine.score(tokens))
-    np.testing.assert_array_equal(ids, np.argsort(-want, -1, kind="stable")[:, :20])
-    np.testing.assert_allclose(values, np.take_along_axis(want, ids, -1), atol=1e-4)
-    hidden, last = engine.score(tokens, "hidden"), engine.score(tokens, "last")
-    assert hidden.shape == (len(tokens), 64) and last.dtype == hidden.dtype == np.float32
-    np.testing.assert_array_equal(last, hidden[-1])
-    with pytest.raises(ValueError, match="'loss'"):
-        engine.score(tokens, "loss")
-
-
-def test_a_score_can_be_cancelled(engine):
-    futures = [engine.score_async([3] * 90) for _ in range(6)]
-    assert futures[0].cancel() | futures[3].cancel()
-    assert engine.score([5, 6, 7]).shape == (2,)
-    assert futures[5].result(60).shape == (89,)
-    assert engine.stats()["pages_used"] == 0
 
 
 def test_hooks_run_after_every_turn(folder, caplog):

@@ -1,0 +1,323 @@
+"""Guided decoding against masks computed naively, and with all that may happen to a request."""
+
+import itertools
+import json
+import random
+import re
+
+import jax
+import numpy as np
+import pytest
+from llguidance import LLMatcher
+
+from jaxserve.engine import guide as guides
+from jaxserve.engine.guide import Guide
+from jaxserve.engine.request import Request, SamplingParams
+from scripts import tiny_checkpoint
+from tests import oracle
+from tests.engine import build
+from tests.engine.test_engine import compiled, random_requests  # noqa: F401
+
+REGEX = r"(yes|no|yet)(, (very|not) (much|little))?( [0-9]{2})?"
+LANGUAGE = {
+    a + b + c
+    for a in ("yes", "no", "yet")
+    for b in ("", *(f", {x} {y}" for x in ("very", "not") for y in ("much", "little")))
+    for c in ("", *(f" {i:02}" for i in range(100)))
+}
+STARTS = {word[:i] for word in LANGUAGE for i in range(len(word) + 1)}
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "n": {"type": "integer", "minimum": -50, "maximum": 99},
+        "ok": {"type": "boolean"},
+        "list": {"type": "array", "items": {"enum": ["a", "bc"]}, "maxItems": 3},
+    },
+    "required": ["name", "n", "ok", "list"],
+    "additionalProperties": False,
+}
+STOP = frozenset([build.EOS])
+
+
+def regex(pattern=REGEX):
+    return LLMatcher.grammar_from_regex(pattern)
+
+
+def schema(value=SCHEMA):
+    return LLMatcher.grammar_from_json_schema(value, overrides={"whitespace_flexible": False})
+
+
+def naive(folder, prompt, count):
+    """Greedy tokens within LANGUAGE, and whether the answer is complete: every token is tried."""
+    weights, config = oracle.load(folder)
+    tokens = list(prompt)
+    for _ in range(count):
+        so_far = build.text(tokens[len(prompt) :])
+        can_end = so_far in LANGUAGE
+        allowed = [t for t in range(build.VOCAB) if t != build.EOS and so_far + build.text([t]) in STARTS]
+        if not allowed:
+            return tokens[len(prompt) :], "stop"
+        logits = oracle.logits(weights, config, tokens, rope_len=len(prompt))[-1]
+        allowed += [build.EOS] * can_end
+        tokens.append(max(allowed, key=lambda t: logits[t]))
+        if tokens[-1] == build.EOS:
+            return tokens[len(prompt) :], "stop"
+    return tokens[len(prompt) :], "length"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_checkpoint.write(folder, build.HF)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    with build.engine(folder, guide=build.table) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    return [(prompt, *naive(folder, prompt, 20)) for prompt, _ in random_requests(7, seed=5, longest=24)]
+
+
+@pytest.fixture(scope="module")
+def free(engine):
+    """Requests without a grammar, and their tokens alone."""
+    requests, params = random_requests(6, seed=6), SamplingParams(temperature=0.9, presence_penalty=0.4, seed=3)
+    return [(r, p, build.run(engine, [r], p)[0]) for r, p in zip(requests, itertools.cycle([params, build.GREEDY]))]
+
+
+def check(engine, expected, free=()):
+    """Guided requests and free ones, all at once."""
+    guided = [build.submit(engine, prompt, 20, stop_ids=STOP, grammar=regex()) for prompt, *_ in expected]
+    others = [build.submit(engine, *request, params) for request, params, _ in free]
+    for answer, (_, tokens, finish) in zip(guided, expected, strict=True):
+        assert answer.wait() == tokens and answer.finish == finish
+    assert [answer.wait() for answer in others] == [tokens for *_, tokens in free]
+    assert engine.stats()["pages_used"] == 0
+
+
+def test_equals_the_naive_way(engine, expected):
+    assert {finish for *_, finish in expected} == {"stop"} and len({len(t) for _, t, _ in expected}) > 1
+    for one in expected:
+        check(engine, [one])
+    check(engine, expected)
+
+
+def test_beside_free_requests(engine, expected, free, compiled):  # noqa: F811
+    check(engine, expected, free)
+    assert compiled == []
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_two_steps_ahead_and_preempted(folder, expected, free, gpu, monkeypatch):
+    if gpu:
+        build.like_a_gpu(monkeypatch)
+    with build.engine(folder, guide=build.table, cache_max_entry_count=15, session_len=56) as engine:
+        engine.ahead = 2
+        check(engine, expected, free)
+        assert engine.stats()["preemptions"] > 0
+
+
+def test_tensor_parallel(folder, expected, free):
+    with build.engine(folder, guide=build.table, tp=2) as engine:  # the vocabulary is padded to 98
+        check(engine, expected, free)
+
+
+def test_always_matches_its_schema(engine):
+    answers = [
+        build.submit(
+            engine,
+            [i + 1, 5],
+            90,
+            SamplingParams(temperature=2.0, seed=i),
+            stop_ids=STOP,
+            grammar=schema(),
+            group=i // 4,
+        )
+        for i in range(16)
+    ]
+    names = set()
+    for answer in answers:
+        tokens = answer.wait()
+        assert answer.finish == "stop", answer.outputs[-1]
+        found = json.loads(build.text(t for t in tokens if t != build.EOS))
+        assert list(found) == ["name", "n", "ok", "list"]
+        assert len(found["name"]) <= 6 and -50 <= found["n"] <= 99 and found["ok"] in (True, False)
+        assert len(found["list"]) <= 3 and set(found["list"]) <= {"a", "bc"}
+        names.add(found["name"])
+    assert len(names) > 4
+
+
+def test_with_the_other_knobs(engine):
+    bias = SamplingParams(logit_bias=((build.BYTES.index(b"n"), 100.0), (build.BYTES.index(b"Z"), 100.0)))
+    answer = build.submit(engine, [9, 8], 20, bias, stop_ids=STOP, grammar=regex("(yes|no|yet)Z?"))
+    assert build.text(t for t in answer.wait() if t != build.EOS) == "noZ"
+    words = SamplingParams(bad_words=((build.BYTES.index(b"n"),), tuple(build.BYTES.index(c) for c in (b"e", b"t"))))
+    answer = build.submit(engine, [9, 8], 20, words, stop_ids=STOP, grammar=regex("(yes|no|yet)"))
+    assert build.text(answer.wait()) == "yes" and answer.finish == "stop"
+    least = SamplingParams(min_new_tokens=7, temperature=1.0, logprobs=3)
+    for seed in range(4):
+        answer = build.submit(engine, [9, seed], 30, least, stop_ids=STOP, grammar=regex("[ab]+"))
+        assert len(answer.wait()) > 7
+    repeated = SamplingParams(frequency_penalty=2.0, presence_penalty=2.0)
+    answer = build.submit(engine, [9, 8], 26, repeated, stop_ids=STOP, grammar=regex("[a-z]{26}"))
+    assert len(set(answer.wait())) > 20
+
+
+def test_logprobs_are_the_models_own(engine, folder):
+    answer = build.submit(engine, [7, 8, 9], 20, SamplingParams(logprobs=2), stop_ids=STOP, grammar=regex())
+    tokens = answer.wait()
+    logits = oracle.logits(folder, None, [7, 8, 9, *tokens])[2:-1]
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    found = [output for output in answer.outputs if output.token is not None]
+    assert [o.logprob for o in found] == pytest.approx([row[t] for row, t in zip(logprobs, tokens)], abs=1e-4)
+    assert [o.top[0][0] for o in found] == logprobs.argmax(-1).tolist()
+
+
+def test_ends(engine):
+    never = build.submit(engine, [3, 4], 12, grammar=regex("[a-z]+"))  # no stop ids: the end is not allowed
+    assert len(never.wait()) == 12 and never.finish == "length" and build.text(never.wait()).islower()
+    only = build.submit(engine, [3, 4], 12, grammar=regex("ab"))
+    assert build.text(only.wait()) == "ab" and only.finish == "stop"
+    empty = build.submit(engine, [3, 4], 12, grammar=regex(""))
+    assert empty.wait() == [] and empty.finish == "stop"
+    own = frozenset([build.BYTES.index(b"c")])  # a stop id in the middle of what the grammar allows
+    early = build.submit(engine, [3, 4], 12, SamplingParams(), stop_ids=own, grammar=regex("abcd"))
+    assert build.text(early.wait()) == "abc" and early.finish == "stop"
+    other = frozenset([build.BYTES.index(b"#")])  # a stop id that the grammar does not know
+    params = SamplingParams(logit_bias=((build.BYTES.index(b"#"), 100.0),))
+    ended = build.submit(engine, [3, 4], 12, params, stop_ids=other, grammar=regex("[ab]+"))
+    assert build.text(ended.wait())[1:] == "#" and ended.finish == "stop"
+
+
+def test_a_grammar_that_allows_nothing_fails_its_row_only(engine, expected, free):
+    stuck = build.submit(engine, [3], 9, stop_ids=STOP, grammar=regex(r"[^\x00-\U0010FFFF]"))
+    banned = SamplingParams(bad_words=((build.BYTES.index(b"a"),),))
+    excluded = build.submit(engine, [3], 9, banned, stop_ids=STOP, grammar=regex("ba"))
+    check(engine, expected[:3], free[:2])
+    for answer, why in ((stuck, "cannot follow its grammar"), (excluded, "no token was left")):
+        answer.wait()
+        assert answer.finish == "error" and why in answer.outputs[-1].error
+    assert engine.stats()["corrupted"] == 0
+
+
+def test_a_matcher_that_fails_fails_its_row_only(engine, expected, monkeypatch):
+    consumed = itertools.count()
+
+    class Broken:
+        def __init__(self, matcher):
+            self.matcher = matcher
+
+        def consume_token(self, token):
+            return next(consumed) < 2 and self.matcher.consume_token(token)
+
+        def is_error(self):
+            return next(consumed) > 2
+
+        def get_error(self):
+            return "too complex\n<state> secrets"
+
+        def __getattr__(self, name):
+            return getattr(self.matcher, name)
+
+    answer = build.submit(engine, [1] * 14, 12, stop_ids=STOP, grammar=regex("[xyz]{9}"))
+    answer.request.matcher.matcher = Broken(answer.request.matcher.matcher)  # no llguidance matcher: filling raises
+    check(engine, expected[:3])
+    answer.wait()
+    assert answer.finish == "error" and "secrets" not in answer.outputs[-1].error
+
+
+def test_refusals(engine, folder):
+    with pytest.raises(ValueError, match="the grammar does not work"):
+        build.submit(engine, [1], 3, grammar=regex("(a"))
+    with pytest.raises(ValueError, match="the grammar does not work"):
+        build.submit(engine, [1], 3, grammar="{")
+    with build.engine(folder) as plain, pytest.raises(ValueError, match="without guided"):
+        build.submit(plain, [1], 3, grammar=regex())
+
+
+def test_aborted(engine):
+    answers = [build.submit(engine, [i], 90, stop_ids=STOP, grammar=regex("[a-z]{80}")) for i in range(6)]
+    answers[1].get(timeout=60)
+    for answer in answers:
+        engine.abort(answer.request)
+    for answer in answers:
+        answer.wait()
+        assert answer.finish == "abort"
+    assert engine.stats()["pages_used"] == 0
+
+
+# The guide alone
+
+
+def request(grammar, stop_ids=STOP, made=None):
+    made = Request([1, 2], 99, stop_ids=stop_ids, grammar=grammar)
+    return made
+
+
+def ids(mask):
+    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+
+
+def follow(guide, one, text=""):
+    one.tokens += [build.BYTES.index(c.encode()) for c in text]
+    masks, ended = guide.allow([(1, one)], 3)
+    assert (masks[[0, 2]] == -1).all()
+    return "".join(sorted(build.text([i]) or "$" for i in ids(masks[1]))), ended
+
+
+@pytest.mark.parametrize("vocab", [97, 64, 300])
+def test_masks(vocab):
+    guide, one = Guide(build.table(), vocab), request(regex("ab[bc]*|a1"))
+    one.matcher = guide.open(one)
+    if vocab == 64:  # a model with fewer embeddings than the tokenizer has tokens
+        assert follow(guide, one)[0] == ""  # "a" is beyond them
+        return
+    assert follow(guide, one) == ("a", [])
+    assert follow(guide, one, "a") == ("1b", [])
+    assert follow(guide, one, "bb") == ("$bc", [])
+    twin = request(regex("ab[bc]*|a1"))
+    twin.matcher = guide.open(twin)
+    twin.tokens += [build.BYTES.index(b"a"), build.BYTES.index(b"1")]
+    masks, ended = guide.allow([(0, one), (2, twin)], 3)
+    assert ended == [(twin, "")] and (masks[[1, 2]] == -1).all() and len(ids(masks[0])) == 3
+
+
+def test_dear_grammars_are_kept(monkeypatch):
+    monkeypatch.setattr(guides, "DEAR", 0)
+    monkeypatch.setattr(guides, "KEPT", 2)
+    guide = Guide(build.table, 97)
+    for pattern in ("ab", "cd", "ab", "ef", "ab", "ab"):
+        one = request(regex(pattern))
+        one.matcher = guide.open(one)
+        assert follow(guide, one) == (pattern[0], [])
+        assert follow(guide, one, pattern[0]) == (pattern[1], [])
+    assert [json.loads(g)["grammars"][0]["lark_grammar"] for g in guide._dear] == ["start: /ef/", "start: /ab/"]
+    monkeypatch.setattr(guides, "KEPT_BYTES", 10)
+    guide.open(request(regex("gh")))
+    assert not guide._dear
+
+
+def test_random_walks_through_a_regex():
+    guide, pattern, draw = Guide(build.table, 97), r"-?(0|[1-9]\d{0,4})(\.\d{1,3})?(e[+-]?\d\d)?", random.Random(1)
+    for _ in range(30):
+        one = request(regex(pattern))
+        one.matcher = guide.open(one)
+        while True:
+            masks, ended = guide.allow([(0, one)], 1)
+            token = None if ended else draw.choice(ids(masks[0]))
+            if token in (None, build.EOS):
+                break
+            one.tokens.append(token)
+        assert re.fullmatch(pattern, build.text(one.output)) and not (ended and ended[0][1])
+
+
+def test_the_engine_of_the_cpu_has_no_programs_of_its_own_for_it(engine, folder):
+    with build.engine(folder) as plain:
+        assert plain.runner.programs.keys() == engine.runner.programs.keys()
+    assert not any(jax.tree.leaves(engine.runner.state.newest.is_deleted()))
