@@ -15,6 +15,8 @@ from jaxserve.text import chat as conversation
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat's answer may be as long as fits
+MOST_MESSAGES = 20_000
+MOST_PARTS = 10_000  # of one message
 MOST_ANSWERS = 1024  # of one body: its prompts times n
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment")
 
@@ -128,9 +130,15 @@ def _chat(given: ChatBody) -> dict:
 
 def _check_messages(messages: list) -> list[str]:
     """The texts of messages that a template can take."""
+    if len(messages) > MOST_MESSAGES:
+        raise ParamError("messages", f"messages: {MOST_MESSAGES} at most, not {len(messages)}")
     for number, message in enumerate(messages):
-        if isinstance(message, dict) and not isinstance(calls := message.get("tool_calls"), list | None):
+        if not isinstance(message, dict):
+            continue
+        if not isinstance(calls := message.get("tool_calls"), list | None):
             raise ParamError("messages", f"message {number}: tool_calls is a list, not {shown(calls)}")
+        if isinstance(parts := message.get("content"), list) and len(parts) > MOST_PARTS:
+            raise ParamError("messages", f"message {number}: {MOST_PARTS} parts at most, not {len(parts)}")
     try:
         checked = conversation.checked(messages)
     except ValueError as error:

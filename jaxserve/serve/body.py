@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 from flask import Response, request
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from jaxserve.bodies import ParamError
 from jaxserve.serve.errors import ApiError
@@ -25,6 +26,9 @@ def read() -> dict:
     if not kind and "Origin" in request.headers:  # a web page's request that no preflight has asked for
         raise ApiError(415, "the body of a request is JSON: send Content-Type: application/json")
     data = request.get_data(cache=False)
+    most = request.max_content_length
+    if most is not None and request.content_length is None and len(data) >= most:  # sent in chunks, and cut off there
+        raise RequestEntityTooLarge
     if not data.strip():
         raise ApiError(400, "the body is empty; it must be a JSON object")
     try:

@@ -17,6 +17,7 @@ from jaxserve.text.tokenizer import stop_ids, stop_strings
 from jaxserve.voice import Formats
 
 TOO_LONG = "context_length_exceeded"  # the code by which clients know that they must send less
+MANY = 1000  # messages, or token ids, that are looked through where they are; more in the thread pool
 QUICK = 4000  # characters that are tokenized where they are; more go to the thread pool
 
 
@@ -81,7 +82,8 @@ class Service:
 
     def parse(self, url: str, body: dict) -> Ask:
         """A body as an Ask, with what it leaves open as the model's authors advise."""
-        return Ask.parse(url, body, self.generation_config)
+        large = any(isinstance(value, list) and len(value) > MANY for value in body.values())
+        return (offload if large else _here)(Ask.parse, url, body, self.generation_config)
 
     def start(self, ask: Ask) -> Answer:
         """Tokenizes and submits; errors come now, before anything is sent.
@@ -113,6 +115,7 @@ class Service:
         """One prompt of an Ask as token ids.  ParamError if it is empty, too long, or no prompt of this model."""
         name = "messages" if ask.chat else "prompt"
         if isinstance(prompt, list) and not ask.chat:
+            self._check_length(name, prompt)
             bad = next((token for token in prompt if not 0 <= token < self.vocab), None)
             if bad is not None:
                 raise ParamError(name, f"{name}: {self._ids()}, not {bad}")
@@ -130,13 +133,16 @@ class Service:
                 raise ParamError(name, str(error)) from None
         if not tokens:
             raise ParamError(name, f"{name}: the prompt is empty")
+        self._check_length(name, tokens)
+        return tokens
+
+    def _check_length(self, name: str, tokens: list[int]) -> None:
         if len(tokens) > self.session_len:
             raise ParamError(
                 name,
                 f"{name}: the prompt has {len(tokens)} tokens; prompt and answer together may have {self.session_len}",
                 TOO_LONG,
             )
-        return tokens
 
     def scores(self, tokens: list[int], alternatives: int) -> answers.Scores:
         """Each token of a prompt with its log-probability given those before it, and so many alternatives.  Waits."""

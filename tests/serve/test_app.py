@@ -1,10 +1,12 @@
 """What every route goes through: bodies, keys, host names, foreign pages, errors."""
 
+import http.client
 import logging
 
 import orjson
 import pytest
 
+from tests.serve.live import live
 from tests.serve.local import MODEL, serving
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -87,6 +89,17 @@ def test_large_bodies():
     with serving(options={"max_body_size": 0.01}) as server:
         assert server.post(CHAT, data=GOOD + b" " * 11_000, **JSON)[0] == 413
         assert server.post(CHAT, data=GOOD + b" " * 1_000, **JSON)[0] == 200
+
+
+def test_large_bodies_in_chunks():
+    with live(options={"max_body_size": 0.01}) as (_, url):
+        for size, status in ((1_000, 200), (11_000, 413), (200_000, 413)):
+            host, port = url.removeprefix("http://").split(":")
+            client = http.client.HTTPConnection(host, int(port))
+            body = iter([GOOD, b" " * (size // 2), b" " * (size // 2)])
+            client.request("POST", CHAT, body, {"Content-Type": "application/json"}, encode_chunked=True)
+            assert client.getresponse().status == status
+            client.close()
 
 
 def test_a_text_that_cannot_fit_is_not_tokenized(server, monkeypatch):
