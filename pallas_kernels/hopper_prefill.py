@@ -14,7 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.triton_call import cdiv, cores
+from pallas_kernels import tuning
+from pallas_kernels.paged_prefill import tiles
+from pallas_kernels.triton_call import cdiv, cores, jit, tl, triton_call
 
 WARPGROUPS = 2  # that compute; the last one loads
 ROWS = 64  # of queries a warpgroup: tokens * p
@@ -25,12 +27,12 @@ TILED = (plgpu.TilingTransform((8, 64)), SWIZZLE)  # rows of 64 elements, 128 by
 
 
 class Sizes(NamedTuple):
-    """What was found by measurement."""
+    """What was found by measurement: the sizes in tuned/, see tuning.py."""
 
-    block: int = 128  # keys a turn
-    stages: int = 2  # blocks of keys, and of values, that are on their way or in use
-    pingpong: bool = True  # one warpgroup multiplies while the other one computes weights
-    registers: tuple[int, int] = (40, 232)  # of a thread that loads, of one that computes
+    block: int  # keys a turn
+    stages: int  # blocks of keys, and of values, that are on their way or in use
+    pingpong: bool  # one warpgroup multiplies while the other one computes weights
+    registers: tuple[int, int]  # of a thread that loads, of one that computes
 
 
 class Refs(NamedTuple):
@@ -86,54 +88,77 @@ class Shape(NamedTuple):
         return self.sizes.block // self.page
 
 
-def prefill_tiles(
-    q, k_pool, v_pool, layer: int, pages, first, count, start, *, scale: float, sizes: Sizes | None = None
-):
+def prefill_tiles(q, k_pool, v_pool, layer: int, pages, first, count, start, *, scale: float):
     """The part of `paged_prefill_reference` that is about rows of several tokens, and about padding.
 
     Tokens of rows with a single one are left undefined.
     """
-    T, K, G, H = q.shape
+    T, K, _, H = q.shape
     N, S = k_pool.shape[1:3]
-    p = math.gcd(G, 8)  # the largest power of two that divides the group, 8 at most
-    shape = Shape(K * G // p, p, K, S, H, q.dtype.name, scale, cores(), sizes or Sizes())
+    shape = _shape(q, S, scale)
     work = _work(first, count, start, T, WARPGROUPS * shape.tokens)
     k, v = (pool.reshape(-1, S, K, H) for pool in (k_pool, v_pool))
     base = jnp.full(1, layer * N, jnp.int32)
-    return _attend(shape, q.reshape(T, -1, p, H // 64, 64), k, v, pages, work, base).reshape(q.shape)
+    return _attend(shape, _packed(q, shape), k, v, pages, work, base).reshape(q.shape)
+
+
+def lower(heads, dtype, page):
+    """Lowers the kernel for queries [T, *heads], and throws the result away; raises what Mosaic makes of it."""
+    queries = jax.ShapeDtypeStruct((2 * WARPGROUPS * ROWS, *heads), dtype)
+    shape = _shape(queries, page, 1.0)
+    pool = jax.ShapeDtypeStruct((8, page, heads[0], heads[2]), dtype)
+    tables = [jax.ShapeDtypeStruct(x, jnp.int32) for x in ((1, 8), (9, 8), (1,))]
+    queries = jax.eval_shape(functools.partial(_packed, shape=shape), queries)
+    _attend.trace(shape, queries, pool, pool, *tables).lower(lowering_platforms=("cuda",))
+
+
+def _shape(q, page, scale):
+    _, K, G, H = q.shape
+    size = tuning.lookup("hopper_prefill", q.dtype, H)
+    sizes = Sizes(size["block"], size["stages"], bool(size["pingpong"]), tuple(size["registers"]))
+    p = math.gcd(G, 8)  # the largest power of two that divides the group, 8 at most
+    return Shape(K * G // p, p, K, page, H, q.dtype.name, scale, cores(), sizes)
+
+
+def _packed(q, shape):
+    return q.reshape(q.shape[0], -1, shape.packed, shape.halves, 64)
+
+
+@jit
+def _order(tiles_ptr, most, work_ptr, PART: tl.constexpr, CHUNK: tl.constexpr):
+    """Writes the tiles to work_ptr, the costly ones first, behind a row of which the first word is their number.
+
+    Grid: most / PART.  Tiles without tokens cost nothing; they come last and are not counted.
+    """
+    number = tl.program_id(0) * PART + tl.arange(0, PART)
+    cost = tl.load(tiles_ptr + number * 8 + 6, mask=number < most, other=0)
+    place = tl.zeros([PART], tl.int32)
+    total = tl.sum(place, 0)
+    for at in tl.range(0, most, CHUNK):
+        other = at + tl.arange(0, CHUNK)
+        against = tl.load(tiles_ptr + other * 8 + 6, mask=other < most, other=-1)
+        above = (against[None, :] > cost[:, None]) | (
+            (against[None, :] == cost[:, None]) & (other[None, :] > number[:, None])
+        )
+        place += tl.sum(above.to(tl.int32), 1)
+        total += tl.sum((against > 0).to(tl.int32), 0)
+    word = tl.arange(0, 8)[None, :]
+    stored = (number < most)[:, None] & (word < 7)
+    words = tl.load(tiles_ptr + number[:, None] * 8 + word, mask=stored, other=0)
+    tl.store(work_ptr + (1 + place)[:, None] * 8 + word, words, mask=stored)
+    if tl.program_id(0) == 0:
+        tl.store(work_ptr, total)
 
 
 def _work(first, count, start, tokens, tile):
-    """Cuts the rows of two and more tokens into tiles: int32[1 + tiles, 8], the costly ones first.
-
-    A tile's words are its row, first token, tokens, position, keys, and the keys of its row; the first word of all is
-    the number of tiles.  Padding tokens have tiles as well, of one key in a row of none.  The same in every layer of a
-    step, where XLA computes it once.
-    """
-    most = tokens // tile + min(count.shape[0], tokens // 2) + 1
-    tiles = jnp.where(count > 1, cdiv(count, tile), 0)
-    after = jnp.cumsum(tiles, dtype=jnp.int32)
-    total = jnp.sum(count, dtype=jnp.int32)
-
-    def describe(number):
-        row = jnp.searchsorted(after, number, side="right", method="compare_all").astype(jnp.int32)
-        used = row < count.shape[0]
-        row = jnp.minimum(row, count.shape[0] - 1)
-        skipped = (number - (after - tiles)[row]) * tile
-        idle = total + (number - after[-1]) * tile
-        length = jnp.clip(jnp.where(used, count[row] - skipped, tokens - idle), 0, tile)
-        position = jnp.where(used, start[row] + skipped, 0)
-        keys = jnp.where(used, position + length, 1)
-        in_row = jnp.where(used, start[row] + count[row], 0)
-        return row, jnp.where(used, first[row] + skipped, idle), length, position, keys, in_row
-
-    number = jnp.arange(most, dtype=jnp.int32)
-    _, _, length, _, keys, in_row = describe(number)
-    cost = jnp.where(length > 0, keys + (in_row > 0), 0)
-    order = lax.sort(cost * most + number)[::-1] % most  # one array is sorted faster than a cost with its number
-    words = jnp.stack([*describe(order), number, number], axis=1)
-    head = jnp.zeros((1, 8), jnp.int32).at[0, 0].set(jnp.sum(length > 0, dtype=jnp.int32))
-    return jnp.concatenate([head, words])
+    """The tiles of paged_prefill.py in the order in which they are worked off, int32[1 + tiles, 8]: see `_order`."""
+    found = tiles(first, count, start, tokens, tile)
+    most = found.shape[0]
+    (work,) = triton_call(
+        _order, found, most, out=[jax.ShapeDtypeStruct((1 + most, 8), jnp.int32)], grid=(cdiv(most, 32),), warps=4,
+        stages=1, PART=32, CHUNK=256,
+    )  # fmt: skip
+    return work
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that it is lowered once for all layers

@@ -184,29 +184,73 @@ def _attend(
             _combine(first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr, K, G, H, HP, GC, PARTS)
 
 
-def _cut(length, token, window, block, smallest, pieces, most, heads):
-    """Cuts every row's visible keys into pieces of about total / pieces, at least `smallest` and a multiple of `block`.
+@jit
+def cdiv_(a, b):
+    return (a + b - 1) // b
 
-    Returns the pieces, int32[most, 7 + heads]: row (-1: none), token, first key, end, oldest visible key, the row's
-    first piece, its number of pieces, and zeros: at a row's first piece a launch counts in them, for each head, the
-    pieces that are done, and leaves them zero.  Rows whose token is -1 have no piece.  The same in every layer of a
-    step, where XLA computes it once.
+
+@jit
+def _cut(
+    length_ptr, token_ptr, R, most, pieces, work_ptr,
+    WINDOW: tl.constexpr, BLOCK: tl.constexpr, SMALLEST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    PART: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Cuts every row's visible keys into pieces of about total / pieces, at least SMALLEST and a multiple of BLOCK.
+
+    Writes the pieces, int32[most, WIDTH]: row (-1: none), token, first key, end, oldest visible key, the row's first
+    piece, its number of pieces, and zeros: at a row's first piece a launch counts in them, for each head, the pieces
+    that are done, and leaves them zero.  Rows whose token is -1 have no piece.  Grid: most / PART.
     """
-    oldest = jnp.zeros_like(length) if window is None else jnp.maximum(length - window, 0)
-    begin = oldest // block * block
-    span = jnp.where(token < 0, 0, length - begin)
-    share = jnp.maximum(cdiv(jnp.sum(span, dtype=jnp.int32), pieces), smallest)
-    share = cdiv(share, block) * block
-    splits = jnp.where(token < 0, 0, jnp.maximum(cdiv(span, share), 1))
-    after = jnp.cumsum(splits, dtype=jnp.int32)
-    piece = jnp.arange(most, dtype=jnp.int32)
-    row = jnp.searchsorted(after, piece, side="right", method="compare_all").astype(jnp.int32)
-    used = row < length.shape[0]
-    row = jnp.minimum(row, length.shape[0] - 1)
-    start = begin[row] + (piece - (after - splits)[row]) * share
-    end = jnp.minimum(start + share, length[row])
-    columns = jnp.where(used, row, -1), token[row], start, end, oldest[row], (after - splits)[row], splits[row]
-    return jnp.pad(jnp.stack(columns, axis=1), ((0, 0), (0, heads)))
+    r = tl.arange(0, ROWS)
+    length = tl.load(length_ptr + r, mask=r < R, other=0)
+    span = length
+    if WINDOW:
+        span -= tl.maximum(length - WINDOW, 0) // BLOCK * BLOCK
+    here = tl.load(token_ptr + r, mask=r < R, other=-1) >= 0
+    share = tl.maximum(cdiv_(tl.sum(tl.where(here, span, 0), 0), pieces), SMALLEST)
+    share = cdiv_(share, BLOCK) * BLOCK
+    splits = tl.where(here, tl.maximum(cdiv_(span, share), 1), 0)
+    after = tl.cumsum(splits, 0)
+    piece = tl.program_id(0) * PART + tl.arange(0, PART)
+    passed = after[None, :] <= piece[:, None]
+    first = tl.max(tl.where(passed, after[None, :], 0), 1)
+    used = piece < tl.sum(splits, 0)
+    row = tl.where(used, tl.sum(passed.to(tl.int32), 1), 0)
+    length = tl.load(length_ptr + row)
+    oldest = tl.zeros_like(length)
+    if WINDOW:
+        oldest = tl.maximum(length - WINDOW, 0)
+    begin = oldest // BLOCK * BLOCK
+    start = begin + (piece - first) * share
+    work = work_ptr + piece * WIDTH
+    stored = piece < most
+    tl.store(work, tl.where(used, row, -1), mask=stored)
+    tl.store(work + 1, tl.load(token_ptr + row), mask=stored)
+    tl.store(work + 2, start, mask=stored)
+    tl.store(work + 3, tl.minimum(start + share, length), mask=stored)
+    tl.store(work + 4, oldest, mask=stored)
+    tl.store(work + 5, first, mask=stored)
+    tl.store(work + 6, tl.maximum(cdiv_(length - begin, share), 1), mask=stored)
+    head = 7 + tl.arange(0, PADDED)[None, :]
+    tl.store(work[:, None] + head, tl.zeros([PART, PADDED], tl.int32), mask=stored[:, None] & (head < WIDTH))
+
+
+def listed(R, most):
+    """Constants and grid of a kernel that lists `most` pieces of R rows: a program looks at PART of them."""
+    rows = max(32, power_of_two(R))
+    part = min(64, max(4, 8192 // rows))
+    return {"ROWS": rows, "PART": part}, (cdiv(most, part),)
+
+
+def cut(length, token, window, block, smallest, pieces, most, heads):
+    """What `_cut` writes.  The same in every layer of a step, where XLA computes it once."""
+    constants, grid = listed(length.shape[0], most)
+    (work,) = triton_call(
+        _cut, length, token, length.shape[0], most, pieces,
+        out=[jax.ShapeDtypeStruct((most, 7 + heads), jnp.int32)], grid=grid, warps=4, stages=1, WINDOW=window or 0,
+        BLOCK=block, SMALLEST=smallest, WIDTH=7 + heads, PADDED=power_of_two(heads), **constants,
+    )  # fmt: skip
+    return work
 
 
 def paged_decode(
@@ -226,7 +270,7 @@ def paged_decode(
     token = jnp.arange(R, dtype=jnp.int32) if token is None else token
     pieces = max(1, size["programs"] // K)
     most = min(pieces + R, R * cdiv(P * S, size["smallest"]))
-    work = _cut(length, token, window, size["block"], size["smallest"], pieces, most, K)
+    work = cut(length, token, window, size["block"], size["smallest"], pieces, most, K)
     held = most if most > R else 0  # else no row has two pieces
     group, padded = power_of_two(G), power_of_two(H)
     partial = [jax.ShapeDtypeStruct((max(1, held * K * G * n),), jnp.float32) for n in (H, 1, 1)]

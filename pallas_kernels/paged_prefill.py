@@ -4,13 +4,27 @@ T tokens of the step, R rows, P pages a row, S tokens a page, N pages, L layers,
 H head dim.  The tokens of a row are consecutive; tokens that belong to no row are padding.
 """
 
+import functools
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tuning
-from pallas_kernels.paged_decode import BLOCK, MASKED, gather_pages, paged_decode, paged_decode_reference, pages_of
-from pallas_kernels.triton_call import cdiv, device, jit, power_of_two, tl, triton_call
+from pallas_kernels.paged_decode import (
+    BLOCK,
+    MASKED,
+    cdiv_,
+    gather_pages,
+    listed,
+    paged_decode,
+    paged_decode_reference,
+    pages_of,
+)
+from pallas_kernels.triton_call import device, jit, power_of_two, tl, triton_call
 
 TILE = 64  # consecutive tokens of one row that the reference handles at once
 
@@ -140,7 +154,7 @@ def _attend_tile(
 ):  # fmt: skip
     """One tile for one kv head: grid (K, tiles).  SCALE includes the base of the exponential, 2."""
     head = tl.program_id(0)
-    tile = tiles_ptr + tl.program_id(1) * 4
+    tile = tiles_ptr + (tl.num_programs(1) - 1 - tl.program_id(1)) * 8  # the costly ones, at the end of a row, first
     row = tl.load(tile)
     token = tl.load(tile + 1)
     tokens = tl.load(tile + 2)
@@ -186,23 +200,52 @@ def _attend_tile(
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mine)
 
 
-def _tiles(first, count, start, tokens, tile, most):
-    """Cuts the rows of two and more tokens into tiles: int32[most, 4] of row, first token, tokens and its position.
+@jit
+def _tiles(
+    first_ptr, count_ptr, start_ptr, R, T, most, tiles_ptr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Cuts the rows of two and more tokens, then the padding tokens, into tiles of TILE tokens: grid most / PART.
 
-    The tiles that are left over get row -1 and the padding tokens.  The costly ones, at the end of a row, come first.
-    The same in every layer of a step, where XLA computes it once.
+    Writes int32[most, 8]: row (-1: none), first token, tokens, position, keys, keys of the whole row, cost.  Padding
+    sees one key of a row that has none.
     """
-    tiles = jnp.where(count > 1, cdiv(count, tile), 0)
-    after = jnp.cumsum(tiles, dtype=jnp.int32)
-    number = jnp.arange(most - 1, -1, -1, dtype=jnp.int32)
-    row = jnp.searchsorted(after, number, side="right", method="compare_all").astype(jnp.int32)
-    used = row < count.shape[0]
-    row = jnp.minimum(row, count.shape[0] - 1)
-    skipped = (number - (after - tiles)[row]) * tile
-    idle = jnp.sum(count, dtype=jnp.int32) + (number - after[-1]) * tile
-    token = jnp.where(used, first[row] + skipped, idle)
-    length = jnp.clip(jnp.where(used, count[row] - skipped, tokens - idle), 0, tile)
-    return jnp.stack([jnp.where(used, row, -1), token, length, start[row] + skipped], axis=1)
+    r = tl.arange(0, ROWS)
+    count = tl.load(count_ptr + r, mask=r < R, other=0)
+    tiles = tl.where(count > 1, cdiv_(count, TILE), 0)
+    after = tl.cumsum(tiles, 0)
+    number = tl.program_id(0) * PART + tl.arange(0, PART)
+    passed = after[None, :] <= number[:, None]
+    skipped = (number - tl.max(tl.where(passed, after[None, :], 0), 1)) * TILE
+    used = number < tl.sum(tiles, 0)
+    row = tl.where(used, tl.sum(passed.to(tl.int32), 1), 0)
+    idle = tl.sum(count, 0) + (number - tl.sum(tiles, 0)) * TILE
+    count = tl.load(count_ptr + row)
+    start = tl.load(start_ptr + row)
+    tokens = tl.minimum(tl.maximum(tl.where(used, count - skipped, T - idle), 0), TILE)
+    position = tl.where(used, start + skipped, 0)
+    keys = tl.where(used, position + tokens, 1)
+    tile = tiles_ptr + number * 8
+    stored = number < most
+    tl.store(tile, tl.where(used, row, -1), mask=stored)
+    tl.store(tile + 1, tl.where(used, tl.load(first_ptr + row) + skipped, idle), mask=stored)
+    tl.store(tile + 2, tokens, mask=stored)
+    tl.store(tile + 3, position, mask=stored)
+    tl.store(tile + 4, keys, mask=stored)
+    tl.store(tile + 5, tl.where(used, start + count, 0), mask=stored)
+    tl.store(tile + 6, tl.where(tokens > 0, keys + used.to(tl.int32), 0), mask=stored)
+
+
+def tiles(first, count, start, tokens, tile):
+    """What `_tiles` writes.  The same in every layer of a step, where XLA computes it once."""
+    R = count.shape[0]
+    most = tokens // tile + min(R, tokens // 2) + 1
+    constants, grid = listed(R, most)
+    (found,) = triton_call(
+        _tiles, first, count, start, R, tokens, most, out=[jax.ShapeDtypeStruct((most, 8), jnp.int32)], grid=grid,
+        warps=4, stages=1, TILE=tile, **constants,
+    )  # fmt: skip
+    return found
 
 
 def paged_prefill(
@@ -216,7 +259,7 @@ def paged_prefill(
         raise ValueError(f"the kernel needs queries and cache of one dtype, not {q.dtype} and {k_pool.dtype}")
     rows = (pages, first, count, start)
     if hopper(q, k_pool, window):
-        from pallas_kernels.hopper_prefill import prefill_tiles  # imports Mosaic, which takes 0.3 s
+        from pallas_kernels.hopper_prefill import prefill_tiles
 
         out = prefill_tiles(q, k_pool, v_pool, layer, *rows, scale=scale)
     else:
@@ -229,24 +272,50 @@ def paged_prefill(
 
 
 def hopper(q, k_pool, window) -> bool:
-    """Whether the kernel of hopper_prefill.py can take the rows of several tokens on the device compiled for."""
-    return False  # until it was measured
-    S, H = k_pool.shape[2], q.shape[-1]
-    fits = q.dtype in (jnp.bfloat16, jnp.float16) and H in (64, 128) and S in (16, 32, 64, 128)
-    return fits and not window and device()[1] == 90
+    """Whether the kernel of hopper_prefill.py takes the rows of several tokens on the device compiled for."""
+    (T, _, _, H), S = q.shape, k_pool.shape[2]
+    if window or device()[1] != 90 or q.dtype.itemsize != 2 or H not in (64, 128) or S not in (16, 32, 64, 128):
+        return False
+    size = tuning.lookup("hopper_prefill", q.dtype, H)
+    return size["tokens"] <= T and size["block"] % S == 0 and _lowers(q.shape[1:], q.dtype, S)
+
+
+@functools.cache
+def _lowers(heads, dtype, page) -> bool:
+    """Whether the kernel of hopper_prefill.py can be lowered here, for queries [T, *heads]; if not, warns.
+
+    Mosaic is no stable interface, and nothing stops where it is missing or has changed: the Triton kernel does the
+    work, in up to twice the time.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if jax.default_backend() != "gpu" else None
+
+    def attempt():
+        from pallas_kernels import hopper_prefill  # imports Mosaic, which takes half a second
+
+        with jax.sharding.use_abstract_mesh(mesh) if mesh else nullcontext():
+            hopper_prefill.lower(heads, dtype, page)
+
+    try:
+        with ThreadPoolExecutor(1) as thread:  # its own, to be outside of the trace that asks
+            thread.submit(attempt).result()
+    except Exception as problem:  # ImportError, AttributeError, an error of MLIR, ...
+        reason = f"{type(problem).__name__}: {str(problem).strip()[:200]}"
+        warnings.warn(f"attention to prompts is slower: its kernel for Hopper cannot be used ({reason})", stacklevel=4)
+        return False
+    return True
 
 
 def _prefill_tiles(q, k_pool, v_pool, layer, pages, first, count, start, *, scale, window):
     """The rows of several tokens and the padding, by the Triton kernel."""
     T, K, G, H = q.shape
     N, S = k_pool.shape[1:3]
-    R, P = pages.shape
+    P = pages.shape[1]
     size = tuning.lookup("paged_prefill", q.dtype, H)
     tile = max(1, size["rows"] // G)
-    most = T // tile + min(R, T // 2) + 1
+    found = tiles(first, count, start, T, tile)
     (out,) = triton_call(
-        _attend_tile, q, k_pool, v_pool, pages, _tiles(first, count, start, T, tile, most),
-        jnp.full(1, layer * N, jnp.int32), P, out=[jax.ShapeDtypeStruct(q.shape, q.dtype)], grid=(K, most),
+        _attend_tile, q, k_pool, v_pool, pages, found, jnp.full(1, layer * N, jnp.int32), P,
+        out=[jax.ShapeDtypeStruct(q.shape, q.dtype)], grid=(K, found.shape[0]),
         warps=size["warps"], stages=size["stages"],
         SCALE=scale * 1.4426950408889634, WINDOW=window or 0, S=S, K=K, G=G, H=H, HP=power_of_two(H), ROWS=size["rows"],
         BLOCK=size["block"], STAGES=size["stages"], PRECISION="ieee" if q.dtype == jnp.float32 else "tf32",

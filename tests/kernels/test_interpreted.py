@@ -45,7 +45,8 @@ def run(kernel, *inputs, out, grid, in_place=(), warps, stages, **constants):
     """`triton_call` by the interpreter; what a kernel leaves unwritten is NaN; what it does not return stays."""
     before = inputs
     inputs = [x if isinstance(x, int) else Memory(np.array(x)) for x in inputs]
-    outputs = [Memory(np.full(x.shape, np.nan, x.dtype)) for x in out]
+    junk = {"f": np.nan, "i": -(2**30)}
+    outputs = [Memory(np.full(x.shape, junk[x.dtype.kind], x.dtype)) for x in out]
     kernel[grid](*inputs, *outputs, **constants)
     for i, (x, old) in enumerate(zip(inputs, before, strict=True)):
         if i not in in_place and not isinstance(x, int):
@@ -70,6 +71,7 @@ def interpreter(monkeypatch):
     for function in (paged_decode, paged_prefill, kv_write, rope_kv_write):
         monkeypatch.setitem(function.__globals__, "triton_call", run)
     monkeypatch.setattr(tuning, "lookup", lambda *_: SIZES)
+    monkeypatch.setitem(paged_prefill.__globals__, "hopper", lambda *_: False)
     with jax.numpy_dtype_promotion("strict"):
         yield
 
