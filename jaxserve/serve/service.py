@@ -181,7 +181,18 @@ def offload(work: Callable, *arguments):
         return work(*arguments)
     from gevent import get_hub
 
-    return get_hub().threadpool.apply(work, arguments)
+    result, error = get_hub().threadpool.apply(_caught, (work, arguments))
+    if error is not None:
+        raise error
+    return result
+
+
+def _caught(work: Callable, arguments) -> tuple:
+    """gevent writes what is raised in its threads to the log, though somebody waits for it."""
+    try:
+        return work(*arguments), None
+    except Exception as error:
+        return None, error
 
 
 def _here(work: Callable, *arguments):
