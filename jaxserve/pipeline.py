@@ -61,9 +61,10 @@ def pipeline(
         template = ChatTemplate.for_model(source.config, tokenizer, chat_template_config, meta_instruction, capability)
     from jaxserve.engine.loading import load
 
-    with stages(show_progress) as progress:
-        engine = load(str(path), config, report=report, progress=progress)
-    return Pipeline(engine, tokenizer, template, config.seed)
+    with stages(show_progress) as progress:  # the vocabulary for grammars is made when one is first asked for
+        engine = load(str(path), config, report=report, progress=progress, guide=lambda: made.author.table)
+    made: Pipeline = Pipeline(engine, tokenizer, template, config.seed)
+    return made
 
 
 class Pipeline:

@@ -70,6 +70,23 @@ def test_scores_agree(pipe):
     assert [token for token, _ in others] == np.argsort(-logits[-1])[1:3].tolist()
 
 
+def test_answers_have_the_shape_that_was_asked_for(pipe):
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "maxProperties": 1}
+    asked = GenerationConfig(
+        response_format={"type": "json_schema", "json_schema": {"name": "count", "schema": schema}},
+        do_sample=True, top_k=0, temperature=1.0, random_seed=7, max_new_tokens=60, n=3,
+    )  # fmt: skip
+    word = GenerationConfig(response_format={"type": "regex_schema", "regex_schema": "(yes|no)!"})
+    answers = pipe(PROMPTS[:3], [asked, word, GenerationConfig(max_new_tokens=5)])
+    for answer in answers[0]:
+        assert answer.finish_reason == "stop" and list(json.loads(answer.text)) == ["n"]
+    assert answers[1].text in ("yes!", "no!") and answers[1].finish_reason == "stop"
+    assert "".join(piece.text for piece in pipe.stream_infer(PROMPTS[1], word)) == answers[1].text
+    assert answers[2].token_ids == pipe(PROMPTS[2], GenerationConfig(max_new_tokens=5)).token_ids
+    with pytest.raises(ValueError, match="unclosed group"):
+        pipe("Hi", GenerationConfig(response_format={"type": "regex_schema", "regex_schema": "(yes"}))
+
+
 def test_stop_words_and_aborts_give_everything_back(pipe):
     text = pipe("Hi", GenerationConfig(max_new_tokens=30, ignore_eos=True, skip_special_tokens=False)).text
     cut = pipe("Hi", GenerationConfig(max_new_tokens=30, ignore_eos=True, stop_words=[text[5:9]]))

@@ -17,7 +17,8 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 from jaxserve.engine.request import Request
 
 log = logging.getLogger("jaxserve")
-LIMITS = LLParserLimits(verbose_errors=False)  # the others as they are: a mask takes 15 ms at the very most
+# A grammar that was checked before with the same or tighter limits stays within these; a step takes 8 ms at most.
+LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=20_000, verbose_errors=False)
 DEAR = 0.003  # seconds to compile a grammar, from which it is compiled once and copied; copies share a lock
 KEPT = 64  # dear grammars ...
 KEPT_BYTES = 8 << 20  # ... and their text at most
