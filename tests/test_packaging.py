@@ -140,10 +140,10 @@ def distributions(*folders):
 
 
 def test_requirements_are_what_is_imported():
-    required = {canonicalize_name(requirement.name) for requirement in declared()}
-    assert distributions(*PACKAGES) == required
+    required = {canonicalize_name(requirement.name) for requirement in declared("ui", "bench")}
+    assert distributions(*PACKAGES) | {"packaging"} == required  # gunicorn needs it
     by_hand = {"torch"}  # made the golden files, once
-    assert distributions("scripts", "tests") - by_hand <= {canonicalize_name(r.name) for r in declared("dev")}
+    assert distributions("scripts", "tests") - by_hand <= {canonicalize_name(r.name) for r in declared("dev", "compat")}
 
 
 def test_no_pytorch_anywhere_below():
