@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from pallas_kernels import triton_call
+from pallas_kernels.paged_prefill import hopper
 from tests.kernels.cases import Case
 
 pytestmark = pytest.mark.gpu
@@ -66,6 +68,45 @@ def test_other_heads_and_pages(heads, page_size):
     close(*both("paged_prefill", q, k, v, 1, *case.rows(), scale=0.125))
     pages, length = map(jnp.asarray, (case.pages, case.length))
     close(*both("paged_decode", q[: len(LENGTHS)], k, v, 1, pages, length, scale=0.125))
+
+
+HOPPER = {  # lengths, new tokens, padding, kv heads, query heads a kv head, head dim, page size
+    "one row": ([300], [300], 0, 2, 2, 128, 64),
+    "ragged": ([5, 900, 0, 1, 333, 65, 2000], [5, 700, 0, 1, 33, 1, 64], 100, 2, 2, 128, 64),
+    "mostly single": ([130, *[700] * 200, 2000], [130, *[1] * 200, 50], 37, 8, 4, 128, 64),
+    "small pages": ([700, 129, 128], [200, 129, 128], 70, 2, 3, 128, 16),
+    "seven a group": ([257, 1000], [257, 3], 0, 2, 7, 128, 32),
+    "heads of 64": ([513, 64, 63], [500, 64, 63], 200, 3, 3, 64, 64),
+    "pages of 128": ([1000, 200], [600, 199], 9, 2, 8, 64, 128),
+    "sixteen a group": ([700], [130], 0, 2, 16, 64, 64),
+    "padding alone": ([40, 0], [1, 0], 255, 2, 2, 128, 64),
+    "long ago": ([9000, 4097], [130, 2], 0, 1, 1, 128, 64),
+}
+
+
+@pytest.mark.parametrize("label, dtype", [*((label, "bfloat16") for label in HOPPER), ("ragged", "float16")])
+def test_hopper(label, dtype):
+    """What the kernel of hopper_prefill.py takes; junk that nobody wrote is NaN in these cases."""
+    if triton_call.device()[1] != 90:
+        pytest.skip("needs compute capability 9.0")
+    lengths, new, padding, kv_heads, group, head_dim, page_size = HOPPER[label]
+    case = Case(lengths, new, padding=padding, kv_heads=kv_heads, group=group, head_dim=head_dim, page_size=page_size,
+                dtype=jnp.dtype(dtype))  # fmt: skip
+    q, k, v = map(jnp.asarray, (case.q, case.k, case.v))
+    assert hopper(q, k, None)
+    close(*both("paged_prefill", q, k, v, 1, *case.rows(), scale=head_dim**-0.5))
+
+
+def test_hopper_gives_the_same_bits():
+    if triton_call.device()[1] != 90:
+        pytest.skip("needs compute capability 9.0")
+    case = Case([900, 1, 2000, 700], [900, 1, 1000, 7], padding=100, kv_heads=8, group=2, head_dim=128, page_size=64,
+                dtype=jnp.bfloat16)  # fmt: skip
+    args = (*map(jnp.asarray, (case.q, case.k, case.v)), *case.rows())
+    attend = jax.jit(lambda q, k, v, *rows: pk.paged_prefill(q, k, v, 1, *rows, scale=0.1))
+    first = np.asarray(attend(*args)).view(np.uint16)
+    for _ in range(100):
+        np.testing.assert_array_equal(np.asarray(attend(*args)).view(np.uint16), first)
 
 
 def test_many_rows():

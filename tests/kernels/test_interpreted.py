@@ -70,6 +70,7 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda self, *args: None)
     for function in (paged_decode, paged_prefill, kv_write, rope_kv_write):
         monkeypatch.setitem(function.__globals__, "triton_call", run)
+    monkeypatch.setattr("pallas_kernels.hopper_prefill.triton_call", run)
     monkeypatch.setattr(tuning, "lookup", lambda *_: SIZES)
     monkeypatch.setitem(paged_prefill.__globals__, "hopper", lambda *_: False)
     with jax.numpy_dtype_promotion("strict"):
@@ -113,6 +114,37 @@ def test_prefill(rows, heads, window, dtype):
     close(
         paged_prefill(*args, scale=0.2, window=window), paged_prefill_reference(*args, scale=0.2, window=window), dtype
     )
+
+
+@pytest.mark.parametrize(
+    "count, start, padding",
+    [([100, 7, 0, 90, 16, 1], [0, 3, 0, 57, 900, 5], 70), ([1, 1], [4, 9], 0), ([2] * 300, [5] * 300, 1)],
+)
+def test_tiles(count, start, padding):
+    """Every token of the rows of several, and of the padding, is in one tile; the costly ones come first."""
+    pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    from pallas_kernels import hopper_prefill
+
+    first = np.cumsum(count) - count
+    tokens = sum(count) + padding
+    arrays = (jnp.asarray(x, jnp.int32) for x in (first, count, start))
+    number, *work = np.asarray(hopper_prefill._work(*arrays, tokens, 16))
+    work = np.array(work)[: number[0]]
+    cost = work[:, 6]
+    assert (np.diff(cost) <= 0).all()
+    assert (cost > 0).all()
+    seen = np.zeros(tokens, int)
+    for row, token, length, position, keys, in_row in work[:, :6]:
+        seen[token : token + length] += 1
+        if row < 0:
+            assert token >= sum(count)
+            assert (keys, in_row) == (1, 0)
+        else:
+            assert 0 <= token - first[row] <= count[row] - length
+            assert position == start[row] + token - first[row]
+            assert (keys, in_row) == (position + length, start[row] + count[row])
+    single = np.repeat(np.equal(count, 1), count)
+    np.testing.assert_array_equal(seen, np.append(~single, np.ones(padding)))
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 8), (7, 3, 80)])

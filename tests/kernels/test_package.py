@@ -1,6 +1,8 @@
 """What does not need a GPU: the package's door, the table of sizes, and rotation with writing."""
 
+import importlib
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import tuning
+
+prefill = importlib.import_module("pallas_kernels.paged_prefill")  # the package has the function by that name
 
 
 def test_not_available_here():
@@ -28,13 +32,58 @@ def test_every_device_knows_every_shape(monkeypatch):
         kind = path.stem.replace("_", " ").upper()
         monkeypatch.setattr(tuning, "device", lambda kind=kind: (kind, 90))
         for kernel, table in json.loads(path.read_text()).items():
-            for head_dim in (64, 80, 96, 128, 256):
-                for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+            hopper = kernel == "hopper_prefill"  # made for fewer
+            for head_dim in (64, 128) if hopper else (64, 80, 96, 128, 256):
+                for dtype in (jnp.bfloat16, jnp.float16) if hopper else (jnp.bfloat16, jnp.float16, jnp.float32):
                     assert tuning.lookup(kernel, dtype, head_dim)["block"] >= 16  # the least that tl.dot takes
             if path.stem != "default":
                 assert tuning.lookup(kernel, jnp.bfloat16, 64) == table["16x64"]
     with pytest.raises(ValueError, match="16x1024"):
         tuning.lookup("paged_decode", jnp.bfloat16, 1000)
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """As if compiling for an H200."""
+    for module in (tuning, prefill):
+        monkeypatch.setattr(module, "device", lambda: ("NVIDIA H200", 90))
+    prefill._lowers.cache_clear()
+    yield
+    prefill._lowers.cache_clear()
+
+
+def queries(tokens, *heads, dtype=jnp.bfloat16, page=64):
+    """Queries and a pool of pages."""
+    q = jax.ShapeDtypeStruct((tokens, *heads), dtype)
+    return q, jax.ShapeDtypeStruct((1, 9, page, heads[0], heads[2]), dtype)
+
+
+@pytest.mark.parametrize("heads", [(8, 2, 128), (4, 7, 128), (3, 3, 64)])
+def test_the_kernel_for_hopper_lowers(h200, monkeypatch, heads):
+    from pallas_kernels import hopper_prefill
+
+    monkeypatch.setattr(hopper_prefill, "cores", lambda: 132)
+    assert prefill.hopper(*queries(512, *heads), None)
+
+
+def test_what_the_kernel_for_hopper_leaves(h200, monkeypatch):
+    monkeypatch.setattr(prefill, "_lowers", lambda *_: True)
+    monkeypatch.setattr(prefill._lowers, "cache_clear", lambda: None, raising=False)
+    assert prefill.hopper(*queries(512, 8, 2, 128), None)
+    assert not prefill.hopper(*queries(512, 8, 2, 128), 1000)  # a window
+    assert not prefill.hopper(*queries(512, 8, 2, 96), None)
+    assert not prefill.hopper(*queries(512, 8, 2, 128, dtype=jnp.float32), None)
+    assert not prefill.hopper(*queries(512, 8, 2, 128, page=256), None)
+    monkeypatch.setattr(prefill, "device", lambda: ("NVIDIA A100-SXM4-80GB", 80))
+    assert not prefill.hopper(*queries(512, 8, 2, 128), None)
+
+
+def test_without_mosaic_a_warning_says_why(h200, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pallas_kernels.hopper_prefill", None)
+    monkeypatch.delattr("pallas_kernels.hopper_prefill", raising=False)
+    with pytest.warns(UserWarning, match="slower.*hopper_prefill"):
+        assert not prefill.hopper(*queries(512, 8, 2, 128), None)
+    assert not prefill.hopper(*queries(1024, 8, 2, 128), None)  # and does so once
 
 
 @pytest.mark.parametrize("norms", [False, True])
