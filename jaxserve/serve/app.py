@@ -2,16 +2,14 @@
 
 import hashlib
 import hmac
-import importlib
-import importlib.util
 import logging
 import secrets
 import time
-from types import ModuleType
+from typing import Any
 
 from flask import Flask, Response, g, request
 
-from jaxserve.serve import errors, openai, openapi
+from jaxserve.serve import anthropic, errors, native, openai, openapi, pages, responses
 from jaxserve.serve.errors import MISSING, ApiError
 from jaxserve.serve.options import ServerOptions
 from jaxserve.serve.service import Service
@@ -33,7 +31,9 @@ def create_app(service: Service, options: ServerOptions | None = None) -> Flask:
     app.url_map.merge_slashes = False
     keys = list(map(_digest, options.keys()))
     public = _add_routes(app, service, options, bool(keys))
-    hosts = {host.lower() for host in options.allowed_hosts or (LOCAL if options.loopback else ())}
+    hosts = {
+        host.lower() for host in options.allowed_hosts or ((*LOCAL, options.server_name) if options.loopback else ())
+    }
 
     @app.before_request
     def admit() -> Response | None:
@@ -63,18 +63,13 @@ def create_app(service: Service, options: ServerOptions | None = None) -> Flask:
 
 def _add_routes(app: Flask, service: Service, options: ServerOptions, keys: bool) -> set[str]:
     """Adds all routes; returns the rules of those that anybody may call."""
-    modules: list[ModuleType] = [openai]
-    for name in ("responses", "anthropic", "native"):
-        if importlib.util.find_spec(f"jaxserve.serve.{name}"):
-            modules.append(importlib.import_module(f"jaxserve.serve.{name}"))
+    modules: tuple[Any, ...] = (openai, responses, anthropic, native)
     for module in modules:
         app.register_blueprint(module.blueprint(service))
     if options.disable_fastapi_docs:
         return set(OPEN)
-    from jaxserve.serve import pages
-
     app.register_blueprint(pages.blueprint(service))
-    operations = [*openapi.OPERATIONS, *(one for module in modules for one in getattr(module, "OPERATIONS", ()))]
+    operations = [*openapi.OPERATIONS, *(one for module in modules for one in module.OPERATIONS)]
     text = openapi.document(operations, title=service.model, server=options.root_path, keys=keys)
     app.register_blueprint(openapi.blueprint(text))
     return OPEN | pages.PATHS

@@ -19,18 +19,21 @@ PROMPTS = ["Hi", "a longer prompt, of several words", "x" * 70, "é🙂"]
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_checkpoint.write(folder, tiny_checkpoint.config("LlamaForCausalLM", vocab_size=258, eos_token_id=257))
+    tiny_checkpoint.write(
+        folder,
+        tiny_checkpoint.config("LlamaForCausalLM", vocab_size=258, eos_token_id=257, max_position_embeddings=1024),
+    )
     fake_engine.tokenizer().core.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": fake_engine.END, "chat_template": fake_engine.TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    config = EngineConfig(max_batch_size=4, cache_max_entry_count=48, cache_block_seq_len=16)
+    config = EngineConfig(max_batch_size=4, cache_max_entry_count=160, cache_block_seq_len=16)
     with pipeline(str(folder), config) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def server(pipe):
-    service = Service(Door(pipe.engine), pipe.tokenizer, pipe.template, model_names=["tiny"])
+    service = Service(Door(pipe.engine), pipe.tokenizer, pipe.template, model_names=["tiny"], tool_format="hermes")
     return Server(service, pipe.engine, ServerOptions())
 
 
@@ -122,3 +125,21 @@ def test_a_choice(server):
     for seed in range(3):
         choice = server.complete(guided_choice=["yes", "no"], temperature=1, seed=seed)["choices"][0]
         assert choice["text"] in ("yes", "no") and choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_that_are_required_come(server, stream):
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("add", "mul")]
+    body = {"messages": [{"role": "user", "content": "1"}], "tools": tools, "temperature": 1, "seed": 1}
+    forced = {"type": "function", "function": {"name": "mul"}}
+    if stream:
+        chunks = server.chunks("/v1/chat/completions", body | {"tool_choice": forced, "parallel_tool_calls": False})
+        parts = [part for chunk in chunks for part in chunk["choices"][0]["delta"].get("tool_calls", ())]
+        name, arguments = parts[0]["function"]["name"], "".join(part["function"]["arguments"] for part in parts)
+        finish = chunks[-1]["choices"][0]["finish_reason"]
+    else:
+        (choice,) = server.chat(**body, tool_choice=forced, parallel_tool_calls=False)["choices"]
+        ((call,), finish) = choice["message"]["tool_calls"], choice["finish_reason"]
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+    assert (name, finish) == ("mul", "tool_calls") and json.loads(arguments)["n"] in (1, 2)
