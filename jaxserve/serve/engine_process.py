@@ -94,20 +94,22 @@ def load(model: str | None, config: EngineConfig, options: ServerOptions, again:
         from jaxserve import checkpoint
         from jaxserve.text import reasoning, tools
         from jaxserve.text.chat import ChatTemplate
-        from jaxserve.text.tokenizer import Tokenizer
+        from jaxserve.text.grammar import token_table
+        from jaxserve.text.tokenizer import Tokenizer, stop_ids
 
         path = hub.resolve(model, config.revision, config.download_dir)
         with checkpoint.open(path) as source:  # text first: it is quick, and the web processes need it
-            tokenizer, its_config = Tokenizer.load(source), source.config
+            tokenizer, its_config, advice = Tokenizer.load(source), source.config, source.generation_config
     with _failing(USAGE):
         if options.tool_call_parser:
             tools.named(options.tool_call_parser)
         if options.reasoning_parser:
             reasoning.named(options.reasoning_parser)
     with _failing(USAGE if options.chat_template else MODEL):
-        ChatTemplate.for_model(
+        template = ChatTemplate.for_model(
             its_config, tokenizer, options.chat_template, options.meta_instruction, options.capability
         )
+        table = token_table(tokenizer, stop_ids=stop_ids(tokenizer, advice, template))
     with _failing(DEVICE):
         from jaxserve.engine import loading
     with _failing(MODEL), checkpoint.open(path) as source:
@@ -115,7 +117,7 @@ def load(model: str | None, config: EngineConfig, options: ServerOptions, again:
     from jaxserve.progress import stages
 
     with _failing(DEVICE), stages(None if people else False) as progress:
-        return loading.load(str(path), config, report=report, progress=progress)
+        return loading.load(str(path), config, report=report, progress=progress, guide=table)
 
 
 def _let_go(door) -> None:

@@ -79,6 +79,7 @@ def application(path: Path, info: dict, names: list[str], config: EngineConfig, 
         seed=config.seed,
         generation_config=options.sampling_defaults(),
     )
+    _ = service.author.table  # made now: it takes up to a second, which the first grammar would cost all requests
     app = create_app(service, options)
     return below(options.root_path, app) if options.root_path else app
 
