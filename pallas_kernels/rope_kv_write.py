@@ -6,6 +6,7 @@ T tokens of the step, S tokens a page, N pages, L layers, K kv heads, G query he
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tuning
 from pallas_kernels.kv_write import kv_write_reference
 from pallas_kernels.triton_call import jit, power_of_two, tl, triton_call
 
@@ -87,9 +88,11 @@ def rope_kv_write(k_pool, v_pool, qkv, cos, sin, layer: int, slot, *, q_norm=Non
     """`rope_kv_write_reference` as one Triton kernel."""
     T, K, heads, H = qkv.shape
     N, S = k_pool.shape[1:3]
+    size = tuning.lookup("rope_kv_write", qkv.dtype, H)
     norms = (cos, cos) if q_norm is None else (q_norm, k_norm)  # without norms nothing is read there
     return triton_call(
         _rope_write, k_pool, v_pool, qkv, cos, sin, slot, *norms, jnp.full(1, layer * (N * S), jnp.int32),
-        out=[jax.ShapeDtypeStruct((T, K, heads - 2, H), qkv.dtype)], in_place=(0, 1), grid=(T, K), warps=2, stages=1,
+        out=[jax.ShapeDtypeStruct((T, K, heads - 2, H), qkv.dtype)], in_place=(0, 1), grid=(T, K), warps=size["warps"],
+        stages=1,
         K=K, G=heads - 2, H=H, GP=power_of_two(heads), HP=power_of_two(H // 2), NORM=q_norm is not None, EPS=eps,
     )  # fmt: skip

@@ -2,17 +2,23 @@
 
     python scripts/bench_kernels.py [--only paged_decode] [--reference]
 
-A line a case: microseconds a call, GB/s or TFLOP/s, the share of what the device was measured to reach, and the error
-against the definition (the norm of the difference over the norm).  The last line is all of it as JSON.
+A line a case: microseconds a call, GB/s or TFLOP/s, the share of what the device was measured to reach, the error
+against the definition (the norm of the difference over the norm), and on Hopper what the Triton kernel takes for the
+same prompts.  The last line is all of it as JSON.
 """
 
 import argparse
+import functools
+import importlib
 import json
 import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +43,8 @@ DECODE = {  # rows' lengths, kv heads, query heads a kv head, head dim
     "16 x 2k, 8/4x256": ([2048] * 16, 4, 2, 256),
 }
 PREFILL = {  # (cached tokens, new tokens) of the rows, kv heads, query heads a kv head, head dim
+    "250 single after 0.6k and 2 x 0.2k, 16/8x128": ([(600, 1)] * 250 + [(0, 200)] * 2, 8, 2, 128),
+    "2 x 2k, 16/8x128": ([(0, 2048)] * 2, 8, 2, 128),
     "1 x 2k, 32/8x128": ([(0, 2048)], 8, 4, 128),
     "1 x 16k, 32/8x128": ([(0, 16384)], 8, 4, 128),
     "4 x 2k, 16/8x128": ([(0, 2048)] * 4, 8, 2, 128),
@@ -70,16 +78,33 @@ def batch(spans, kv_heads, head_dim, layers):
     return k, v, [jnp.asarray(x, jnp.int32) for x in (pages, np.cumsum(new) - new, new, cached)]
 
 
+class Work(NamedTuple):
+    """Calls of a kernel, each of which needs the one before it."""
+
+    chain: Callable  # (layers, *arrays)
+    arrays: Callable  # () -> what the calls take; the first two are donated where that is said
+    layers: int  # calls in a chain
+    amount: float  # bytes or FLOPs of a call
+    donate: tuple[int, ...] = ()
+
+    def lower(self, layers=None):
+        """`layers` calls as one program, lowered; its compile() may run in another thread."""
+        run = jax.jit(functools.partial(self.chain, layers or self.layers), donate_argnums=self.donate)
+        return run.lower(*jax.eval_shape(self.arrays))
+
+
 def attention(name, suffix, spans, kv_heads, group, head_dim):
-    """Chained calls over the layers: (function, arguments, layers, bytes or FLOPs a call)."""
+    """Chained calls over the layers."""
     tokens = sum(new for _, new in spans)
     decode = name == "paged_decode"
     cached = 2 * sum(old + new for old, new in spans) * kv_heads * head_dim * dtype().itemsize
     layers = max(8, min(32, math.ceil(4 * L2 / cached))) if decode else 8
-    k, v, (pages, first, count, start) = batch(spans, kv_heads, head_dim, layers)
-    q = jax.random.normal(jax.random.key(2), (tokens, kv_heads, group, head_dim), k.dtype)
-    rows = (pages, start + count) if decode else (pages, first, count, start)
     attend = getattr(pk, name + suffix)
+
+    def arrays():
+        k, v, (pages, first, count, start) = batch(spans, kv_heads, head_dim, layers)
+        q = jax.random.normal(jax.random.key(2), (tokens, kv_heads, group, head_dim), k.dtype)
+        return q, k, v, *((pages, start + count) if decode else (pages, first, count, start))
 
     def chain(layers, q, k, v, *rows):
         for layer in range(layers):
@@ -87,19 +112,21 @@ def attention(name, suffix, spans, kv_heads, group, head_dim):
         return q
 
     flops = sum(4 * head_dim * kv_heads * group * new * (old + (new + 1) / 2) for old, new in spans)
-    return chain, (q, k, v, *rows), layers, cached if decode else flops
+    return Work(chain, arrays, layers, cached if decode else flops)
 
 
 def writing(name, suffix, tokens, kv_heads, group, head_dim):
     """Chained writes over the layers of donated pools."""
     layers = 16
-    k, v, _ = batch([(0, max(tokens, 1024))], kv_heads, head_dim, layers)
-    random = np.random.default_rng(0)
-    slot = jnp.asarray(PAGE + random.permutation(k.shape[1] * PAGE - PAGE)[:tokens], jnp.int32)
-    qkv = jax.random.normal(jax.random.key(2), (tokens, kv_heads, group + 2, head_dim), k.dtype)
-    angle = jax.random.uniform(jax.random.key(3), (tokens, head_dim // 2))
     write = getattr(pk, name + suffix)
     fused = name == "rope_kv_write"
+
+    def arrays():
+        k, v, _ = batch([(0, max(tokens, 1024))], kv_heads, head_dim, layers)
+        slot = PAGE + np.random.default_rng(0).permutation(k.shape[1] * PAGE - PAGE)[:tokens]
+        qkv = jax.random.normal(jax.random.key(2), (tokens, kv_heads, group + 2, head_dim), k.dtype)
+        angle = jax.random.uniform(jax.random.key(3), (tokens, head_dim // 2))
+        return k, v, qkv, jnp.cos(angle), jnp.sin(angle), jnp.asarray(slot, jnp.int32)
 
     def chain(layers, k, v, qkv, cos, sin, slot):
         q = ()
@@ -110,37 +137,40 @@ def writing(name, suffix, tokens, kv_heads, group, head_dim):
                 k, v = write(k, v, qkv[:, :, 0], qkv[:, :, 1], layer, slot)
         return k, v, q
 
-    moved = 2 * tokens * kv_heads * head_dim * k.dtype.itemsize * (2 if not fused else group + 2)
-    return chain, (k, v, qkv, jnp.cos(angle), jnp.sin(angle), slot), layers, moved
+    moved = 2 * tokens * kv_heads * head_dim * dtype().itemsize * (2 if not fused else group + 2)
+    return Work(chain, arrays, layers, moved, donate=(0, 1))
 
 
-def seconds(chain, args, layers, donate):
-    """Median time of a call within the graph of `layers` calls; the arguments are dead where donated."""
-    run = jax.jit(chain, static_argnums=0, donate_argnums=donate)
-    state = args[:2] if donate else ()
+def work(name, case, suffix=""):
+    """The calls of one case."""
+    return (writing if "write" in name else attention)(name, suffix, *case)
+
+
+def seconds(compiled, made, budget=0.05):
+    """Median time of a call within the program of `made.layers` calls; five measurements of `budget` seconds."""
+    args = made.arrays()
+    state = args[:2] if made.donate else ()
 
     def times(n):
         nonlocal state
         out = ()
         begin = time.perf_counter()
         for _ in range(n):
-            out = run(layers, *state, *args[len(state) :])
-            state = out[:2] if donate else ()
+            out = compiled(*state, *args[len(state) :])
+            state = out[:2] if made.donate else ()
         jax.block_until_ready(out)
         return time.perf_counter() - begin
 
     times(3)
-    n = max(2, min(100, int(0.05 / max(times(1), 1e-6))))
-    return statistics.median(times(n) for _ in range(5)) / n / layers
+    n = max(2, min(100, int(budget / max(times(1), 1e-6))))
+    return statistics.median(times(n) for _ in range(5)) / n / made.layers
 
 
-def error(name, make, case):
-    """The kernel's first layer against the definition's."""
-    results = []
-    for suffix in ("", "_reference"):
-        chain, args, _, _ = make(name, suffix, *case)
-        results.append(jax.jit(chain, static_argnums=0)(1, *args))
-    got, expected = ([x.astype(jnp.float32) for x in jax.tree.leaves(r)] for r in results)
+def error(kernel, reference, arrays):
+    """The first layer of the kernel against the definition's, both compiled."""
+    got, expected = (
+        [x.astype(jnp.float32) for x in jax.tree.leaves(compiled(*arrays()))] for compiled in (kernel, reference)
+    )
     off, size = (
         math.sqrt(sum(float(jnp.sum(x * x)) for x in xs))
         for xs in ([a - b for a, b in zip(got, expected, strict=True)], expected)
@@ -148,29 +178,49 @@ def error(name, make, case):
     return off / size
 
 
-def measure(name, case, suffix=""):
-    """Microseconds, rate in GB/s or TFLOP/s, share of the limit (None: unknown device)."""
-    make = writing if "write" in name else attention
-    chain, args, layers, amount = make(name, suffix, *case)
-    took = seconds(chain, args, layers, donate=(1, 2) if "write" in name else ())
+def without_hopper(function, *args):
+    """function(*args), in which prompts go through the Triton kernel."""
+    module = importlib.import_module("pallas_kernels.paged_prefill")
+    kept, module.hopper = module.hopper, lambda *_: False
+    try:
+        return function(*args)
+    finally:
+        module.hopper = kept
+
+
+def programs(name, case, reference):
+    """{what: lowered} of one case."""
+    if reference:
+        return {"time": work(name, case, "_reference").lower()}
+    made = work(name, case)
+    found = {"time": made.lower(), "one": made.lower(1), "reference": work(name, case, "_reference").lower(1)}
+    if name == "paged_prefill" and pk.triton_call.device()[1] == 90:
+        found["triton"] = without_hopper(made.lower)
+    return found
+
+
+def measure(name, case, compiled):
+    """Microseconds, rate in GB/s or TFLOP/s, share of the limit (None: unknown device), and error."""
+    made = work(name, case)
+    took = seconds(compiled["time"], made)
     compute = name == "paged_prefill"
     limit = LIMITS.get(jax.devices()[0].device_kind, (None, None))[compute]
-    unit = "TFLOP/s" if compute else "GB/s"
-    return {
+    row = {
         "us": took * 1e6,
-        unit: amount / took / (1e12 if compute else 1e9),
-        "share": amount / took / limit if limit else None,
+        "TFLOP/s" if compute else "GB/s": made.amount / took / (1e12 if compute else 1e9),
+        "share": made.amount / took / limit if limit else None,
     }
+    if "one" in compiled:
+        row["error"] = error(compiled["one"], compiled["reference"], made.arrays)
+    if "triton" in compiled:
+        row["triton_us"] = seconds(compiled["triton"], made) * 1e6
+    return row
 
 
 def cases(reference):
     if reference:
         return SMALL
-    attend = {
-        "paged_decode": {n: ([(length - 1, 1) for length in c[0]], *c[1:]) for n, c in DECODE.items()},
-        "paged_prefill": PREFILL,
-    }
-    return attend | {"kv_write": WRITE, "rope_kv_write": WRITE}
+    return {"paged_decode": DECODE, "paged_prefill": PREFILL, "kv_write": WRITE, "rope_kv_write": WRITE}
 
 
 def main():
@@ -182,17 +232,25 @@ def main():
         sys.exit(f"the kernels cannot run: {reason}; --reference times their definitions")
     if options.only not in (None, *cases(options.reference)):
         sys.exit(f"--only is one of {', '.join(cases(options.reference))}, not {options.only}")
-    rows = []
+    chosen = []
     for name, shapes in cases(options.reference).items():
         for label, case in shapes.items() if options.only in (None, name) else ():
-            if options.reference and name == "paged_decode":
+            if name == "paged_decode":
                 case = ([(length - 1, 1) for length in case[0]], *case[1:])
-            row = measure(name, case, "_reference" if options.reference else "")
-            if not options.reference:
-                row["error"] = error(name, writing if "write" in name else attention, case)
-            text = "  ".join(f"{k} {v:10.3g}" for k, v in row.items() if v is not None)
-            print(f"{name:15} {label:36} {text}", flush=True)
-            rows.append({"kernel": name, "case": label, **row})
+            chosen.append((name, label, case))
+    # All are compiled before the first is timed: compiling takes cores, and throws the process's CUDA graphs away.
+    with ThreadPoolExecutor(1 if options.reference else 8) as pool:
+        jobs = [
+            {what: pool.submit(lowered.compile) for what, lowered in programs(name, case, options.reference).items()}
+            for name, _, case in chosen
+        ]
+        jobs = [{what: job.result() for what, job in job_of.items()} for job_of in jobs]
+    rows = []
+    for (name, label, case), compiled in zip(chosen, jobs, strict=True):
+        row = measure(name, case, compiled)
+        text = "  ".join(f"{k} {v:8.3g}" for k, v in row.items() if v is not None)
+        print(f"{name:15} {label:46} {text}", flush=True)
+        rows.append({"kernel": name, "case": label, **row})
     print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "cases": rows}))
 
 
