@@ -1,16 +1,19 @@
 """JSON in and JSON out: bodies are parsed strictly, by one function for all routes."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import orjson
 from flask import Response, request
-from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from jaxserve.bodies import ParamError
 from jaxserve.serve.errors import ApiError
+
+log = logging.getLogger("jaxserve")
 
 JSON_TYPES = ("application/json", "text/json", "application/x-ndjson", "application/octet-stream")
 FORM = "application/x-www-form-urlencoded"
@@ -25,10 +28,7 @@ def read() -> dict:
         raise ApiError(415, f"the body of a request is JSON (Content-Type: application/json), not {kind:.80}{hint}")
     if not kind and "Origin" in request.headers:  # a web page's request that no preflight has asked for
         raise ApiError(415, "the body of a request is JSON: send Content-Type: application/json")
-    data = request.get_data(cache=False)
-    most = request.max_content_length
-    if most is not None and request.content_length is None and len(data) >= most:  # sent in chunks, and cut off there
-        raise RequestEntityTooLarge
+    data = _received()
     if not data.strip():
         raise ApiError(400, "the body is empty; it must be a JSON object")
     try:
@@ -38,6 +38,20 @@ def read() -> dict:
     if not isinstance(body, dict):
         raise ApiError(400, f"the body must be a JSON object, not {_NAMES.get(type(body), 'a number')}")
     return body
+
+
+def _received() -> bytes:
+    try:
+        data = request.get_data(cache=False)
+    except HTTPException:
+        raise
+    except Exception as error:  # the web server's own, where what should be chunks are none
+        log.info("a body cannot be read: %s", error)
+        raise ApiError(400, "the body of the request cannot be read: its chunks have no size, or no end") from None
+    most = request.max_content_length
+    if most is not None and request.content_length is None and len(data) >= most:  # sent in chunks, and cut off there
+        raise RequestEntityTooLarge
+    return data
 
 
 _NAMES = {list: "a list", str: "a text", type(None): "null", bool: "a truth value"}
