@@ -63,27 +63,27 @@ def test_the_kernel_for_hopper_lowers(h200, monkeypatch, heads):
     from pallas_kernels import hopper_prefill
 
     monkeypatch.setattr(hopper_prefill, "cores", lambda: 132)
-    assert prefill.hopper(*queries(512, *heads), None)
+    assert prefill.hopper(*queries(4096, *heads), None)
 
 
 def test_what_the_kernel_for_hopper_leaves(h200, monkeypatch):
     monkeypatch.setattr(prefill, "_lowers", lambda *_: True)
     monkeypatch.setattr(prefill._lowers, "cache_clear", lambda: None, raising=False)
-    assert prefill.hopper(*queries(512, 8, 2, 128), None)
-    assert not prefill.hopper(*queries(512, 8, 2, 128), 1000)  # a window
-    assert not prefill.hopper(*queries(512, 8, 2, 96), None)
-    assert not prefill.hopper(*queries(512, 8, 2, 128, dtype=jnp.float32), None)
-    assert not prefill.hopper(*queries(512, 8, 2, 128, page=256), None)
+    assert prefill.hopper(*queries(4096, 8, 2, 128), None)
+    assert not prefill.hopper(*queries(4096, 8, 2, 128), 1000)  # a window
+    assert not prefill.hopper(*queries(4096, 8, 2, 96), None)
+    assert not prefill.hopper(*queries(4096, 8, 2, 128, dtype=jnp.float32), None)
+    assert not prefill.hopper(*queries(4096, 8, 2, 128, page=256), None)
     monkeypatch.setattr(prefill, "device", lambda: ("NVIDIA A100-SXM4-80GB", 80))
-    assert not prefill.hopper(*queries(512, 8, 2, 128), None)
+    assert not prefill.hopper(*queries(4096, 8, 2, 128), None)
 
 
 def test_without_mosaic_a_warning_says_why(h200, monkeypatch):
     monkeypatch.setitem(sys.modules, "pallas_kernels.hopper_prefill", None)
     monkeypatch.delattr("pallas_kernels.hopper_prefill", raising=False)
     with pytest.warns(UserWarning, match="slower.*hopper_prefill"):
-        assert not prefill.hopper(*queries(512, 8, 2, 128), None)
-    assert not prefill.hopper(*queries(1024, 8, 2, 128), None)  # and does so once
+        assert not prefill.hopper(*queries(4096, 8, 2, 128), None)
+    assert not prefill.hopper(*queries(8192, 8, 2, 128), None)  # and does so once
 
 
 @pytest.mark.parametrize("norms", [False, True])

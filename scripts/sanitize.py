@@ -1,0 +1,151 @@
+"""Runs every kernel once a dtype under compute-sanitizer, which sees reads and writes beside an allocation.
+
+    python scripts/sanitize.py [--tool /usr/local/cuda/bin/compute-sanitizer]
+
+Exit status 0: nothing found; 1: findings, which are printed; 2: the tool does not work here, so nothing is known (it
+needs the device's debugging interface, which some containers do not pass on).  Two minutes.
+
+So that a wrong address is not within somebody else's array, every array is an allocation of its own (no
+preallocation, no pool), and kernels are launched one by one, outside of CUDA graphs.  A group of its own, `control`,
+writes beside the pool on purpose: if that is not found, the run says nothing and ends with 2.  What is no finding:
+errors that CUDA's functions return (XLA asks for features that a driver may lack, hence --report-api-errors no), and
+TMA reads beyond an array's end, which are defined to be zero and which the tool does not report.  Findings in kernels
+that are not of pallas_kernels (XLA's own) are printed and do not count.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1]
+TOOLS = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
+DTYPES = ("bfloat16", "float16", "float32")
+GROUPS = ("control", "triton", "hopper")
+OURS = ("_attend", "_cut", "_tiles", "_order", "_write", "_rope_write", "mosaic", "prefill")
+LIMIT = 110  # seconds of a group
+LENGTHS, NEW = [5, 700, 0, 128, 1, 300, 65], [5, 200, 0, 1, 1, 1, 65]
+
+
+def launch(group):
+    """Runs a group's kernels, here; the tool looks on."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    sys.path.insert(0, str(PROJECT))
+    import pallas_kernels as pk
+    from tests.kernels.cases import Case
+
+    def attention(dtype, window=None):
+        case = Case(LENGTHS, NEW, padding=20, kv_heads=2, group=3, head_dim=128, page_size=64, dtype=jnp.dtype(dtype))
+        q, k, v = map(jnp.asarray, (case.q, case.k, case.v))
+        prefill = jax.jit(lambda *x: pk.paged_prefill(*x[:3], 1, *x[3:], scale=0.1, window=window))
+        out = [prefill(q, k, v, *case.rows())]
+        if group == "triton":
+            decode = jax.jit(lambda *x: pk.paged_decode(*x[:3], 1, *x[3:], scale=0.1, window=window))
+            out.append(decode(q[: len(LENGTHS)], k, v, *map(jnp.asarray, (case.pages, case.length))))
+        return out
+
+    def writes(dtype, beside=0):
+        pools = [jnp.zeros((2, 5, 16, 3, 64), dtype) for _ in range(2)]
+        qkv, angle = jnp.ones((37, 3, 5, 64), dtype), jnp.ones((37, 32))
+        slot = jnp.arange(16, 53, dtype=jnp.int32) + beside
+        write = jax.jit(lambda k, v, qkv, slot: pk.kv_write(k, v, qkv[:, :, 0], qkv[:, :, 1], 1, slot))
+        if beside:
+            return write(*pools, qkv, slot)
+        both = jax.jit(lambda k, v, qkv, cos, sin, slot: pk.rope_kv_write(k, v, qkv, cos, sin, 1, slot))
+        return write(*pools, qkv, slot), both(*pools, qkv, angle, angle, slot)
+
+    if group == "control":
+        jax.block_until_ready(writes("float32", beside=48))  # some of it is beside the last page
+    for dtype in DTYPES if group == "triton" else ():
+        jax.block_until_ready((attention(dtype, window=90), writes(dtype)))
+        print(f"launched: {dtype}, all kernels but Hopper's", flush=True)
+    for dtype in DTYPES[:2] if group == "hopper" else ():
+        pk.tuning.lookup("hopper_prefill", dtype, 128)["tokens"] = 0  # for the smallest steps, too
+        (out,) = jax.block_until_ready(attention(dtype))
+        assert np.isfinite(np.asarray(out, np.float32)).all()
+        print(f"launched: {dtype}, Hopper's kernel", flush=True)
+
+
+def findings(log):
+    """The tool's reports, each as a list of lines."""
+    out, open_ = [], False
+    for line in log.splitlines():
+        text = line.removeprefix("=========").strip()
+        if text.startswith(("Invalid ", "Misaligned ", "Out-of-range ", "Uninitialized ")):
+            out.append([])
+            open_ = True
+        elif not text:
+            open_ = False
+        if open_:
+            out[-1].append(text)
+    return out
+
+
+def run(tool, group, folder):
+    """(findings in our kernels, others, what kept the group from being checked or None)."""
+    log = Path(folder) / f"{group}.log"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
+    variables = {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+        "XLA_FLAGS": flags.strip(),
+        "JAX_PLATFORMS": "cuda",
+    }
+    command = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--log-file", str(log)]
+    command += [sys.executable, __file__, "--launch", group]
+    try:
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return [], [], f"it took more than {LIMIT} s"
+    text = log.read_text() if log.exists() else ""
+    found = findings(text)
+    ours = [report for report in found if any(name in line for line in report[1:4] for name in OURS)]
+    others = [report for report in found if report not in ours]
+    print(f"--- {group}: exit status {done.returncode}, {len(ours)} findings\n{done.stdout.strip()}", flush=True)
+    if not found and (done.returncode or "ERROR SUMMARY" not in text):
+        last = (text.strip().splitlines() + done.stderr.strip().splitlines())[-8:]
+        return ours, others, "\n".join(last)
+    return ours, others, None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tool", help="path of compute-sanitizer")
+    parser.add_argument("--launch", choices=GROUPS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.launch:
+        return launch(options.launch)
+    tool = options.tool or shutil.which("compute-sanitizer") or next(filter(os.path.exists, TOOLS), None)
+    if not tool:
+        print("compute-sanitizer is not here; it comes with CUDA's toolkit", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(GROUPS)) as pool:
+        results = dict(zip(GROUPS, pool.map(lambda group: run(tool, group, folder), GROUPS), strict=True))
+    status = 0
+    control, _, problem = results.pop("control")
+    if not control:
+        print(f"NOT CHECKED: the tool did not see a write beside an array\n{problem or ''}")
+        status = 2
+    for group, (ours, others, problem) in results.items():
+        if problem:
+            print(f"NOT CHECKED: {group}\n{problem}")
+            status = 2
+        for report in others[:3]:
+            print(f"not ours ({group}):", *report[:3], sep="\n  ")
+        for report in ours[:20]:
+            print(f"FOUND ({group}):", *report[:6], sep="\n  ")
+    if any(ours for ours, _, _ in results.values()):
+        status = 1
+    print("status", status, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
