@@ -278,16 +278,12 @@ def test_without_pages():
             assert server.client.get(path).status_code == 404
 
 
-def test_a_body_that_cannot_be_read(server):
+def test_a_body_that_cannot_be_read(server, monkeypatch):
     """What gunicorn raises where a chunk has no size is no OSError."""
 
-    class Chunks:
-        def read(self, size=-1):
-            raise Exception("Invalid chunk size: b'zz'")
+    def fail(*_, **__):
+        raise Exception("Invalid chunk size: b'zz'")
 
-        def close(self):
-            pass
-
-    chunked = {"input_stream": Chunks(), "environ_overrides": {"wsgi.input_terminated": True}}
-    response = server.client.post(CHAT, **chunked, **JSON)
-    assert response.status_code == 400 and "its chunks have no size" in response.json["error"]["message"]
+    monkeypatch.setattr("werkzeug.wrappers.Request.get_data", fail)
+    status, answer = server.post(CHAT, data=GOOD, **JSON)
+    assert status == 400 and "its chunks have no size" in answer["error"]["message"]
