@@ -1,0 +1,129 @@
+"""Where the time of a step goes on a GPU: by part of the model, and by kernel.
+
+    python scripts/profile_step.py --model DIR --rows 64 --prompt 512 [--steps 8] [--prefill] [--top 25]
+
+Decoding by default: --rows requests are begun, and --steps steps are traced when all of them have their first token.
+With --prefill their prompts are traced instead.  jax.profiler turns CUDA graphs off while it looks, so steps take
+longer than they do in service, and gaps between kernels mean nothing; the kernels' own times are right.  The last
+line is JSON.
+"""
+
+import argparse
+import collections
+import glob
+import gzip
+import json
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import bench_offline
+import jax
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine import loading
+from jaxserve.engine.request import Request, SamplingParams
+
+SCOPES = ("mixer", "ffn", "head", "sample")  # named in models/decoder.py and step.py
+NUMBER = re.compile(r"[_.]?\d+")
+
+
+def kernels(folder):
+    """[(name, scope, microseconds)] of what ran on the GPU, from the trace under `folder`."""
+    (path,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    names = collections.defaultdict(str)
+    for event in events:
+        if event.get("ph") == "M" and event["name"] in ("process_name", "thread_name"):
+            names[event["pid"], event.get("tid") if event["name"] == "thread_name" else None] = event["args"]["name"]
+    found = []
+    for event in events:
+        on_gpu = "GPU" in names[event.get("pid"), None] and "Stream" in names[event.get("pid"), event.get("tid")]
+        if event.get("ph") == "X" and on_gpu:
+            words = {word for text in event.get("args", {}).values() for word in str(text).split("/")}
+            scope = next((scope for scope in SCOPES if scope in words), "rest")
+            found.append((NUMBER.sub("", event["name"])[:70], scope, event["dur"]))
+    return found
+
+
+def trace(engine, rows, prompt, steps, prefill):
+    """(kernels as in `kernels`, steps traced)."""
+    asked = [([1000 + (i * 131 + j) % 9000 for j in range(prompt)], 1 if prefill else 100_000) for i in range(rows)]
+    ended, running = bench_offline.queue.SimpleQueue(), []
+
+    def start():
+        for ids, length in asked:
+            collector = bench_offline.Collector(ended)
+            length = min(length, engine.info["session_len"] - len(ids))
+            running.append(Request(ids, length, SamplingParams(), outbox=collector))
+            engine.submit(running[-1])
+
+    def wait(done):
+        until = time.monotonic() + 120
+        while not done():
+            if time.monotonic() > until:
+                sys.exit("the requests do not come to the point; fewer --rows or a shorter --prompt?")
+            time.sleep(0.001)
+
+    if not prefill:
+        start()
+        wait(lambda: all(request.outbox.tokens for request in running))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            before = engine.stats()["steps"]
+            if prefill:
+                start()
+                wait(lambda: ended.qsize() == rows)
+            else:
+                wait(lambda: engine.stats()["steps"] - before >= steps)
+            taken = engine.stats()["steps"] - before
+        for request in running:
+            engine.abort(request)
+        return kernels(folder), taken
+
+
+def table(rows, steps, column, most):
+    """Prints time a step by one column of `kernels`; returns {key: microseconds a step}."""
+    time_of, count = collections.Counter(), collections.Counter()
+    for row in rows:
+        time_of[row[column]] += row[2]
+        count[row[column]] += 1
+    for key, total in time_of.most_common(most):
+        print(f"{total / steps:10.1f} us {count[key] / steps:7.1f} x {total / count[key]:8.2f} us  {key}", flush=True)
+    return {key: round(total / steps, 2) for key, total in time_of.most_common(most)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--rows", type=int, default=64, help="requests [64]")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of each [512]")
+    parser.add_argument("--steps", type=int, default=8, help="of decoding to trace [8]")
+    parser.add_argument("--prefill", action="store_true", help="trace the prompts' steps instead")
+    parser.add_argument("--session-len", type=int, default=4096)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--top", type=int, default=25, help="kernels to print [25]")
+    options = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        sys.exit(f"a GPU is needed; JAX runs on {jax.default_backend()}")
+    config = EngineConfig(tp=options.tp, session_len=options.session_len, max_batch_size=max(256, options.rows),
+                          enable_prefix_caching=False)  # fmt: skip
+    engine = loading.load(options.model, config, report=lambda text: print(text, file=sys.stderr, flush=True))
+    bench_offline.run(engine, [(list(range(1000, 1100)), 16)], 1)
+    found, steps = trace(engine, options.rows, options.prompt, options.steps, options.prefill)
+    engine.close()
+    total = sum(row[2] for row in found) / steps
+    print(f"{steps:.0f} steps, {len(found) / steps:.0f} kernels and {total:.0f} us of them a step (CUDA graphs off)")
+    scopes = table(found, steps, 1, len(SCOPES) + 1)
+    print()
+    names = table(found, steps, 0, options.top)
+    label = Path(options.model).name
+    print(json.dumps({"model": label, "rows": options.rows, "prompt": options.prompt, "prefill": options.prefill,
+                      "steps": steps, "us": round(total, 1), "scopes": scopes, "kernels": names}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
