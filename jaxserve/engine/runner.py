@@ -217,8 +217,8 @@ class Runner:
                     self.dispatch(self._empty(shape, shape.full, True))
                 for shape in self._apart() if self.guided else ():
                     self.draw(self.advance(self._empty(shape, True, False)), None)
-                for tokens in self.sizes.scored:
-                    self.logits(self.score([Piece([0] * tokens, [], 0, tokens, [])])[-1], 0)
+                scored = [self.score([Piece([0] * n, [], 0, n, [])])[-1] for n in self.sizes.scored]
+                self.logits(scored[0], 0)
             self._sit(None, 0)
         jax.block_until_ready(self.state)
 
