@@ -18,6 +18,8 @@ log = logging.getLogger("jaxserve")
 
 LONGEST = 300  # characters of a message
 RESTARTING = 5  # seconds that a client should wait for an engine that is started again
+STUCK = "the answer cannot follow its grammar"
+NO_MASK = f"{STUCK}: no mask could be made"
 CLIENT_GONE = 499  # nobody reads it; it is for the log
 
 INVALID, DENIED, MISSING = "invalid_request_error", "authentication_error", "not_found_error"
@@ -92,10 +94,12 @@ def of_finish(message: str | None, status: int | None = None) -> ApiError:
         return ApiError(504, message, "timeout_error")
     if message.startswith("the engine has stopped"):
         return ApiError(503, "the engine has stopped; it is being started again", FAILED, retry_after=RESTARTING)
-    if message.startswith("the step failed"):  # what follows are the words of a library
-        if "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower():
-            return ApiError(503, "the device ran out of memory; try again", retry_after=RESTARTING)
-        return ApiError(500, "a step of the computation failed; the server's log says why")
+    if message.startswith("overloaded"):
+        return ApiError(503, "the device ran out of memory; try again", retry_after=RESTARTING)
+    if message.startswith(("the step failed", "the request could not be computed", NO_MASK)):
+        return ApiError(500, "a step of the computation failed; the server's log says why")  # not a library's words
+    if message.startswith((STUCK, "no token was left")):
+        return ApiError(400, message)  # the request contradicts itself, which shows on the way only
     return ApiError(500, message)
 
 

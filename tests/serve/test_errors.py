@@ -31,7 +31,11 @@ def test_exceptions(error, status, kind, headers):
     [
         ("timeout: no end after 5 s", 504, False),
         ("the engine has stopped: killed", 503, True),
-        ("the step failed: RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes at 0x7f", 503, True),
+        ("overloaded: the device ran out of memory", 503, True),
+        ("the request could not be computed: AttributeError at 0x7f", 500, False),
+        ("the answer cannot follow its grammar: no mask could be made: at 0x7f", 500, False),
+        ("the answer cannot follow its grammar: too many states", 400, False),
+        ("no token was left to choose: the grammar and the biases exclude each other", 400, False),
         ("the step failed: INTERNAL: /usr/lib/x.so", 500, False),
         ("the model's logits were not numbers (NaN)", 500, False),
         (None, 500, False),
