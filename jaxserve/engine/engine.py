@@ -65,7 +65,8 @@ class Engine:
         self.ahead = 1 if runner.on_cpu else 2  # how many while the oldest is a short one; else one
         self.steps, self.computed, self.dispatched, self.busy = 0, 0, 0, 0.0
         self.corrupted = self.failed_steps = self.recovered = 0
-        self._launching: list = []  # a plan that is not on the device yet
+        self._half: tuple | None = None  # a step that has computed and not drawn: (what draw takes, its guided rows)
+        self._undrawn: list[list] = []  # plans without tokens, the oldest first
         self._careful = 0  # steps for which the budget stays small
         self._arrivals = itertools.count(1)
         self._inbox: deque[tuple] = deque()
@@ -222,13 +223,15 @@ class Engine:
             log.exception("the outbox of a request failed")
 
     def _busy(self):
-        return not self.scheduler.idle or self.pending or self.scorer.busy
+        return not self.scheduler.idle or self.pending or self._half or self.scorer.busy
 
     def _turn(self):
         """One turn.  The device works on the new step while the host reads the old one."""
         self.scorer.admit()
         chunks = self.scheduler.plan()
-        launched = bool(chunks) and self._launch(chunks)
+        packed = self._pack(chunks) if chunks else None
+        self._finish()
+        launched = packed is not None and self._launch(packed)
         # Steps that take the device less time than the host takes to launch one need a second on its way.
         ahead = self.ahead if self.pending and self.pending[-1].padded <= SHORT else 1
         # Without a plan one step is read all the same: it may be what the next plan waits for.
@@ -236,35 +239,10 @@ class Engine:
             self._read()
         self._score()
 
-    def _launch(self, chunks):
-        """Starts a planned step.  False if a request made that impossible: it has failed, the plan is taken back."""
-        self._launching = chunks
-        guided = [(row, c.request) for row, c in enumerate(chunks) if c.emits and c.request.grammar is not None]
-        packed = self._pack(chunks, bool(guided))
-        if packed is None:
-            return False
-        if guided:
-            # What a grammar allows next depends on tokens that the host has yet to see: beside the forward pass it
-            # reads them and fills the masks.
-            half = self.runner.advance(packed)
-            while self.pending:
-                self._read()
-            step = self.runner.draw(half, self._masks(guided, packed.shape.rows))
-        else:
-            step = self.runner.dispatch(packed)
-        self._launching = []
-        self.pending.append(step)
-        if self._careful:
-            self._careful -= 1
-            if not self._careful:
-                self.scheduler.budget = self.runner.plan.budget
-        self.steps += 1
-        self.computed += step.tokens
-        self.dispatched += step.padded
-        return True
-
-    def _pack(self, chunks, apart):
-        """The plan as an array; None where requests could not be packed, which have failed."""
+    def _pack(self, chunks):
+        """The plan as an array; None where requests could not be packed: they have failed, the plan is taken back."""
+        self._undrawn.append(chunks)
+        apart = any(c.emits and c.request.grammar is not None for c in chunks)
         try:
             return self.runner.pack(chunks, apart)
         except Exception:
@@ -277,11 +255,50 @@ class Engine:
             if not guilty:
                 raise
             log.exception("%d requests could not be packed", len(guilty))
-        recovery.undo(self.scheduler, chunks)
-        self._launching = []
+        recovery.undo(self.scheduler, [self._undrawn.pop()])
         for request, error in guilty.items():
             self._fail(request, f"the request could not be computed: {error}")
         return None
+
+    def _launch(self, packed):
+        """Starts a step.  False if nobody wants it any more."""
+        if all(chunk.request.finish for chunk in packed.chunks):
+            self._undrawn.pop()
+            return False
+        guided = [(row, c.request) for row, c in enumerate(packed.chunks) if c.emits and c.request.grammar is not None]
+        if guided:
+            self._half = self.runner.advance(packed), guided
+        else:
+            self._launched(self.runner.dispatch(packed))
+        return True
+
+    def _finish(self):
+        """The other half of a step with guided rows.
+
+        What a grammar allows next depends on tokens that the host has yet to see.  It reads them and fills the masks
+        while the device computes, and has the next step packed already.
+        """
+        if self._half is None:
+            return
+        half, guided = self._half
+        while self.pending:
+            self._read()
+        if all(chunk.request.finish for chunk in half[0].chunks):
+            self._undrawn.pop(0)
+        else:
+            self._launched(self.runner.draw(half, self._masks(guided, half[0].shape.rows)))
+        self._half = None
+
+    def _launched(self, step):
+        self._undrawn.pop(0)
+        self.pending.append(step)
+        self.steps += 1
+        self.computed += step.tokens
+        self.dispatched += step.padded
+        if self._careful:
+            self._careful -= 1
+            if not self._careful:
+                self.scheduler.budget = self.runner.plan.budget
 
     def _masks(self, guided, rows):
         """What each row may draw; None: everything.  Answers that are complete or stuck end here."""
@@ -305,7 +322,7 @@ class Engine:
             tokens, logprobs, tops = step.read()
         except Exception:
             self.runner.state = None  # what it left there is of no use
-            self._launching = step.chunks
+            self._undrawn.insert(0, step.chunks)
             raise
         self._failures = 0
         for chunk, token in zip(step.chunks, tokens):
@@ -331,18 +348,18 @@ class Engine:
         """
         self._failures += 1
         self.failed_steps += 1
-        launching, self._launching = self._launching, []
+        plans, self._undrawn, self._half = self._undrawn, [], None
         full = "RESOURCE_EXHAUSTED" in str(error)
         message = "overloaded: the device ran out of memory" if full else f"the step failed: {error}"
-        guilty = [chunk.request for chunk in launching] if self._failures > 1 else []
+        guilty = {chunk.request for plan in plans for chunk in plan} if self._failures > 1 else set()
         if full:  # the newest, and smaller steps for a while
-            guilty = guilty[len(guilty) // 2 :]
+            guilty = set(sorted(guilty, key=lambda request: request.arrival)[len(guilty) // 2 :])
             self.scheduler.budget = max(self.runner.plan.lanes, self.scheduler.budget // 2)
             self._careful = CAREFUL
         failures = self._failures
-        if launching and self.runner.intact and self._drain():
+        if plans and self.runner.intact and self._drain():
             self._failures = failures  # of steps that were launched before
-            recovery.undo(self.scheduler, launching)
+            recovery.undo(self.scheduler, plans)
             for request in guilty:
                 self._fail(request, message)
         else:
@@ -364,7 +381,7 @@ class Engine:
     def _start_over(self, message, guilty):
         """With an empty cache."""
         self.pending.clear()
-        self._launching = []
+        self._undrawn.clear()
         try:
             self.recovered += recovery.restart(self.scheduler, message, guilty)
             self.scorer.restart(RuntimeError(message))

@@ -104,8 +104,8 @@ class Guide:
                 ended.append((request, why))
         masks, broken = self._fill(going, count)
         ended += broken
-        at = [row for row, _ in going]
-        eos = (masks[at][:, self._eos // 32] >> (self._eos % 32) & 1).any(1) if going else ()
+        columns = np.ix_([row for row, _ in going], self._eos // 32)
+        eos = (masks[columns] >> (self._eos % 32) & 1).any(1) if going else ()
         for (row, request), can_end in zip(going, eos):
             if can_end and request not in dict(broken):
                 mask = masks[row]

@@ -12,14 +12,19 @@ log = logging.getLogger("jaxserve")
 RECOVERIES = 2  # times that the steps of one request may be lost before it fails
 
 
-def undo(scheduler, chunks):
-    """Takes back the newest plan, which never ran.  Streams stand where they stood, prompts return to the queue."""
+def undo(scheduler, plans):
+    """Takes back the newest plans, the oldest of them first, whose tokens were never drawn.
+
+    All steps before them have been read, or will be.  Streams stand where they stood, prompts return to the queue.
+    """
     size, back = scheduler.pool.size, []
-    for chunk in chunks:
-        request, first = chunk.request, chunk.start // scheduler.pool.size
+    for chunk in (chunk for plan in reversed(plans) for chunk in plan):
+        request, first = chunk.request, chunk.start // size
         if request.finish:
             continue
         request.in_flight -= chunk.emits
+        if request.lane < 0 or request in back:
+            continue  # it computes everything again
         request.computed = chunk.start
         if chunk.stop - chunk.start == 1 and request.chained <= first:
             kept = -(-chunk.start // size)

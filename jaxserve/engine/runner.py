@@ -34,6 +34,7 @@ class Packed:
     full: bool  # the full sampler; otherwise every row is greedy and plain
     fused: bool
     words: np.ndarray
+    seats: list[tuple[int, tuple, tuple | None]]  # lane, who takes it (as in Runner.seated), what its tables will hold
 
     @property
     def tokens(self):
@@ -217,9 +218,10 @@ class Runner:
                     self.dispatch(self._empty(shape, shape.full, True))
                 for shape in self._apart() if self.guided else ():
                     self.draw(self.advance(self._empty(shape, True, False)), None)
-                scored = [self.score([Piece([0] * n, [], 0, n, [])])[-1] for n in self.sizes.scored]
-                self.logits(scored[0], 0)
-            self._sit(None, 0)
+                for tokens in self.sizes.scored:
+                    self.logits(self.score([Piece([0] * tokens, [], 0, tokens, [])])[-1], 0)
+            self._sit([(0, (), table_rows(None, self.vocab, self.plan.session_len))])
+            self.seated[0] = None
         jax.block_until_ready(self.state)
 
     def check(self, request):
@@ -229,9 +231,7 @@ class Runner:
 
     def pack(self, chunks, apart=False):
         """A plan as one array, padded to a size that is compiled.  apart: for `advance`, not `dispatch`."""
-        for chunk in chunks:
-            if chunk.grew:
-                self._seat(chunk.request)
+        seats = [seat for c in chunks if c.grew and (seat := self._seat(c.request))]
         tokens, rows, sizes = sum(c.stop - c.start for c in chunks), len(chunks), self.sizes
         full = any(c.emits and not c.request.params.plain for c in chunks)
         fused = sizes.fused and not apart
@@ -244,14 +244,15 @@ class Runner:
             size = next(t for t in all_tokens if t >= tokens and self.rows_of(t) >= rows)
             count = self.rows_of(size)
         shape = Shape(size, count, pages, fused and full)
-        return Packed(chunks, shape, full or apart, fused, self._words(chunks, shape))
+        return Packed(chunks, shape, full or apart, fused, self._words(chunks, shape), seats)
 
     def _empty(self, shape, full, fused):
-        return Packed([], shape, full, fused, self._words([], shape))
+        return Packed([], shape, full, fused, self._words([], shape), [])
 
     def dispatch(self, packed):
         """Starts a step and returns an InFlight at once."""
         if packed.fused:
+            self._sit(packed.seats)
             self.state, drawn = self._call(("step", packed.shape), self.params, self.state, self._put(packed.words))
             return InFlight(packed, drawn)
         return self.draw(self.advance(packed), None)
@@ -259,6 +260,7 @@ class Runner:
     def advance(self, packed):
         """Starts the first half of a step; what is returned goes to `draw`, once and before the next step."""
         shape = packed.shape
+        self._sit(packed.seats)
         self.state, left = self._call(("advance", shape), self.params, self.state, self._put(packed.words))
         return packed, left
 
@@ -320,22 +322,28 @@ class Runner:
         return jax.device_put(array, self.whole)
 
     def _seat(self, request):
-        """Notes what does not change while a request keeps its lane, and its new pages."""
-        lane, pages = request.lane, request.pages
+        """Notes what does not change while a request keeps its lane, and its new pages.
+
+        Returns a Packed.seats where the lane is new to it.  Nothing of that is done yet: steps that were packed before
+        may still be about to start, and draw for whoever had the lane.
+        """
+        lane, pages, seat = request.lane, request.pages, None
         if self.seated[lane] != (request, request.preemptions):
-            self.seated[lane], self.filled[lane] = None, 0
+            self.filled[lane] = 0
             self.rows[lane, ROPE] = request.prompt_len
             Sampling.pack(request.params, 0, self.rows[lane, len(ROW) :])
-            if request.params.tables:
-                self._sit(request, lane)
-            self.seated[lane] = request, request.preemptions
+            tables = table_rows(request, self.vocab, self.plan.session_len, lane) if request.params.tables else None
+            seat = lane, (request, request.preemptions), tables
         new = min(self.filled[lane], len(pages) - 1)  # the last one is another when a plan was taken back
         self.table[lane, new : len(pages)] = pages[new:]
         self.filled[lane] = len(pages)
+        return seat
 
-    def _sit(self, request, lane):
-        rows = table_rows(request, self.vocab, self.plan.session_len, lane)
-        self.state = self._call("seat", self.state, *rows)
+    def _sit(self, seats):
+        for lane, who, tables in seats:
+            if tables is not None:
+                self.state = self._call("seat", self.state, *tables)
+            self.seated[lane] = who
 
     def _blank(self, shape):
         """The array of a step that computes nothing, and views of its tokens, rows and pages; see step.Batch.unpack."""

@@ -123,6 +123,22 @@ def test_two_steps_ahead_and_preempted(folder, expected, free, gpu, monkeypatch)
         assert engine.stats()["preemptions"] > 0
 
 
+def test_lanes_change_hands(engine):
+    """Penalties are counted in tables of the lane, which the next request may get while a step is half done."""
+    params = SamplingParams(temperature=1.5, frequency_penalty=1.0, seed=1)
+    guided = [
+        build.submit(engine, [i + 1] * 5, 30, params, stop_ids=STOP, grammar=regex("[a-f]{3,}")) for i in range(4)
+    ]
+    free = [build.submit(engine, [i + 1] * 5, 30 + i, params) for i in range(4)]
+    for answer in guided + free:
+        answer.wait()
+    assert {answer.finish for answer in guided} == {"stop"} and {answer.finish for answer in free} == {"length"}
+    counts = np.asarray(engine.runner.state.tables.output_count)
+    for lane, (request, _) in enumerate(engine.runner.seated):
+        assert request in [answer.request for answer in free]
+        assert np.bincount(request.output, minlength=build.VOCAB).tolist() == counts[lane].tolist()
+
+
 def test_tensor_parallel(folder, expected, free):
     with build.engine(folder, guide=build.table, tp=2) as engine:  # the vocabulary is padded to 98
         check(engine, expected, free)
