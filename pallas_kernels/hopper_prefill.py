@@ -22,8 +22,9 @@ WARPGROUPS = 2  # that compute; the last one loads
 ROWS = 64  # of queries a warpgroup: tokens * p
 LOG2E = math.log2(math.e)
 WGMMA = plgpu.Layout.WGMMA
-SWIZZLE = plgpu.SwizzleTransform(128)
-TILED = (plgpu.TilingTransform((8, 64)), SWIZZLE)  # rows of 64 elements, 128 bytes, as wgmma wants them
+SWIZZLE = plgpu.SwizzleTransform(128)  # type: ignore[abstract]  # it only looks abstract
+# Rows of 64 elements, 128 bytes, as wgmma wants them.
+TILED = (plgpu.TilingTransform((8, 64)), SWIZZLE)  # type: ignore[abstract]
 
 
 class Sizes(NamedTuple):

@@ -8,6 +8,7 @@ Ampere on has.
 import json
 import pathlib
 import re
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -17,7 +18,7 @@ TUNED = pathlib.Path(__file__).parent / "tuned"
 TABLES: dict[str, dict] = {}  # file name -> content, read when first asked for
 
 
-def lookup(kernel: str, dtype, head_dim: int) -> dict[str, int]:
+def lookup(kernel: str, dtype, head_dim: int) -> dict[str, Any]:
     """The sizes of a kernel for the present device.  ValueError where no file knows such a shape."""
     key = f"{jnp.dtype(dtype).itemsize * 8}x{power_of_two(head_dim)}"
     for file in (path(device()[0]), TUNED / "default.json"):
