@@ -218,8 +218,8 @@ class Runner:
                     self.dispatch(self._empty(shape, shape.full, True))
                 for shape in self._apart() if self.guided else ():
                     self.draw(self.advance(self._empty(shape, True, False)), None)
-                for tokens in self.sizes.scored:
-                    self.logits(self.score([Piece([0] * tokens, [], 0, tokens, [])])[-1], 0)
+                scored = [self.score([Piece([0] * n, [], 0, n, [])])[-1] for n in self.sizes.scored]
+                self.logits(scored[0], 0)
             self._sit([(0, (), table_rows(None, self.vocab, self.plan.session_len))])
             self.seated[0] = None
         jax.block_until_ready(self.state)

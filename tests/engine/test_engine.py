@@ -87,8 +87,10 @@ def test_fused_as_on_a_gpu(folder, engine, expected, monkeypatch):
     params = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.3, seed=2, logprobs=1)
     sampled = build.run(engine, random_requests(), params)
     build.like_a_gpu(monkeypatch)
-    with build.engine(folder) as fused:
-        assert fused.runner.sizes.fused
+    with build.engine(folder, guide=build.table, num_tokens_per_iter=400) as fused:
+        assert fused.runner.sizes.fused and len(fused.runner.sizes.scored) == 2
+        fused.runner.on_cpu = False
+        fused.runner.warm_up()  # all programs, as there
         assert build.run(fused, random_requests()) == expected
         assert build.run(fused, random_requests(), params) == sampled
 
