@@ -78,3 +78,22 @@ def expert_mlp(x, gate_up, down, sizes):
 
     specs = (P(), P(None, None, None, "tp"), P(None, "tp", None), P())
     return _split(local, specs, P())(x, gate_up, down, sizes)
+
+
+def int4_pack(q, *, group):
+    """Nibbles q uint8[D, *out] as `int4_matmul` reads them on this device."""
+    return pk.int4_pack(q, group=group)
+
+
+def int4_matmul(x, packed, scale, zero, *, group, axes, dtype=None):
+    """x [T, D] times an int4 matrix [D, *out], to [T, *out] in `dtype` (that of x unless said).
+
+    packed: of `int4_pack`; scale, zero [D/group, *out]; axes: the mesh axis of each of [D, *out].
+    """
+
+    def local(x, packed, scale, zero):
+        flat = (a.reshape(a.shape[0], -1) for a in (packed, scale, zero))
+        out = pk.int4_matmul_reference(x, *flat, group=group, dtype=dtype).reshape(x.shape[0], *scale.shape[1:])
+        return jax.lax.psum(out, axes[0]) if axes[0] else out
+
+    return _split(local, (P(None, axes[0]), P(*axes), P(*axes), P(*axes)), P(None, *axes[1:]))(x, packed, scale, zero)

@@ -1,0 +1,87 @@
+"""Int4 against NumPy, and against a Dense of the same values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxserve import mesh as meshes
+from jaxserve import ops
+from jaxserve.quant.dense import Dense
+from jaxserve.quant.int4 import Int4, group_of, nearest, quantize
+
+
+def random_nibbles(D, out, group, seed=0):
+    """q, scale, zero of a random matrix, and the matrix in float64."""
+    rng = np.random.default_rng(seed)
+    q = rng.integers(0, 16, (D, *out)).astype(np.uint8)
+    scale = rng.uniform(0.01, 0.03, (D // group, *out)).astype(np.float32)
+    zero = rng.integers(0, 17, (D // group, *out)).astype(np.uint8)  # GPTQ's zeros reach 16
+    matrix = np.empty((D, *out))
+    for k in range(D):
+        matrix[k] = (q[k].astype(int) - zero[k // group]) * scale[k // group].astype(np.float64)
+    return q, scale, zero, matrix
+
+
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 576])
+@pytest.mark.parametrize("out", [(3,), (2, 5), (2, 4, 8)])
+def test_product(group, out):
+    q, scale, zero, matrix = random_nibbles(1152, out, group)
+    x = np.random.default_rng(1).normal(size=(2, 3, 1152)).astype(np.float32)
+    bias = np.arange(np.prod(out), dtype=np.float32).reshape(out)
+    axes = (None,) * (1 + len(out))
+    held = Int4(ops.int4_pack(jnp.asarray(q), group=group), jnp.asarray(scale), jnp.asarray(zero), bias, group, axes)
+    with meshes.on(meshes.make_mesh(1)):
+        found = jax.jit(Int4.dot)(held, x)
+    np.testing.assert_allclose(found, np.tensordot(x, matrix, 1) + bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [(None, "tp"), ("tp", None), (None, None, "tp"), (None, "tp", None)], ids=str)
+def test_split(axes):
+    """Columns or rows on two devices: what one has."""
+    out = (4, 6)[: len(axes) - 1]
+    q, scale, zero, matrix = random_nibbles(256, out, 64)
+    x = np.random.default_rng(1).normal(size=(5, 256)).astype(np.float32)
+    mesh = meshes.make_mesh(2)
+    where = NamedSharding(mesh, P(*axes))
+    arrays = (jax.device_put(a, where) for a in (ops.int4_pack(jnp.asarray(q), group=64), scale, zero))
+    with meshes.on(mesh):
+        found = jax.jit(Int4.dot)(Int4(*arrays, group=64, axes=axes), x)
+    np.testing.assert_allclose(found, np.tensordot(x, matrix, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.float32])
+def test_types(dtype):
+    q, scale, zero, matrix = random_nibbles(128, (4,), 32)
+    held = Int4(ops.int4_pack(jnp.asarray(q), group=32), jnp.asarray(scale), jnp.asarray(zero), group=32)
+    x = jnp.ones((1, 128), jnp.bfloat16)
+    with meshes.on(meshes.make_mesh(1)):
+        found = held.dot(x, dtype)
+    assert found.dtype == (dtype or jnp.bfloat16)
+    np.testing.assert_allclose(found.astype(jnp.float32)[0], matrix.sum(0), rtol=2e-2, atol=2e-2)
+
+
+def test_rounding():
+    """No element is further than half a step from its original; zero stays zero."""
+    rng = np.random.default_rng(2)
+    weight = rng.normal(size=(128, 3, 5)).astype(np.float32)
+    weight[7] = 0
+    weight[64:, 0] += 10  # a group that has one sign
+    q, scale, zero = (np.asarray(a) for a in nearest(jnp.asarray(weight), 64))
+    back = (q.reshape(2, 64, 3, 5).astype(float) - zero[:, None]) * scale[:, None]
+    # The zero point is rounded too, which may clip an end of the range by half a step.
+    assert (np.abs(back - weight.reshape(2, 64, 3, 5)) <= scale[:, None] * 1.001).all()
+    assert np.median(np.abs(back - weight.reshape(2, 64, 3, 5)) / scale[:, None]) < 0.3
+    assert not back.reshape(128, 3, 5)[7].any()
+    dense = Dense(jnp.asarray(weight), jnp.ones((3, 5)))
+    with meshes.on(meshes.make_mesh(1)):
+        found = quantize(dense, 64).dot(jnp.ones((1, 128)))
+    np.testing.assert_allclose(found[0], back.sum((0, 1)) + 1, rtol=1e-4, atol=1e-4)
+
+
+def test_groups():
+    assert [group_of(*case) for case in ((128, 4096), (64, 576), (576, 576), (11008, 11008), (32, 96), (128, 192))] == [
+        128, 64, 64, 128, 32, 64,
+    ]  # fmt: skip
