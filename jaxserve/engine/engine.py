@@ -65,7 +65,7 @@ class Engine:
         self.ahead = 1 if runner.on_cpu else 2  # how many while the oldest is a short one; else one
         self.steps, self.computed, self.dispatched, self.busy = 0, 0, 0, 0.0
         self.corrupted = self.failed_steps = self.recovered = 0
-        self._half: tuple | None = None  # a step that has computed and not drawn: (what draw takes, its guided rows)
+        self._half: tuple | None = None  # a step that computes and has not drawn: Runner.advance's
         self._undrawn: list[list] = []  # plans without tokens, the oldest first
         self._careful = 0  # steps for which the budget stays small
         self._arrivals = itertools.count(1)
@@ -242,14 +242,16 @@ class Engine:
     def _pack(self, chunks):
         """The plan as an array; None where requests could not be packed: they have failed, the plan is taken back."""
         self._undrawn.append(chunks)
-        apart = any(c.emits and c.request.grammar is not None for c in chunks)
+        guided = []
+        if self.guide is not None:
+            guided = [(row, c.request) for row, c in enumerate(chunks) if c.emits and c.request.grammar is not None]
         try:
-            return self.runner.pack(chunks, apart)
+            return self.runner.pack(chunks, guided)
         except Exception:
             guilty = {}
             for chunk in chunks:
                 try:
-                    self.runner.pack([chunk], apart)
+                    self.runner.pack([chunk], guided)
                 except Exception as own:
                     guilty[chunk.request] = own
             if not guilty:
@@ -265,9 +267,8 @@ class Engine:
         if all(chunk.request.finish for chunk in packed.chunks):
             self._undrawn.pop()
             return False
-        guided = [(row, c.request) for row, c in enumerate(packed.chunks) if c.emits and c.request.grammar is not None]
-        if guided:
-            self._half = self.runner.advance(packed), guided
+        if packed.guided:
+            self._half = self.runner.advance(packed)
         else:
             self._launched(self.runner.dispatch(packed))
         return True
@@ -280,13 +281,13 @@ class Engine:
         """
         if self._half is None:
             return
-        half, guided = self._half
+        packed, _ = self._half
         while self.pending:
             self._read()
-        if all(chunk.request.finish for chunk in half[0].chunks):
+        if all(chunk.request.finish for chunk in packed.chunks):
             self._undrawn.pop(0)
         else:
-            self._launched(self.runner.draw(half, self._masks(guided, half[0].shape.rows)))
+            self._launched(self.runner.draw(self._half, self._masks(packed.guided, packed.shape.rows)))
         self._half = None
 
     def _launched(self, step):

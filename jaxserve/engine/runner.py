@@ -4,6 +4,7 @@ T tokens of a step, R rows, P pages a row; a lane is a request's seat on the dev
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ class Packed:
     fused: bool
     words: np.ndarray
     seats: list[tuple[int, tuple, tuple | None]]  # lane, who takes it (as in Runner.seated), what its tables will hold
+    guided: Sequence = ()  # (row, request) of rows that wait for a mask
 
     @property
     def tokens(self):
@@ -229,12 +231,15 @@ class Runner:
         if request.params.tables:
             bias_rows(request.params, request.stop_ids, self.cfg.vocab)
 
-    def pack(self, chunks, apart=False):
-        """A plan as one array, padded to a size that is compiled.  apart: for `advance`, not `dispatch`."""
+    def pack(self, chunks, guided=()):
+        """A plan as one array, padded to a size that is compiled.
+
+        guided: (row, request) of rows that take a mask; with any, the plan is for `advance`, not `dispatch`.
+        """
         seats = [seat for c in chunks if c.grew and (seat := self._seat(c.request))]
         tokens, rows, sizes = sum(c.stop - c.start for c in chunks), len(chunks), self.sizes
         full = any(c.emits and not c.request.params.plain for c in chunks)
-        fused = sizes.fused and not apart
+        fused = sizes.fused and not guided
         all_rows, all_tokens = (sizes.rows, sizes.tokens) if fused else (sizes.apart_rows, sizes.apart_tokens)
         held = max(len(c.request.pages) for c in chunks)
         pages = bucket(held, sizes.pages if fused else sizes.apart_pages)
@@ -244,7 +249,7 @@ class Runner:
             size = next(t for t in all_tokens if t >= tokens and self.rows_of(t) >= rows)
             count = self.rows_of(size)
         shape = Shape(size, count, pages, fused and full)
-        return Packed(chunks, shape, full or apart, fused, self._words(chunks, shape), seats)
+        return Packed(chunks, shape, full or bool(guided), fused, self._words(chunks, shape), seats, guided)
 
     def _empty(self, shape, full, fused):
         return Packed([], shape, full, fused, self._words([], shape), [])

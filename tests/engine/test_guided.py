@@ -139,9 +139,12 @@ def test_lanes_change_hands(engine):
         assert np.bincount(request.output, minlength=build.VOCAB).tolist() == counts[lane].tolist()
 
 
-def test_tensor_parallel(folder, expected, free):
-    with build.engine(folder, guide=build.table, tp=2) as engine:  # the vocabulary is padded to 98
-        check(engine, expected, free)
+def test_tensor_parallel(folder, engine, expected, free):
+    with build.engine(folder, guide=build.table, tp=2) as split:  # the vocabulary is padded to 98
+        check(split, expected, free)
+        for want in ("logits", "alternatives", "last"):
+            for found, other in zip(split.score([5, 6, 7], want), engine.score([5, 6, 7], want)):
+                np.testing.assert_allclose(found, other, atol=1e-4)
 
 
 def test_always_matches_its_schema(engine):
