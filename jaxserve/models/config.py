@@ -4,9 +4,12 @@ Knows the spellings of Hugging Face's config.json; what differs between families
 family's own file, which calls `common` and replaces what it knows better.
 """
 
+import math
 from dataclasses import dataclass
 
 from jaxserve.models import FAMILIES, family
+
+MOST_LAYERS = 4096  # each is looked for in the checkpoint
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,13 @@ class ModelConfig:
 def from_hf(hf):
     """A ModelConfig from the dict of a config.json; ValueError where it describes what jaxserve does not compute."""
     names = hf.get("architectures") or ["nothing"]
-    if names[0] not in FAMILIES:
-        raise ValueError(f"architectures names {names[0]}; jaxserve knows {', '.join(FAMILIES)}")
-    return family(FAMILIES[names[0]]).config(hf)
+    if not isinstance(names, list) or str(names[0]) not in FAMILIES:
+        name = names[0] if isinstance(names, list) else names
+        raise ValueError(f"architectures names {str(name)[:60]}; jaxserve knows {', '.join(FAMILIES)}")
+    try:
+        return family(FAMILIES[str(names[0])]).config(hf)
+    except (TypeError, AttributeError, KeyError, OverflowError) as error:  # a stranger wrote it
+        raise ValueError(f"config.json holds a value of the wrong kind: {error}") from error
 
 
 def common(name, hf, **own):
@@ -87,9 +94,11 @@ def common(name, hf, **own):
         head_dim = width // heads
     if head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}; rotary embeddings need an even one")
+    if (layers := need(hf, "num_hidden_layers")) > MOST_LAYERS:
+        raise ValueError(f"config.json: num_hidden_layers is {layers}; {MOST_LAYERS} is the most")
     fields = {
         "family": name,
-        "layers": need(hf, "num_hidden_layers"),
+        "layers": layers,
         "width": width,
         "heads": heads,
         "kv_heads": kv_heads,
@@ -108,7 +117,7 @@ def common(name, hf, **own):
 def need(hf, key, kind=int):
     """A positive number that config.json must have."""
     value = hf.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
         raise ValueError(f"config.json: {key} must be a positive number, found {value!r}")
     return value
 
@@ -140,7 +149,7 @@ def read_rope(hf):
     partial = found.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise ValueError(f"partial_rotary_factor is {partial}; only whole heads are rotated")
-    theta = float(found["rope_theta"])
+    theta = float(need(found, "rope_theta", float))
     if kind == "default":
         return Rope(theta)
     original = need(hf, "max_position_embeddings")

@@ -92,6 +92,7 @@ def load(model: str | None, config: EngineConfig, options: ServerOptions, again:
     report("loading")
     with _failing(MODEL):
         from jaxserve import checkpoint
+        from jaxserve.models.config import from_hf
         from jaxserve.text import reasoning, tools
         from jaxserve.text.chat import ChatTemplate
         from jaxserve.text.grammar import token_table
@@ -99,6 +100,7 @@ def load(model: str | None, config: EngineConfig, options: ServerOptions, again:
 
         path = hub.resolve(model, config.revision, config.download_dir)
         with checkpoint.open(path) as source:  # text first: it is quick, and the web processes need it
+            from_hf(source.config)
             tokenizer, its_config, advice = Tokenizer.load(source), source.config, source.generation_config
     with _failing(USAGE):
         if options.tool_call_parser:

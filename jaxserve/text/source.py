@@ -16,6 +16,7 @@ INTERNLM2_TOKENS = {  # older checkpoints name them only in code, which is not r
     92542: "<|im_end|>",
     92543: "<|im_start|>",
 }
+LARGEST = 256 << 20  # bytes of tokenizer.json, which take ten times as much when they are read
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -38,7 +39,10 @@ def ids(value: int | list[int] | None) -> tuple[int, ...]:
     """Token ids as Hugging Face configs have them: one, several or none."""
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+    found = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if wrong := [id for id in found if type(id) is not int or id < 0]:
+        raise ValueError(f"a token id is a whole number, 0 or more, not {wrong[0]!r:.60}")
+    return found
 
 
 def _json(path: Path) -> dict:
@@ -93,6 +97,8 @@ def _folder(folder: Path) -> dict:
 
 
 def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"{path} is no tokenizer: it has {size >> 20} MiB, and none has more than {LARGEST >> 20}")
     try:
         core = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception

@@ -172,3 +172,16 @@ def test_what_is_no_tokenizer(tmp_path, folder):
     core.save(str(folder / "tokenizer.json"))
     with pytest.raises(ValueError, match="byte-level and SentencePiece"):
         Tokenizer.load(write(folder, tokenizer_config__json={}))
+
+
+@pytest.mark.parametrize("id", ["x", -5, {"a": 1}, [2, None], True])
+def test_what_is_no_token_id(folder, id):
+    with pytest.raises(ValueError, match="a token id is a whole number, 0 or more, not"):
+        Tokenizer.load(write(folder, config__json={"eos_token_id": id}))
+
+
+def test_a_huge_file_is_not_read(folder):
+    with (folder / "tokenizer.json").open("ab") as file:
+        file.truncate(500 << 20)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer: it has 500 MiB"):
+        Tokenizer.load(folder)
