@@ -28,6 +28,12 @@ def kernels():
     return not reason
 
 
+def prepare():
+    """Readies this process for programs with kernels in them that another process compiled."""
+    if jax.default_backend() != "cpu":
+        pk.prepare()
+
+
 def _split(function, ins, outs):
     return jax.shard_map(function, in_specs=ins, out_specs=outs, check_vma=False)
 
@@ -83,6 +89,25 @@ def expert_mlp(x, gate_up, down, sizes):
 def int4_pack(q, *, group):
     """Nibbles q uint8[D, *out] as `int4_matmul` reads them on this device."""
     return pk.int4_pack(q, group=group)
+
+
+def int4_shape(shape):
+    """The shape of what `int4_pack` makes of nibbles of this shape."""
+    return (shape[0] // 8, *shape[1:])
+
+
+def int4_axes(axes):
+    """The mesh axes of what `int4_pack` makes of nibbles with these."""
+    return axes
+
+
+def int4_refuses(inputs, columns, group):
+    """Why `int4_matmul` can't take a matrix of which a device has so many inputs and columns (of the last axis)."""
+    if group % 8:
+        return (
+            f"int4 weights in groups of {group} inputs a device; they must be a multiple of 8 (a smaller tp may help)"
+        )
+    return None
 
 
 def int4_matmul(x, packed, scale, zero, *, group, axes, dtype=None):

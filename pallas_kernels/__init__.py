@@ -7,7 +7,7 @@ Ampere on.  Nothing here chooses between the two: `available()` says whether the
 from pallas_kernels.int4_matmul import int4_dequantize, int4_matmul_reference, int4_pack
 from pallas_kernels.kv_write import kv_write, kv_write_reference
 from pallas_kernels.paged_decode import paged_decode, paged_decode_reference
-from pallas_kernels.paged_prefill import paged_prefill, paged_prefill_reference
+from pallas_kernels.paged_prefill import paged_prefill, paged_prefill_reference, prepare
 from pallas_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
 from pallas_kernels.triton_call import available
 
@@ -22,6 +22,7 @@ __all__ = [
     "paged_decode_reference",
     "paged_prefill",
     "paged_prefill_reference",
+    "prepare",
     "rope_kv_write",
     "rope_kv_write_reference",
 ]

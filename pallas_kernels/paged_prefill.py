@@ -5,6 +5,7 @@ H head dim.  The tokens of a row are consecutive; tokens that belong to no row a
 """
 
 import functools
+import importlib
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -278,6 +279,16 @@ def hopper(q, k_pool, window) -> bool:
         return False
     size = tuning.lookup("hopper_prefill", q.dtype, H)
     return size["tokens"] <= T and size["block"] % S == 0 and _lowers(q.shape[1:], q.dtype, S)
+
+
+def prepare() -> None:
+    """Readies this process for stored programs with these kernels in them.  XLA finds Mosaic's run-time library by a
+    variable that the import sets."""
+    if jax.default_backend() == "gpu" and device()[1] == 90:
+        try:
+            importlib.import_module("jax.experimental.mosaic.gpu")
+        except Exception:  # then no program here has such a kernel
+            pass
 
 
 @functools.cache

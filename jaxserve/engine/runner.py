@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve import mesh as meshes
+from jaxserve import ops
 from jaxserve.cache import PagedKV
 from jaxserve.engine.programs import compile_all
 from jaxserve.engine.sizes import Sizes, bucket
@@ -111,6 +112,7 @@ class Runner:
 
     def compile(self, folder, progress=None):
         """Compiles every program that can be needed; nothing is compiled after it."""
+        ops.prepare()
         # What float32 means: a GPU would round the factors of a product to 10 bits (TF32) otherwise.
         precision = "highest" if self.shapes.embed.dtype == jnp.float32 else None
         with meshes.on(self.mesh), jax.default_matmul_precision(precision):
@@ -347,7 +349,7 @@ class Runner:
     def _sit(self, seats):
         for lane, who, tables in seats:
             if tables is not None:
-                self.state = self._call("seat", self.state, *tables)
+                self.state = self._call("seat", self.state, *self._put(tables))
             self.seated[lane] = who
 
     def _blank(self, shape):
