@@ -324,12 +324,16 @@ def _call(number: int, call) -> dict:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"message {number}: a tool call has no function with a name: {call!r:.80}")
+    if not isinstance(call.get("id"), str | None) or call.get("type") not in ("function", None):
+        raise ValueError(f"message {number}: a tool call has the type 'function', and a text as its id: {call!r:.80}")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except (ValueError, RecursionError) as error:
             raise ValueError(f"message {number}: the arguments of {function['name']} are not JSON: {error}") from None
+    elif not isinstance(arguments, dict | None):
+        raise ValueError(f"message {number}: the arguments of {function['name']} are no object: {arguments!r:.80}")
     return {**call, "function": {**function, "arguments": arguments}}
 
 

@@ -446,6 +446,9 @@ def test_mistral_wants_nine_letters(smollm2):
         ([user([{"type": "text"}])], "message 0: a part of the type text has no text"),
         ([user([5])], "message 0: a part of the content is an object with a type, not 5"),
         ([user("a"), assistant(None, tool_calls=[{"id": "1"}])], "message 1: a tool call has no function"),
+        ([user("a"), assistant(None, tool_calls=[{"id": 1, "function": {"name": "f"}}])], "a text as its id"),
+        ([user("a"), assistant(None, tool_calls=[{"type": "x", "function": {"name": "f"}}])], "the type .function."),
+        ([user("a"), assistant(None, tool_calls=[{"function": {"name": "f", "arguments": 5}}])], "f are no object"),
         ([user("a"), {"role": "judge", "content": "b"}], "message 1: the role 'judge' is none of system"),
     ],
 )

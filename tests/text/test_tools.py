@@ -13,6 +13,7 @@ from jaxserve.text import grammar as grammars
 from jaxserve.text import tools as formats
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tools import FORMATS, Arguments, Call, Text
+from jaxserve.text.tools.rules import MOST_CALLS
 from tests.text.walk import accepts, walk
 
 
@@ -382,6 +383,15 @@ def test_forced_calls_may_be_several(models, format, kind):
     for parallel in (True, False):
         text = FORMATS[format].grammar(TOOLS, "required", parallel, tokenizer)
         assert accepts(text, answer, tokenizer, table) == parallel
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forced_calls_come_to_an_end(models, kind):
+    """A small model that may only go on calling would do so until its context is full."""
+    tokenizer, table = models[kind]
+    text = FORMATS["hermes"].grammar(TOOLS, "required", True, tokenizer)
+    assert accepts(text, "\n".join([HERMES] * MOST_CALLS), tokenizer, table)
+    assert not accepts(text, "\n".join([HERMES] * (MOST_CALLS + 1)), tokenizer, table)
 
 
 @pytest.mark.parametrize("kind", KINDS)

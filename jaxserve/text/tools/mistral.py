@@ -10,7 +10,7 @@ import string
 
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tools.calls import Named, Objects, Reader
-from jaxserve.text.tools.rules import Rules
+from jaxserve.text.tools.rules import FURTHER, Rules
 from jaxserve.text.tools.scanner import Scanner
 from jaxserve.text.tools.values import BLANKS
 
@@ -65,5 +65,5 @@ def grammar(tools: list[dict], choice: str, parallel: bool, tokenizer: Tokenizer
         rules = Rules(tools, choice, tokenizer, lambda name: (name[1:-1], ARGS, ""))
         return rules.text(START, rules.calls, repeats=parallel)
     rules = Rules(tools, choice, tokenizer, lambda name: (f'{{"name": {name}, "arguments": ', "}"))
-    more = f'(", " {rules.calls})*' if parallel else ""
+    more = f'(", " {rules.calls}){FURTHER}' if parallel else ""
     return rules.text(START, f'" "? "[" {rules.calls} {more} "]"', repeats=False)

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from jaxserve.text import grammar
 from jaxserve.text.tokenizer import Tokenizer
 
+MOST_CALLS = 16  # of one answer: held to a grammar, a small model may repeat a call as long as it is let
+FURTHER = f"{{0,{MOST_CALLS - 1}}}"
+
 
 class Rules:
     """Rules of Lark for one request's tools.
@@ -38,14 +41,14 @@ class Rules:
 
     def text(self, start: str, body: str, repeats: bool, between: str = "") -> str:
         """llguidance's JSON text.  start: the marker of a call, "" if calls begin with "{"; body: the rule of what
-        follows; repeats: several calls may come, with `between` between them."""
+        follows; repeats: up to MOST_CALLS calls may come, with `between` between them."""
         self.line("body", body)
         mark = self.mark(start) if start else ""
         if not self._free:
-            more = f"({between} {mark} body)*" if repeats else ""
+            more = f"({between} {mark} body){FURTHER}" if repeats else ""
             self.line("start", f"{mark} body {more}")
         elif not start:
-            more = f"({between} body)*" if repeats else ""
+            more = f"({between} body){FURTHER}" if repeats else ""
             self.line("start", f"TEXT? | body {more}")
             self.line("TEXT", "/[^{](?s:.*)/")
         else:
