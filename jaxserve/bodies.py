@@ -82,7 +82,7 @@ class Sampling(Struct):
     bad_token_ids: Ids | None = None
     presence_penalty: Annotated[float, _number(-2, 2)] | None = None
     frequency_penalty: Annotated[float, _number(-2, 2)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100, description="a number above 0 and up to 100")] | None = None
+    repetition_penalty: Annotated[float, _number(0.01, 100)] | None = None
     logit_bias: Bias | None = None
     ignore_eos: Flag | None = None
     skip_special_tokens: Flag | None = None

@@ -68,7 +68,7 @@ BAD = [
     ("seed", "x", "'x'"),
     ("presence_penalty", 3, "from -2 to 2"),
     ("frequency_penalty", -3, "from -2 to 2"),
-    ("repetition_penalty", 0, "above 0"),
+    ("repetition_penalty", 1e-9, "0.01 to 100"),
     ("min_tokens", -1, "0 or more"),
     ("ignore_eos", 1, "true or false"),
     ("stream", "yes", "true or false"),

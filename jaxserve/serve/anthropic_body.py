@@ -22,6 +22,13 @@ class TextBlock(Struct, tag_field="type", tag="text"):
     text: str
 
 
+class PlainText(Struct):
+    """Text, where nothing else may stand."""
+
+    type: Literal["text"]
+    text: str
+
+
 class ImageBlock(Struct, tag_field="type", tag="image"):
     """An image: refused, as the models served here read text."""
 
@@ -39,7 +46,7 @@ class DocumentBlock(Struct, tag_field="type", tag="document"):
 class SearchResultBlock(Struct, tag_field="type", tag="search_result"):
     """Something that was found, as text blocks."""
 
-    content: list[TextBlock]
+    content: list[PlainText]
     title: str = ""
     source: str = ""
 
@@ -76,7 +83,7 @@ class ToolResultBlock(Struct, tag_field="type", tag="tool_result"):
 class SystemBlock(Struct, tag_field="type", tag="mid_conv_system"):
     """An instruction in the middle of a conversation."""
 
-    content: list[TextBlock]
+    content: list[PlainText]
 
 
 Block = (
@@ -144,7 +151,7 @@ class CountTokens(Struct):
 
     model: str
     messages: Annotated[list[InputMessage], Meta(min_length=1, max_length=100_000)]
-    system: str | list[TextBlock] | None = None
+    system: str | list[PlainText] | None = None
     tools: Annotated[list[ToolParam], Meta(max_length=1024)] | None = None
     tool_choice: MessageToolChoice | None = None
     thinking: ThinkingConfig | None = None

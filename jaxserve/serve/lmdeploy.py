@@ -70,7 +70,7 @@ class InteractiveBody(Struct):
     top_p: Annotated[float, Meta(gt=0, le=1)] = 0.8
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = 40
     temperature: Annotated[float, Meta(ge=0, le=2)] = 0.8
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     cancel: bool = False

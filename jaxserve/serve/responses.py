@@ -4,6 +4,7 @@ Stored responses lie in the engine's small memory, which all web workers share: 
 forgets them.
 """
 
+import copy
 import logging
 import threading
 import time
@@ -84,6 +85,10 @@ def blueprint(service: Service) -> Blueprint:
             return body.send(frame.background(running))
         with stream.watched(answer):
             return body.send(frame.whole())
+
+    @routes.route(f"{RESPONSES}/input_tokens", methods=["OPTIONS"])
+    def methods():
+        return "", {"Allow": "OPTIONS, POST"}  # else those of a response, too: its name would do as an id
 
     @routes.post(f"{RESPONSES}/input_tokens")
     def input_tokens():
@@ -238,7 +243,7 @@ class Frame:
         begun, stack = self.writer.resource, ExitStack()
         begun["status"] = "queued"
         self.store.put(begun, self.items)
-        told = dict(begun)
+        told = copy.deepcopy(begun)  # the thread fills in the output
         stack.enter_context(running.named(begun["id"], self.answer))
         threading.Thread(target=self._run, args=(stack,), name="jaxserve-background", daemon=True).start()
         return told

@@ -45,6 +45,21 @@ class ToolCall(Struct):
     function: NamedArguments
 
 
+class GivenArguments(Struct):
+    """What a model has called; arguments: JSON, or what it says."""
+
+    name: str
+    arguments: str | dict[str, Any] | UnsetType | None = UNSET
+
+
+class GivenCall(Struct):
+    """A call that is given back."""
+
+    function: GivenArguments
+    id: str | UnsetType | None = UNSET
+    type: Literal["function"] | UnsetType | None = UNSET
+
+
 class Message(Struct):
     """One message of a conversation."""
 
@@ -60,7 +75,7 @@ class AssistantMessage(Struct):
     role: Literal["assistant"]
     content: str | list[Part] | UnsetType | None = UNSET
     name: str | UnsetType | None = UNSET
-    tool_calls: list[ToolCall] | UnsetType | None = UNSET
+    tool_calls: list[GivenCall] | UnsetType | None = UNSET
 
 
 class CachedTokens(Struct):
