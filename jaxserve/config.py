@@ -263,7 +263,7 @@ class EngineConfig:
     model_format: str | None = option(
         None,
         "how the weights are stored (default: found out)",
-        optional(one_of("hf", "llama", later=("awq", "gptq", "compressed-tensors", "fp8", "mxfp4"))),
+        optional(one_of("hf", "llama", "awq", "gptq", "compressed-tensors", later=("fp8", "mxfp4"))),
     )
     model_name: str | None = option(None, "the name under which the model answers", optional(TEXT))
     revision: str | None = option(None, "branch, tag or commit of a model from the hub", optional(TEXT))

@@ -13,6 +13,7 @@
     read(name, index=None) -> np.ndarray   a copy; a tuple of slices reads only those rows and columns; thread-safe
     close()                   also a context manager
 
+A folder of packed integers (AWQ, GPTQ, compressed-tensors) shows its values, and more: see `quantized`.
 A folder that `jaxserve convert` wrote has no `read`: it is an `orbax.OrbaxFolder`, with `meta` and `restore`.
 Everything that is wrong with a checkpoint is a `CheckpointError` that names the file and the tensor.
 """
@@ -51,9 +52,10 @@ def _open_folder(path):
 
         return OrbaxFolder(path)
     if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists():
+        from jaxserve.checkpoint.quantized import unpacked
         from jaxserve.checkpoint.safetensors import SafetensorsFolder
 
-        return SafetensorsFolder(path)
+        return unpacked(SafetensorsFolder(path))
     if ggufs := sorted(path.glob("*.gguf")):
         if len(ggufs) == 1:
             return open(ggufs[0])

@@ -51,7 +51,8 @@ def open_model(model, config):
     cfg = model_config(source, config)
     mesh = meshes.make_mesh(config.tp)
     dtype = np.dtype(jnp.dtype(choose_dtype(cfg, config, mesh, source)))
-    return Model(source, cfg, mesh, dtype, weights.shapes(cfg, mesh, source.names, dtype))
+    int4 = getattr(source, "int4", None)
+    return Model(source, cfg, mesh, dtype, weights.shapes(cfg, mesh, source.names, dtype, int4))
 
 
 def load(model, config, report=_quiet, progress=_quiet, guide=None):
@@ -130,11 +131,10 @@ def convert(model, folder, config, report=_quiet, progress=_quiet):
 
 def model_config(source, config):
     """The checkpoint's ModelConfig with what `config` overrides."""
-    if quantized := source.config.get("quantization_config"):
-        method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
-        raise ValueError(
-            f"{source.path}: its weights are quantized ({method}), which is not there yet; take the unquantized model"
-        )
+    method, asked = getattr(source, "method", None), config.model_format
+    if asked and asked not in ((method,) if method else ("hf", "llama")):
+        found = f"{method} weights" if method else "unquantized weights"
+        raise ValueError(f"{source.path}: model_format={asked}, and the checkpoint has {found}; leave the option out")
     cfg = from_hf(source.config)
     if factor := config.rope_scaling_factor:
         cfg = replace(

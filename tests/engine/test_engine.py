@@ -250,8 +250,8 @@ def test_closing_ends_everything(folder):
 
 
 def test_quantized_weights_are_refused_by_name(tmp_path):
-    tiny_checkpoint.write(tmp_path, build.HF | {"quantization_config": {"quant_method": "awq", "bits": 4}})
-    with pytest.raises(ValueError, match=r"quantized \(awq\)"):
+    tiny_checkpoint.write(tmp_path, build.HF | {"quantization_config": {"quant_method": "aqlm", "bits": 4}})
+    with pytest.raises(ValueError, match=r"quantized \(aqlm\)"):
         build.engine(tmp_path)
 
 

@@ -1,0 +1,102 @@
+"""AWQ, GPTQ and compressed-tensors: what is read equals what was packed, and what is refused is named."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxserve import checkpoint
+from jaxserve.checkpoint import CheckpointError
+from scripts import tiny_checkpoint
+from tests.quant import folders
+
+HF = tiny_checkpoint.config("LlamaForCausalLM", num_hidden_layers=1)
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(params=sorted(folders.CONFIGS))
+def kind(request):
+    return request.param
+
+
+@pytest.mark.parametrize("group", [16, 32, -1])
+def test_values(tmp_path, kind, group):
+    if kind == "act-order" and group == -1:
+        pytest.skip("one group has no order")
+    want = folders.write(tmp_path, HF, kind, group)
+    with checkpoint.open(tmp_path) as found:
+        assert found.names == set(want)
+        assert bool(found.int4) == (kind not in ("gptq8", "act-order"))
+        for name, values in want.items():
+            assert found.shape(name) == values.shape
+            np.testing.assert_array_equal(found.read(name), values.astype(found.dtype(name)), err_msg=name)
+
+
+def test_nibbles(tmp_path):
+    """Nibble by nibble against the bits of the file."""
+    folders.write(tmp_path, HF, "awq")
+    with checkpoint.open(tmp_path) as found:
+        qweight, qzeros = (found.source.read(f"{NAME}.{part}").view(np.uint32) for part in ("qweight", "qzeros"))
+        nibbles, zero, scale = (found.read(f"{NAME}.{part}") for part in ("nibbles", "zero", "scale"))
+        np.testing.assert_array_equal(scale, found.source.read(f"{NAME}.scales").T)
+    for column in range(64):
+        place = folders.AWQ.index(column % 8)
+        for k in range(64):
+            assert nibbles[column, k] == int(qweight[k, column // 8]) >> 4 * place & 15
+        for g in range(2):
+            assert zero[column, g] == int(qzeros[g, column // 8]) >> 4 * place & 15
+
+
+def test_slices(tmp_path, kind):
+    folders.write(tmp_path, HF, kind)
+    rng = np.random.default_rng(0)
+    with checkpoint.open(tmp_path) as found:
+        parts = ("weight", "nibbles", "scale", "zero") if found.int4 else ("weight",)
+        for part in parts:
+            name = f"model.layers.0.mlp.down_proj.{part}"
+            whole = found.read(name)
+            assert whole.shape == found.shape(name) and whole.dtype == found.dtype(name)
+            for _ in range(20):
+                index = tuple(slice(*sorted(rng.integers(0, n + 1, 2))) for n in whole.shape)
+                np.testing.assert_array_equal(found.read(name, index), whole[index])
+
+
+def refused(folder, match, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=match):
+        checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"quant_method": "aqlm"}, r"quantized \(aqlm\)"),
+        ({"version": "gemv"}, "layout 'gemv'"),
+        ({"bits": 3}, "awq weights of 3 bits"),
+        ({"group_size": 48}, r"down_proj|q_proj.*64 inputs.*groups of 48.*groups of 32"),
+        ({"group_size": 0}, "groups of 0"),
+        ({"quant_method": "gptq", "bits": 2}, "gptq weights of 2 bits"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float-quantized"),
+    ],
+    ids=str,
+)
+def test_refusals(tmp_path, changes, match):
+    folders.write(tmp_path, HF, "awq")
+    refused(tmp_path, match, **changes)
+
+
+def test_announced_and_not_there(tmp_path):
+    tiny_checkpoint.write(tmp_path, HF | {"quantization_config": folders.CONFIGS["awq"]})
+    with pytest.raises(CheckpointError, match="no tensor is called"):
+        checkpoint.open(tmp_path)
+
+
+def test_a_file_of_its_own(tmp_path):
+    """Before config.json had an entry for it, AutoAWQ wrote quant_config.json."""
+    want = folders.write(tmp_path, HF, "awq")
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    (tmp_path / "quant_config.json").write_text('{"w_bit": 4, "q_group_size": 32, "version": "GEMM"}')
+    with checkpoint.open(tmp_path) as found:
+        np.testing.assert_array_equal(found.read(f"{NAME}.weight"), want[f"{NAME}.weight"].astype(np.float16))

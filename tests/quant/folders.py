@@ -1,0 +1,133 @@
+"""Folders of quantized tiny models, packed nibble by nibble as the formats' specifications say, and what they mean.
+
+It shares no code with jaxserve: loops, and no tricks.
+"""
+
+import json
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from scripts import tiny_checkpoint
+
+# AutoAWQ, gemm: the int32 of columns 8c .. 8c+7 has, from its lowest bits, columns 0, 2, 4, 6, 1, 3, 5, 7 of them.
+AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
+PLAIN = (0, 1, 2, 3, 4, 5, 6, 7)
+
+
+def pack(values, axis, bits=4, order=PLAIN):
+    """Non-negative integers [a, b] as int32, 32 / bits neighbours along `axis` in each."""
+    each = 32 // bits
+    values = np.moveaxis(np.asarray(values), axis, -1)
+    rows, columns = values.shape
+    out = np.zeros((rows, columns // each), np.uint32)
+    for r in range(rows):
+        for c in range(columns // each):
+            for place in range(each):
+                out[r, c] |= np.uint32(
+                    int(values[r, each * c + (order[place] if bits == 4 else place)]) << bits * place
+                )
+    return np.ascontiguousarray(np.moveaxis(out.view(np.int32), -1, axis))
+
+
+def quantize(weight, group, bits=4, symmetric=False, groups=None):
+    """(q [out, in], scale float16 [out, in/group], zero) of a weight [out, in], rounded to nearest."""
+    out, inputs = weight.shape
+    most, count = 2**bits - 1, inputs // group
+    groups = np.arange(inputs) // group if groups is None else groups
+    q, zero = np.zeros((out, inputs), int), np.zeros((out, count), int)
+    scale = np.zeros((out, count), np.float16)
+    for g in range(count):
+        part = weight[:, groups == g]
+        low, high = np.minimum(part.min(1), 0), np.maximum(part.max(1), 0)
+        if symmetric:
+            scale[:, g] = np.maximum(-low, high) / (2 ** (bits - 1) - 1)
+            zero[:, g] = 2 ** (bits - 1)
+        else:
+            scale[:, g] = (high - low) / most
+            zero[:, g] = np.clip(np.round(-low / scale[:, g]), 0, most)
+        q[:, groups == g] = np.clip(np.round(part / scale[:, g, None]) + zero[:, g, None], 0, most)
+    return q, scale, zero
+
+
+def dequantize(q, scale, zero, groups):
+    """float32[out, in], rounded to the scales' type as the packages of these formats do."""
+    value = np.empty(q.shape, np.float32)
+    for k in range(q.shape[1]):
+        value[:, k] = (q[:, k] - zero[:, groups[k]]) * scale[:, groups[k]].astype(np.float32)
+    return value
+
+
+def awq(name, q, scale, zero, **_):
+    return {
+        f"{name}.qweight": pack(q.T, 1, order=AWQ),
+        f"{name}.qzeros": pack(zero.T, 1, order=AWQ),
+        f"{name}.scales": scale.T,
+    }
+
+
+def gptq(name, q, scale, zero, bits=4, groups=None):
+    return {
+        f"{name}.qweight": pack(q.T, 0, bits),
+        f"{name}.qzeros": pack((zero.T - 1) % 2**bits, 1, bits),
+        f"{name}.scales": scale.T,
+        f"{name}.g_idx": groups.astype(np.int32),
+    }
+
+
+def compressed(name, q, scale, zero, symmetric=False, **_):
+    out = {
+        f"{name}.weight_packed": pack(q, 1),
+        f"{name}.weight_scale": scale,
+        f"{name}.weight_shape": np.array(q.shape, np.int64),
+    }
+    return out if symmetric else out | {f"{name}.weight_zero_point": pack(zero, 0)}
+
+
+CONFIGS = {
+    "awq": {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "zero_point": True},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False},
+    "gptq8": {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": True, "desc_act": False},
+    "act-order": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": True},
+    "compressed": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
+            }
+        },
+    },
+}
+
+
+def write(folder, hf, kind, group=32):
+    """A tiny model of config `hf` with its linear maps packed as `kind` says; its tensors as values {name: float32}."""
+    tiny_checkpoint.write(folder, hf)
+    tensors, out, values = load_file(folder / "model.safetensors"), {}, {}
+    config = json.loads(json.dumps(CONFIGS[kind]))
+    if kind == "compressed":
+        config["config_groups"]["group_0"]["weights"] |= {"group_size": group} if group != -1 else {
+            "strategy": "channel", "group_size": None}  # fmt: skip
+    else:
+        config["group_size"] = group
+    symmetric = config.get("sym", kind == "compressed")
+    bits, make = config.get("bits", 4), {"awq": awq, "compressed": compressed}.get(kind, gptq)
+    for name, weight in tensors.items():
+        packed = ".layers." in name and name.endswith(".weight") and weight.ndim == 2 and "gate.weight" not in name
+        if not packed:
+            out[name] = values[name] = weight
+            continue
+        size = weight.shape[1] if group == -1 else group
+        groups = np.arange(weight.shape[1]) // size
+        if kind == "act-order":
+            np.random.default_rng(0).shuffle(groups)
+        q, scale, zero = quantize(weight, size, bits, symmetric, groups)
+        extra = {"symmetric": symmetric} if kind == "compressed" else {"bits": bits, "groups": groups}
+        out |= make(name.removesuffix(".weight"), q, scale, zero, **extra)
+        values[name] = dequantize(q, scale, zero, groups)
+    save_file({name: np.ascontiguousarray(array) for name, array in out.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(hf | {"quantization_config": config}))
+    return values
