@@ -194,22 +194,25 @@ class Leaf:
         return 1 if self.part == "packed" else self.dtype(dtype).itemsize
 
     def finish(self, raw, dtype):
-        """From the order of the file to that of the engine, on the device."""
+        """From the order of the file to that of the engine, on the device; and whether there is no NaN in it."""
         if self.part == "packed":
-            return _pack(self.group, self.where)(raw)
+            return _pack(self.group, self.where)(raw), True
         turn = self.expert_axis if self._turns() else None
         return _turn(turn, self.dtype(dtype), self.where)(raw)
 
 
 @lru_cache
 def _turn(axis, dtype, where):
-    """A function that casts an array and moves its last axis to `axis`, compiled once a shape."""
+    """A function that casts an array and moves its last axis to `axis`, and tells whether there is no NaN in it.
+
+    Compiled once a shape.
+    """
 
     def turn(raw):
         out = raw.astype(dtype)
-        return out if axis is None else jnp.moveaxis(out, -1, axis)
+        return (out if axis is None else jnp.moveaxis(out, -1, axis)), ~jnp.any(out != out)
 
-    return jax.jit(turn, out_shardings=where)
+    return jax.jit(turn, out_shardings=(where, None))
 
 
 @lru_cache
@@ -302,8 +305,11 @@ def load(checkpoint, cfg, mesh, dtype, progress=None):
     def collect():
         nonlocal done, ahead
         key, future = waiting.popleft()
-        arrays[key] = found[key].finish(future.result(), dtype)
+        arrays[key], sound = found[key].finish(future.result(), dtype)
         arrays[key].block_until_ready()  # so that the copy in file order can go
+        if not sound:
+            names = " or ".join(f"{source.format('*')}.{key[1]}" for source in found[key].sources)
+            raise ValueError(f"{checkpoint.path}: tensor {names} holds what is no number (NaN); get the file again")
         done, ahead = done + size[key], ahead - size[key]
         progress and progress(done, total)
 

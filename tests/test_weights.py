@@ -157,20 +157,21 @@ def test_values_are_cast(tmp_path, dtype):
     np.testing.assert_array_equal(np.asarray(loaded.params.norm), want)
 
 
-def broken(folder, change, name="llama"):
-    """A checkpoint whose tensors `change` has changed; loads it."""
+def broken(folder, change, name="llama", seen="at once"):
+    """A checkpoint whose tensors `change` has changed; loads it.  seen: when the fault shows."""
     architecture, changes = MODELS[name]
     tiny_checkpoint.write(folder, tiny_checkpoint.config(architecture, **changes))
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
-    return load(folder)
+    return load(folder, seen)
 
 
-def load(folder):
+def load(folder, seen="at once"):
     with checkpoint.open(folder) as source:
         read = []
-        source.read = lambda *_: read.append(1)
+        if seen == "at once":
+            source.read = lambda *_: read.append(1)
         try:
             return weights.load(source, from_hf(source.config), meshes.make_mesh(2), "float32")
         finally:
@@ -204,6 +205,19 @@ def test_a_wrong_shape(tmp_path, tensor):
     with pytest.raises(ValueError, match=tensor) as error:
         broken(tmp_path, change)
     assert str(tmp_path) in str(error.value) and "the config asks for [" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"],
+)
+def test_what_is_no_number(tmp_path, tensor):
+    def change(tensors):
+        tensors[tensor].flat[5] = np.nan
+
+    with pytest.raises(ValueError, match=tensor) as error:
+        broken(tmp_path, change, seen="when it is read")
+    assert str(tmp_path) in str(error.value) and "NaN" in str(error.value)
 
 
 def test_a_truncated_file(tmp_path):
