@@ -125,6 +125,12 @@ class ChatBody(Sampling, kw_only=True):
     modalities: Annotated[list[Literal["text"]], Meta(description='["text"]: models answer with text')] | None = None
 
 
+class ChatRequest(ChatBody, kw_only=True):
+    """The body of /v1/chat/completions as clients send it: the model is named, as OpenAI asks."""
+
+    model: Annotated[str, Meta(description="the name of a model that this server has")]
+
+
 class CompletionBody(Sampling, kw_only=True):
     """The body of /v1/completions."""
 

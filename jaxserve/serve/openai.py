@@ -7,7 +7,8 @@ from collections.abc import Generator
 from flask import Blueprint
 
 from jaxserve import __version__, answers
-from jaxserve.protocol import CHAT, COMPLETION, ChatBody, CompletionBody
+from jaxserve.bodies import ChatRequest, ParamError
+from jaxserve.protocol import CHAT, COMPLETION, CompletionBody
 from jaxserve.serve import body, schemas, stream
 from jaxserve.serve.answer import Answer, failure
 from jaxserve.serve.openapi import Operation, path_parameter
@@ -20,7 +21,7 @@ OPERATIONS = (
         CHAT,
         "Answer a conversation",
         "OpenAI",
-        ChatBody,
+        ChatRequest,
         schemas.Chat,
         streams=schemas.ChatChunk,
         errors=(404,),
@@ -56,6 +57,8 @@ def blueprint(service: Service) -> Blueprint:
     @routes.post(CHAT)
     def chat_completions():
         ask = service.parse(CHAT, body.read())
+        if ask.model is None:
+            raise ParamError("model", f"model is missing; this server has {', '.join(service.model_names)}")
         answer = service.start(ask)
         frame = Frame(service, answer, answers.Chat(ask, answer.prompts, service.tokenizer))
         if ask.stream:

@@ -40,9 +40,14 @@ class Server:
     def post(self, path, body=None, **settings):
         """(status, what was answered)."""
         if body is not None:
+            body = self._named(path, body)
             settings |= {"data": orjson.dumps(body), "content_type": "application/json"}
         response = self.client.post(path, **settings)
         return response.status_code, orjson.loads(response.data)
+
+    def _named(self, path, body):
+        """The body with the model that a chat has to name."""
+        return {"model": self.service.model} | body if path == "/v1/chat/completions" else body
 
     def chat(self, content="hi", **body):
         """The answer to one message; AssertionError unless it is a 200."""
@@ -65,7 +70,7 @@ class Server:
 
     def events(self, path, body):
         """The events of a stream: each event's lines, as they stand."""
-        response = self.client.post(path, json=body | {"stream": True})
+        response = self.client.post(path, json=self._named(path, body) | {"stream": True})
         assert response.status_code == 200, response.data
         assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
         assert response.headers["Cache-Control"] == "no-cache" and response.headers["X-Accel-Buffering"] == "no"

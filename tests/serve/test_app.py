@@ -10,7 +10,7 @@ from tests.serve.live import live
 from tests.serve.local import MODEL, serving
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-GOOD = orjson.dumps({"messages": [{"role": "user", "content": "hi"}]})
+GOOD = orjson.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]})
 JSON = {"content_type": "application/json"}
 
 

@@ -191,8 +191,11 @@ def test_what_clients_send_beside_is_ignored(server):
 
 
 def test_model_names(server):
-    for name in (MODEL, "", None):
+    for name in (MODEL, ""):
         assert server.chat(model=name)["model"] == MODEL
+    assert server.complete(model=None)["model"] == MODEL
+    status, param, message = server.refused(CHAT, messages() | {"model": None})  # as OpenAI and LMDeploy do
+    assert (status, param) == (400, "model") and MODEL in message
     assert server.refused(CHAT, messages() | {"model": "other"})[:2] == (404, "model")
     with serving(service={"model_names": ["a", "b/c"]}) as two:
         assert two.chat(model="b/c")["model"] == "b/c" and two.chat()["model"] == "a"
@@ -335,7 +338,7 @@ def test_an_engine_that_stops():
 def test_a_full_queue():
     with serving(max_batch_size=1, door={"max_concurrent": 2}, delay=0.01) as server:
         stream = server.service.start(server.service.parse(CHAT, messages() | {"n": 5, "ignore_eos": True}))
-        response = server.client.post(CHAT, json=messages())
+        response = server.client.post(CHAT, json=messages() | {"model": MODEL})
         assert response.status_code == 503 and int(response.headers["Retry-After"]) >= 1
         assert response.json["error"]["type"] == "overloaded_error"
         stream.close()

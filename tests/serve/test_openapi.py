@@ -69,9 +69,9 @@ def test_operations(document):
 
 def test_what_bodies_need(document):
     schemas = document["components"]["schemas"]
-    assert schemas["ChatBody"]["required"] == ["messages"]
+    assert sorted(schemas["ChatRequest"]["required"]) == ["messages", "model"]
     assert schemas["CompletionBody"]["required"] == ["prompt"]
-    temperature = schemas["ChatBody"]["properties"]["temperature"]["anyOf"]
+    temperature = schemas["ChatRequest"]["properties"]["temperature"]["anyOf"]
     assert {"type": "null"} in temperature and temperature[0]["maximum"] == 2
 
 

@@ -6,14 +6,15 @@ import socket
 import pytest
 
 from tests.serve.live import connect, live, soon
+from tests.serve.local import MODEL
 
 CHAT = "/v1/chat/completions"
 LIMIT = 1.0  # ten times what is promised
 
 
 def body(**more):
-    given = {"messages": [{"role": "user", "content": "hi"}], "ignore_eos": True, "max_tokens": 200} | more
-    return json.dumps(given).encode()
+    given = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True, "max_tokens": 200}
+    return json.dumps(given | more).encode()
 
 
 @pytest.fixture(scope="module")
