@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve import ops
+from jaxserve.checkpoint import CheckpointError
 from jaxserve.mesh import sharding
 from jaxserve.models import family
 from jaxserve.models.attention import GQA
@@ -160,16 +161,16 @@ class Leaf:
         return np.pad(data, missing) if any(after for _, after in missing) else data
 
     def check(self, checkpoint):
-        """ValueError when a tensor is missing or has another shape than the config says."""
+        """CheckpointError when a tensor is missing or has another shape than the config says."""
         for i, source in enumerate(self.sources):
             shape = self.row.shapes[i][: None if self.part != "bias" else 1]
             for name in [source.format(e) for e in range(self.experts)] if self.expert_axis else [source]:
                 name = f"{name}.{'weight' if self.part in INT4_PARTS else self.part}"
                 if name not in checkpoint.names:
-                    raise ValueError(f"{checkpoint.path}: tensor {name} is missing")
+                    raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
                 if tuple(checkpoint.shape(name)) != tuple(shape):
                     found = f"{checkpoint.path}: tensor {name} has shape {list(checkpoint.shape(name))}"
-                    raise ValueError(f"{found}; the config asks for {list(shape)}")
+                    raise CheckpointError(f"{found}; the config asks for {list(shape)}")
 
     def load(self, checkpoint):
         """The array on its devices, in the order of the file; devices that hold the same slice share one read."""
@@ -290,15 +291,21 @@ def nbytes(params):
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in one)
 
 
-def load(checkpoint, cfg, mesh, dtype, progress=None):
-    """Params of `checkpoint` on `mesh`, computed in `dtype`.
-
-    cfg: as the checkpoint's config says (not padded).  `progress(done, total)` counts bytes.  ValueError names the file
-    and the tensor.
-    """
+def check(checkpoint, cfg, mesh):
+    """The leaves of a checkpoint.  CheckpointError names one that is missing, or not as `cfg` says."""
     found = leaves(cfg, mesh, checkpoint.names, getattr(checkpoint, "int4", None))
     for leaf in found.values():
         leaf.check(checkpoint)
+    return found
+
+
+def load(checkpoint, cfg, mesh, dtype, progress=None):
+    """Params of `checkpoint` on `mesh`, computed in `dtype`.
+
+    cfg: as the checkpoint's config says (not padded).  `progress(done, total)` counts bytes.  CheckpointError names
+    the file and the tensor.
+    """
+    found = check(checkpoint, cfg, mesh)
     size = {key: math.prod(leaf.raw_shape) * leaf.raw_itemsize(dtype) for key, leaf in found.items()}
     arrays, done, total, waiting, ahead = {}, 0, sum(size.values()), deque(), 0
 
@@ -309,7 +316,7 @@ def load(checkpoint, cfg, mesh, dtype, progress=None):
         arrays[key].block_until_ready()  # so that the copy in file order can go
         if not sound:
             names = " or ".join(f"{source.format('*')}.{key[1]}" for source in found[key].sources)
-            raise ValueError(f"{checkpoint.path}: tensor {names} holds what is no number (NaN); get the file again")
+            raise CheckpointError(f"{checkpoint.path}: tensor {names} has values that are no numbers; get it again")
         done, ahead = done + size[key], ahead - size[key]
         progress and progress(done, total)
 

@@ -51,6 +51,8 @@ def open_model(model, config):
     cfg = model_config(source, config)
     mesh = meshes.make_mesh(config.tp)
     dtype = np.dtype(jnp.dtype(choose_dtype(cfg, config, mesh, source)))
+    if not hasattr(source, "restore"):
+        weights.check(source, cfg, mesh)  # before anything is compiled
     int4 = getattr(source, "int4", None)
     return Model(source, cfg, mesh, dtype, weights.shapes(cfg, mesh, source.names, dtype, int4))
 
