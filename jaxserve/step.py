@@ -20,6 +20,7 @@ ROW = ("start", "count", "lane", "rope_len")  # words of a row ahead of its samp
 LANE = ROW.index("lane")
 BLOCK = 64  # places whose logits are there at once while known tokens are scored
 ROW_WIDTH = len(ROW) + Sampling.WIDTH
+BORDER = 64  # words
 # XLA counts the pools once more for every kernel that writes them in place, finds the memory too small, and recomputes
 # what all layers share (rotations, pieces of attention) in each layer: four kernels a layer more.
 OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
@@ -37,10 +38,10 @@ class Shape(NamedTuple):
     def sections(self):
         """Where the rows, the page tables and the end are in the one array that crosses to the device a step.
 
-        XLA hands a section to a kernel as it lies there, and kernels want it on a border of 16 bytes.
+        XLA hands a section to a kernel as it lies there, and kernels want it on a border of 256 bytes (Triton of 16).
         """
-        rows = -(-self.tokens // 4) * 4
-        pages = rows + -(-self.rows * ROW_WIDTH // 4) * 4
+        rows = -(-self.tokens // BORDER) * BORDER
+        pages = rows + -(-self.rows * ROW_WIDTH // BORDER) * BORDER
         return rows, pages, pages + self.rows * self.pages
 
     def row_words(self, words):
