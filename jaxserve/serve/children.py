@@ -31,8 +31,7 @@ def die_with_parent(parent: int) -> None:
 
 def fork(name: str, main: Callable[[], int | None]) -> int:
     """Runs `main` in a child, whose exit status is what it returns, and returns the child's id."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     child = os.fork()
     if child:
         return child
@@ -49,12 +48,17 @@ def fork(name: str, main: Callable[[], int | None]) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except OSError:
-                pass
+        flush()
         os._exit(status or 0)
+
+
+def flush() -> None:
+    """Writes what waits to be written; a full disk is no reason to end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            pass
 
 
 def kill_group(child: int) -> None:

@@ -14,7 +14,6 @@ import selectors
 import shutil
 import signal
 import socket
-import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -375,9 +374,11 @@ class Launcher:
                     "anybody who can reach %s can use this server: no key is asked for (--api-key-file)",
                     options.server_name,
                 )
-        for _ in range(0 if options.disable_fastapi_docs else 3):
-            print(HINT.format(url))
-        sys.stdout.flush()
+        try:
+            for _ in range(0 if options.disable_fastapi_docs else 3):
+                print(HINT.format(url), flush=True)
+        except OSError as error:
+            log.warning("standard output cannot be written: %s", error.strerror)
 
 
 def count(number: int, thing: str, plural: str = "s") -> str:
