@@ -31,6 +31,10 @@ class Running:
             found.setdefault(name, []).append(process)
         return found
 
+    def memory(self) -> int:
+        """Bytes that they hold, all together."""
+        return sum(process.memory_info().rss for group in self.processes().values() for process in group)
+
     def cpu(self) -> dict[str, float]:
         """CPU seconds so far, by what the processes are."""
         return {
@@ -103,8 +107,18 @@ def wait_ready(running: Running, seconds: float = START) -> None:
         time.sleep(0.1)
 
 
-def stub(rate: float = 50.0, lanes: int = 512, **options) -> list[str]:
+def stub(rate: float = 50.0, lanes: int = 512, *, session_len: int = 4096, **options) -> list[str]:
     """The command of a whole server on a stub engine.  options: fields of ServerOptions."""
     settings = {"log_level": "warning", **options, "server_port": "PORT"}
     given = [part for name, value in settings.items() for part in ("--option", f"{name}={value}")]
-    return ["-m", "tests.serve.stub", "--rate", str(rate), "--lanes", str(lanes), *given]
+    return [
+        "-m",
+        "tests.serve.stub",
+        "--rate",
+        str(rate),
+        "--lanes",
+        str(lanes),
+        "--session-len",
+        str(session_len),
+        *given,
+    ]

@@ -219,6 +219,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rate", type=float, default=50.0, help="tokens a second of a request")
     parser.add_argument("--lanes", type=int, default=512)
+    parser.add_argument("--session-len", type=int, default=4096)
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the server")
     given = parser.parse_args()
     from jaxserve import hub
@@ -229,7 +230,11 @@ def main():
 
     settings = {name: read(value) for name, _, value in (text.partition("=") for text in given.option)}
     engine_process.load = lambda *_: StubEngine(
-        rate=given.rate, lanes=given.lanes, vocab=49_152, path=str(hub.default_gguf())
+        rate=given.rate,
+        lanes=given.lanes,
+        session_len=given.session_len,
+        vocab=49_152,
+        path=str(hub.default_gguf()),
     )
     try:
         return run.run(None, EngineConfig(), ServerOptions(**settings))
