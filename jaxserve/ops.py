@@ -88,21 +88,27 @@ def expert_mlp(x, gate_up, down, sizes):
 
 def int4_pack(q, *, group):
     """Nibbles q uint8[D, *out] as `int4_matmul` reads them on this device."""
-    return pk.int4_pack(q, group=group)
+    return pk.int4_tiles(q) if kernels() else pk.int4_pack(q, group=group)
 
 
 def int4_shape(shape):
     """The shape of what `int4_pack` makes of nibbles of this shape."""
-    return (shape[0] // 8, *shape[1:])
+    inputs, *out = shape
+    return (*out[:-1], out[-1] // 16, inputs // 64, 128) if kernels() else (inputs // 8, *out)
 
 
 def int4_axes(axes):
     """The mesh axes of what `int4_pack` makes of nibbles with these."""
-    return axes
+    return (*axes[1:], axes[0], None) if kernels() else tuple(axes)
 
 
 def int4_refuses(inputs, columns, group):
     """Why `int4_matmul` can't take a matrix of which a device has so many inputs and columns (of the last axis)."""
+    if kernels() and (inputs % 64 or columns % 16 or group % 32):
+        return (
+            f"int4 weights with {inputs} inputs, {columns} columns and groups of {group} on a device; the kernels need "
+            "multiples of 64, 16 and 32 (a smaller tp may help)"
+        )
     if group % 8:
         return (
             f"int4 weights in groups of {group} inputs a device; they must be a multiple of 8 (a smaller tp may help)"
@@ -115,10 +121,15 @@ def int4_matmul(x, packed, scale, zero, *, group, axes, dtype=None):
 
     packed: of `int4_pack`; scale, zero [D/group, *out]; axes: the mesh axis of each of [D, *out].
     """
+    if kernels() and x.dtype.itemsize != 2:
+        raise ValueError(f"int4 weights need dtype float16 or bfloat16 on a GPU, not {x.dtype.name}")
+    multiply = pk.int4_matmul if kernels() else pk.int4_matmul_reference
 
     def local(x, packed, scale, zero):
-        flat = (a.reshape(a.shape[0], -1) for a in (packed, scale, zero))
-        out = pk.int4_matmul_reference(x, *flat, group=group, dtype=dtype).reshape(x.shape[0], *scale.shape[1:])
+        whole = packed.reshape(-1, *packed.shape[-2:]) if kernels() else packed.reshape(packed.shape[0], -1)
+        flat = (a.reshape(a.shape[0], -1) for a in (scale, zero))
+        out = multiply(x, whole, *flat, group=group, dtype=dtype).reshape(x.shape[0], *scale.shape[1:])
         return jax.lax.psum(out, axes[0]) if axes[0] else out
 
-    return _split(local, (P(None, axes[0]), P(*axes), P(*axes), P(*axes)), P(None, *axes[1:]))(x, packed, scale, zero)
+    ins = (P(None, axes[0]), P(*int4_axes(axes)), P(*axes), P(*axes))
+    return _split(local, ins, P(None, *axes[1:]))(x, packed, scale, zero)

@@ -4,7 +4,8 @@
 Ampere on.  Nothing here chooses between the two: `available()` says whether the kernels can run, and why not.
 """
 
-from pallas_kernels.int4_matmul import int4_dequantize, int4_matmul_reference, int4_pack
+from pallas_kernels.int4_matmul import int4_dequantize, int4_matmul, int4_matmul_reference, int4_pack
+from pallas_kernels.int4_mma import int4_tiles
 from pallas_kernels.kv_write import kv_write, kv_write_reference
 from pallas_kernels.paged_decode import paged_decode, paged_decode_reference
 from pallas_kernels.paged_prefill import paged_prefill, paged_prefill_reference, prepare
@@ -14,8 +15,10 @@ from pallas_kernels.triton_call import available
 __all__ = [
     "available",
     "int4_dequantize",
+    "int4_matmul",
     "int4_matmul_reference",
     "int4_pack",
+    "int4_tiles",
     "kv_write",
     "kv_write_reference",
     "paged_decode",

@@ -2,12 +2,27 @@
 
 An element of the matrix is (q - zero) * scale, with q of 0 to 15; scale and zero belong to `group` consecutive inputs
 of one output.  D inputs, F outputs, T tokens.
+
+Three ways, by the number of tokens: mma from registers (int4_mma.py), wgmma (hopper_int4.py), and a matmul of XLA's on
+the values, written out first.  All read the same tiles.
 """
+
+import functools
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.int4_mma import int4_by_values, int4_skinny
+from pallas_kernels.triton_call import device
+
 NIBBLES = 8  # of an int32
+SKINNY = 8  # most tokens for which loads are all that counts
+SKINNY_ELSEWHERE = 32  # the same where there is no wgmma
+WGMMA = 256  # most tokens for which writing out the values costs more than it brings
+PIECE = 64 << 20  # bytes of values at a time
 
 
 def int4_pack(q, *, group):
@@ -46,3 +61,43 @@ def int4_matmul_reference(x, packed, scale, zero, *, group, dtype=None):
 
     acc = jax.lax.fori_loop(0, scale.shape[0], add, jnp.zeros((T, F), jnp.float32))
     return acc.astype(dtype or x.dtype)
+
+
+def int4_matmul(x, tiles, scale, zero, *, group, dtype=None):
+    """x [T, D] times the matrix of `int4_tiles`, accumulated in float32, given in `dtype` (that of x unless said).
+
+    x bfloat16 or float16; tiles int32[F / 16, D / 64, 128]; scale [D / group, F] of 16 bits; zero uint8[D / group, F];
+    group 32, 64 or 128.
+    """
+    T, F = x.shape[0], scale.shape[1]
+    arguments = {"group": group, "dtype": dtype}
+    hopper = device()[1] == 90 and F % 128 == 0 and _lowers(x.dtype.name, scale.dtype.name, group)
+    skinny = SKINNY if hopper else SKINNY_ELSEWHERE
+    if skinny >= T:
+        return int4_skinny(x, tiles, scale, zero, **arguments)
+    if hopper and T <= WGMMA:
+        from pallas_kernels.hopper_int4 import int4_wgmma  # imports Mosaic, which takes half a second
+
+        return int4_wgmma(x, tiles, scale, zero, **arguments)
+    return int4_by_values(x, tiles, scale, zero, at_once=PIECE, **arguments)
+
+
+@functools.cache
+def _lowers(dtype, scale_dtype, group) -> bool:
+    """Whether the kernel of hopper_int4.py can be lowered here; if not, warns.  The others do the work then."""
+    mesh = jax.sharding.get_abstract_mesh() if jax.default_backend() != "gpu" else None
+
+    def attempt():
+        from pallas_kernels import hopper_int4
+
+        with jax.sharding.use_abstract_mesh(mesh) if mesh else nullcontext():
+            hopper_int4.lower(dtype, scale_dtype, group)
+
+    try:
+        with ThreadPoolExecutor(1) as thread:  # its own, to be outside of the trace that asks
+            thread.submit(attempt).result()
+    except Exception as problem:  # ImportError, AttributeError, an error of MLIR, ...
+        reason = f"{type(problem).__name__}: {str(problem).strip()[:200]}"
+        warnings.warn(f"int4 matmuls are slower: their kernel for Hopper cannot be used ({reason})", stacklevel=3)
+        return False
+    return True
