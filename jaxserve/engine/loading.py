@@ -71,6 +71,8 @@ def load(model, config, report=_quiet, progress=_quiet, guide=None):
     run_as = weights.padded(held.cfg, config.tp)
     plan = make_plan(run_as, config, list(held.mesh.devices.flat), weights.nbytes(held.shapes), held.dtype)
     report(str(plan))
+    if getattr(held.source, "int4", None) and not runs_on_cpu(held.mesh):
+        report("note: the int4 kernels have not been proven on a GPU yet; compare answers before you trust them")
     runner = Runner(run_as, held.mesh, plan, held.dtype, held.shapes, guided=guide is not None)
     found = 0
 
@@ -119,6 +121,8 @@ def convert(model, folder, config, report=_quiet, progress=_quiet):
     held = open_model(model, config)
     if hasattr(held.source, "restore"):
         raise ValueError(f"{held.source.path} is converted already")
+    if getattr(held.source, "int4", None):
+        raise ValueError(f"{held.source.path} is quantized; such weights can't be converted yet, and load as they are")
     began = time.perf_counter()
     params = jax.block_until_ready(held.read(lambda done, total: progress("loading", done, total)))
     slow = time.perf_counter() - began
@@ -129,6 +133,11 @@ def convert(model, folder, config, report=_quiet, progress=_quiet):
     with checkpoint.open(folder) as again:
         again.restore(held.shapes, lambda done, total: progress("loading", done, total))
     report(f"loading took {slow:.1f} s from {held.source.path}, {time.perf_counter() - began:.1f} s from {folder}")
+
+
+def runs_on_cpu(mesh):
+    """Whether a mesh's devices are the processor's."""
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def model_config(source, config):
@@ -155,6 +164,6 @@ def choose_dtype(cfg, config, mesh, source):
         return config.dtype
     if hasattr(source, "meta"):
         return source.meta["dtype"]
-    if mesh.devices.flat[0].platform == "cpu":
+    if runs_on_cpu(mesh):
         return "float32"
     return cfg.dtype if cfg.dtype != "float32" else "bfloat16"
