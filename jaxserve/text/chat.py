@@ -299,6 +299,9 @@ def _message(number: int, message) -> dict:
         content = ""  # the course's script sends back a reply that was a tool call without the call
     elif content is not None and not isinstance(content, str):
         raise ValueError(f"message {number} ({role}): the content is a text or a list of parts, not {content!r:.80}")
+    for name in ("name", "tool_call_id"):
+        if not isinstance(message.get(name), str | None):
+            raise ValueError(f"message {number} ({role}): its {name} is a text, not {message[name]!r:.80}")
     made = {**message, "content": content}
     if calls:
         made["tool_calls"] = [_call(number, call) for call in calls]

@@ -444,6 +444,7 @@ def test_mistral_wants_nine_letters(smollm2):
         ([user([{"type": "image_url", "image_url": {}}])], "message 0: images are not supported"),
         ([user([{"type": "input_audio"}])], "message 0: parts of the type 'input_audio'"),
         ([user([{"type": "text"}])], "message 0: a part of the type text has no text"),
+        ([user("a") | {"name": 5}], r"message 0 \(user\): its name is a text, not 5"),
         ([user([5])], "message 0: a part of the content is an object with a type, not 5"),
         ([user("a"), assistant(None, tool_calls=[{"id": "1"}])], "message 1: a tool call has no function"),
         ([user("a"), assistant(None, tool_calls=[{"id": 1, "function": {"name": "f"}}])], "a text as its id"),
