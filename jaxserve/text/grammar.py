@@ -7,7 +7,6 @@ long their text is, how deep they nest, and the work that llguidance may put int
 
 import hashlib
 import json
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -92,23 +91,20 @@ def check(grammar: str, table: LLTokenizer) -> None:
     """
     tokens = f"{table.vocab_size} {table.eos_tokens} "
     key = hashlib.sha256((tokens + grammar).encode("utf-8", "surrogatepass")).digest()
-    with _lock:
-        known = key in _checked
-        fault = _checked[key] if known else None
-        if known:
-            _checked.move_to_end(key)
-    if not known:
-        fault = _fault(grammar, table)
-        with _lock:
-            _checked[key] = fault
-            while len(_checked) > MOST_CHECKED:
-                _checked.popitem(last=False)
+    # No lock: gevent's, which a lock is in a web process, loses a thread of the pool now and then.  Each of these steps
+    # is one for the interpreter.
+    try:
+        _checked.move_to_end(key)
+        fault = _checked[key]
+    except KeyError:
+        fault = _checked[key] = _fault(grammar, table)
+        while len(_checked) > MOST_CHECKED:
+            _checked.popitem(last=False)
     if fault:
         raise ValueError(fault)
 
 
 _checked: OrderedDict[bytes, str | None] = OrderedDict()
-_lock = threading.Lock()
 
 
 def _fault(grammar: str, table: LLTokenizer) -> str | None:
