@@ -313,7 +313,7 @@ class GenerationConfig:
     top_k: int | None = option(None, "sample among this many likeliest tokens (0: all, 1: greedy)", optional(whole(0)))
     min_p: float = option(0.0, "leave out tokens less likely than this share of the likeliest", number(0, 1))
     temperature: float = option(0.8, "above 1 evens out the odds, below 1 sharpens them, 0 is greedy", number(0))
-    repetition_penalty: float = option(1.0, "above 1: tokens of prompt and reply become rarer", number(0, above=True))
+    repetition_penalty: float = option(1.0, "above 1: tokens of prompt and reply become rarer", number(0.01, 100))
     presence_penalty: float = option(0.0, "taken from the logit of a token that the reply has", number(-2, 2))
     frequency_penalty: float = option(0.0, "taken from a token's logit each time the reply has it", number(-2, 2))
     ignore_eos: bool = option(False, "go on after the model's end tokens", FLAG)

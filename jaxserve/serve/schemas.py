@@ -64,7 +64,7 @@ class Message(Struct):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "tool", "function", "environment"]
-    content: str | list[Part]
+    content: str | list[Part | str]
     name: str | UnsetType | None = UNSET
     tool_call_id: str | UnsetType | None = UNSET
 
@@ -73,7 +73,7 @@ class AssistantMessage(Struct):
     """An answer given back; a call needs no content."""
 
     role: Literal["assistant"]
-    content: str | list[Part] | UnsetType | None = UNSET
+    content: str | list[Part | str] | UnsetType | None = UNSET
     name: str | UnsetType | None = UNSET
     tool_calls: list[GivenCall] | UnsetType | None = UNSET
 
