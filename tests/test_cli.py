@@ -121,7 +121,7 @@ def test_options_of_lmdeploy_without_use_here(run, seen):
         (["chat", "--tp", "two"], "not 'two'"),
         (["chat", "--dtype", "int3"], "'float16'"),
         (["chat", "--quant-policy", "8"], "8 is not there yet"),
-        (["chat", "--model-format", "awq"], "awq is not there yet"),
+        (["chat", "--model-format", "awq"], "unquantized weights"),
         (["chat", "--cache-max-entry-count", "1.5"], "share"),
         (["chat", "--top-p", "2"], "'--top-p'"),
         (["chat", "--temperature", "hot"], "'--temperature'"),

@@ -143,7 +143,8 @@ def test_requirements_are_what_is_imported():
     required = {canonicalize_name(requirement.name) for requirement in declared("ui", "bench")}
     assert distributions(*PACKAGES) | {"packaging"} == required  # gunicorn needs it
     by_hand = {"torch"}  # made the golden files, once
-    assert distributions("scripts", "tests") - by_hand <= {canonicalize_name(r.name) for r in declared("dev", "compat")}
+    offered = {canonicalize_name(r.name) for r in declared("dev", "compat", "ui", "bench")}
+    assert distributions("scripts", "tests") - by_hand <= offered
 
 
 def test_no_pytorch_anywhere_below():
@@ -178,7 +179,7 @@ def test_constraints_pin_every_requirement():
             name, version = line.split("==")
             pins[canonicalize_name(name)] = version
     assert pins["jax"] == "0.11.2"
-    for requirement in declared("cuda12", "cuda13", "dev"):
+    for requirement in declared("cuda12", "cuda13", "dev", "compat"):
         version = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement}, constraints.txt has {version}"
 
@@ -262,14 +263,15 @@ def test_ready_installs_once_and_again_when_something_changes(tmp_path, checkout
     assert ready() == ["-e .", model]
     assert ready() == []
     assert ready("dev") == ["-e .[dev]", model]
+    assert ready("dev compat") == ["-e .[dev,compat]", model]
     assert ready() == ready("dev") == []  # what the tests need does no harm to the chat
     program(tmp_path, "nvidia-smi", "echo 580.65.06")
-    assert ready() == ["-e .[dev,cuda13]", model]
+    assert ready() == ["-e .[dev,compat,cuda13]", model]
     program(tmp_path, "nvidia-smi", "exit 9")
     assert ready() == []
     with open(checkout / "constraints.txt", "a") as file:
         file.write("# changed\n")
-    assert ready() == ["-e .[dev,cuda13]", model]
+    assert ready() == ["-e .[dev,compat,cuda13]", model]
 
 
 def test_a_failed_installation_is_tried_again(tmp_path, checkout):
@@ -284,6 +286,6 @@ def test_a_failed_installation_is_tried_again(tmp_path, checkout):
 
 
 def test_scripts_are_executable():
-    for name in ("scripts/chat", "scripts/test", ".ci/run"):
+    for name in ("scripts/chat", "scripts/test", "scripts/compat", ".ci/run"):
         assert os.access(PROJECT / name, os.X_OK), name
         run("sh", "-n", PROJECT / name)

@@ -12,8 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "count_kernels.py"
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 pytestmark = pytest.mark.skipif(
-    not any(importlib.util.find_spec(name) for name in (*PLUGINS, "jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"))
-    or not importlib.util.find_spec("jax_triton"),
+    not any(importlib.util.find_spec(name) for name in PLUGINS) or not importlib.util.find_spec("jax_triton"),
     reason="needs jax's CUDA plugin and jax-triton",
 )
 

@@ -1,11 +1,12 @@
 """The official client of OpenAI against a server behind a socket."""
 
-import openai
-import pydantic
 import pytest
 
-from tests.serve.live import live
-from tests.serve.local import MODEL
+openai = pytest.importorskip("openai", reason="the extra compat is not installed")
+pydantic = pytest.importorskip("pydantic")
+
+from tests.serve.live import live  # noqa: E402
+from tests.serve.local import MODEL  # noqa: E402
 
 HI = [{"role": "user", "content": "hi"}]
 

@@ -3,13 +3,13 @@
 import json
 import re
 
-import openai
 import pytest
 
 from jaxserve.serve import schemas
 from tests.serve.live import live
 from tests.serve.local import MODEL, exact, serving
 
+openai = pytest.importorskip("openai", reason="the extra compat is not installed")
 CHAT = "/v1/chat/completions"
 
 
