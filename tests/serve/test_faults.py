@@ -6,13 +6,14 @@ here, of ten times what the table says: the machine may be busy.  `python script
 
 import ast
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from tests.serve import processes, tiny
 from tests.serve.faults import table
 from tests.serve.faults.row import judge
-from tests.serve.faults.target import Streams, Target
+from tests.serve.faults.target import Streams, Target, first, many
 
 SLACK = 10
 ELSEWHERE = {24, 40, 41, 47, 48, 49, 51}  # test_faults_clients.py: before a server with keys, bounds and many seats
@@ -47,6 +48,25 @@ def test_row(server, number):
     target, streams, rows = server
     result = judge(rows[number], target, None if number == table.LAST else streams)
     assert result.passed, "\n".join([f"{number} {result.row.fault}: {result.row.expected}", *result.wrong])
+
+
+def test_72_answers_do_not_mix(server):
+    """Whoever asks beside it, comes or leaves: each prompt is answered as it was alone."""
+    target, _, _ = server
+    prompts = [f"The secret is {Random(i).randrange(10**9)}, and" for i in range(16)]
+    alone = [target.complete(prompt=prompt, max_tokens=16).text for prompt in prompts]
+    assert len(set(alone)) > 8
+
+    def ask(index):
+        draw = Random(index)
+        number = draw.randrange(len(prompts))
+        if draw.random() < 0.3:
+            with target.open(prompt=prompts[number], max_tokens=400) as client:
+                first(client)
+            return True
+        return target.complete(prompt=prompts[number], max_tokens=16).text == alone[number]
+
+    assert all(many(ask, 300, 24))
 
 
 def test_every_row_is_shown():

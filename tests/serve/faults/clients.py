@@ -223,12 +223,52 @@ class Watch:
 
 
 ROWS = [
-    Row(47, "close after the first chunk (100 clients)", "nothing runs after 100 ms", leave_early),
-    Row(48, "close while queued or in prefill", "ended in 100 ms", leave_queued),
-    Row(49, "a client reads 1 byte/s", "bounded, others unaffected", slow_reader),
-    Row(50, "RST during a request that is not streamed", "ended", reset),
+    Row(
+        47,
+        "close after the first chunk (100 clients)",
+        "nothing runs after 100 ms",
+        leave_early,
+        tests=("serve/test_stream.py::test_a_client_that_leaves",),
+    ),
+    Row(
+        48,
+        "close while queued or in prefill",
+        "ended in 100 ms",
+        leave_queued,
+        tests=("serve/test_stream.py::test_a_client_that_leaves_while_it_is_queued",),
+    ),
+    Row(
+        49,
+        "a client reads 1 byte/s",
+        "bounded, others unaffected; given up in the end",
+        slow_reader,
+        tests=("serve/test_stream.py::test_a_client_that_does_not_read",),
+    ),
+    Row(
+        50,
+        "RST during a request that is not streamed",
+        "ended",
+        reset,
+        tests=("serve/test_stream.py::test_a_reset_connection",),
+    ),
     Row(51, "a burst of four times what is let in", "503 + Retry-After in 50 ms, others whole", None, "limit"),
-    Row(72, "10 000 short requests with secrets, a third of which leave", "no leak", secrets),
-    Row(73, "the same seed, alone and among 64", "identical", seeds),
+    Row(
+        72,
+        "10 000 short requests with secrets, a third of which leave",
+        "no leak",
+        secrets,
+        tests=(
+            "serve/test_faults.py::test_72_answers_do_not_mix",
+            "serve/test_faults_clients.py::test_72_every_answer_is_its_own",
+            "serve/test_door.py::test_ten_thousand_of_everything",
+        ),
+    ),
+    Row(
+        73,
+        "the same seed, alone and among 64",
+        "identical",
+        seeds,
+        tests=("engine/test_engine.py::test_sampling_does_not_depend_on_the_batch",),
+    ),
     Row(75, "/metrics during all of it", "parses, counters rise, gauges return to 0", None),
 ]

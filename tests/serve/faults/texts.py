@@ -251,7 +251,14 @@ SCHEMAS = (123, "x", [1], {"type": "hiccup"}, {"properties": 5}, {"enum": 5})
 
 ROWS = [
     Row(23, "50 MB of 'a' in one message", "400/413 in 1 s, not tokenized", long_texts),
-    Row(24, "a legal prompt of 1.3 MB while 64 streams run", "p99 between their tokens < 100 ms", long_prompt, "room"),
+    Row(
+        24,
+        "a legal prompt of 1.3 MB while 64 streams run",
+        "p99 between their tokens < 100 ms",
+        long_prompt,
+        needs="room",
+        tests=("text/test_tokenizer.py::test_a_long_text_leaves_the_interpreter_to_others",),
+    ),
     Row(25, "half surrogates, U+0000, right-to-left, emoji in prompt and stop", "200/400, valid UTF-8", odd_letters),
     Row(26, "unknown model", "404", cases(*both("model", "nobody", "../etc", "x" * 10_000, statuses=(404,)))),
     Row(
@@ -271,8 +278,20 @@ ROWS = [
     ),
     Row(29, "JSON schema 200 / 100 000 deep, 5000 choices, loops, remote $ref", "400 or < 100 ms", schemas),
     Row(30, "regex (a+)+b, (x{1,1000}){1,1000}, lookahead, back-reference, 1 MB", "400 or < 100 ms", regexes),
-    Row(31, "10 000 distinct schemas in a row", "memory flat", distinct),
-    Row(32, "a grammar without a possible next token", "it ends or fails alone", cases(*DEAD_ENDS)),
+    Row(
+        31,
+        "10 000 distinct schemas in a row",
+        "memory flat",
+        distinct,
+        tests=("text/test_grammar.py::test_distinct_grammars_leave_memory_flat",),
+    ),
+    Row(
+        32,
+        "a grammar without a possible next token",
+        "it ends or fails alone",
+        cases(*DEAD_ENDS),
+        tests=("engine/test_guided.py::test_a_grammar_that_allows_nothing_fails_its_row_only",),
+    ),
     Row(33, "a tool with a bomb as its pattern, 1000 tools, odd names", "400 or works", cases(*TOOLS)),
     Row(34, "tool_choice names a missing tool; required without tools", "400", cases(*CHOICES)),
     Row(35, "chat_template, chat_template_kwargs from the client", "ignored or 400", templates),
