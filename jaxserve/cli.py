@@ -6,6 +6,7 @@ import click
 
 from jaxserve import __version__
 from jaxserve.commands.bench import bench
+from jaxserve.commands.lite import lite
 from jaxserve.config import GenerationConfig
 from jaxserve.options import Group, Option, engine_config, engine_options, from_field, mistakes, sampling_options
 from jaxserve.serve.command import client, serve, ui
@@ -161,5 +162,5 @@ def check_env(dump_file):
         click.echo(report(dump_file))
 
 
-for command in (bench, serve, client, ui):
+for command in (bench, serve, client, ui, lite):
     main.add_command(command)
