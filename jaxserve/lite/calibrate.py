@@ -1,0 +1,200 @@
+"""A model's layers one after the other, over windows of text, without a cache: what every quantizer needs.
+
+One layer's weights are on the device at a time, in float32, so that a model larger than the device can be done.  Knows
+no quantization: a caller looks at a layer's inputs, and says with `Block.follow` what the layers behind it shall see.
+N windows, B windows at a time, T tokens of a window, D width, K kv heads, G queries a kv head, H head dim.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve import mesh as meshes
+from jaxserve import weights
+from jaxserve.models import family, rope
+from jaxserve.models.attention import GQA
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.decoder import Layer
+from jaxserve.models.layers import GatedMLP, rms_norm
+from jaxserve.models.moe import MoE
+from jaxserve.models.table import Row
+from jaxserve.quant.dense import Dense
+
+MAPS = ("mixer.qkv", "mixer.o", "ffn.gate_up", "ffn.down")  # a layer's linear maps, by their place in a Layer
+EXPERT_ARRANGES = ("experts", "experts_gate_up")
+
+
+@dataclass
+class Block:
+    """A layer, and the hidden states that come to it.
+
+    hidden: a list of [B, T, D], computed by the layers before as `follow` left them; exact: by the unquantized ones
+    (the same list as long as nobody called `follow`).
+    """
+
+    index: int
+    layer: Layer  # of Dense, float32
+    hidden: list
+    exact: list
+    rows: dict[str, Row]  # place in a Layer -> its row of the family's table
+    cfg: ModelConfig
+    mesh: object
+    _followed: Layer | None = field(default=None, repr=False)
+
+    def inputs(self, *paths: str, layer: Layer | None = None, exact: bool = False) -> Iterator[dict[str, jax.Array]]:
+        """For each batch of windows {path: what comes into this map, float32[tokens, inputs]}.
+
+        layer: one with other weights (the block's own unless given); exact: from the unquantized model's hidden states.
+        """
+        for x in self.exact if exact else self.hidden:
+            with meshes.on(self.mesh):
+                _, taken = forward(self.cfg, self.cfg.window_at(self.index), paths, layer or self.layer, jnp.asarray(x))
+            yield taken
+
+    def outputs(self, layer: Layer | None = None, exact: bool = False) -> Iterator[jax.Array]:
+        """What the layer makes of each batch of its inputs, float32[B, T, D]."""
+        for x in self.exact if exact else self.hidden:
+            with meshes.on(self.mesh):
+                yield forward(self.cfg, self.cfg.window_at(self.index), (), layer or self.layer, jnp.asarray(x))[0]
+
+    def follow(self, layer: Layer) -> None:
+        """The layers behind this one shall see what `layer` makes of `hidden`."""
+        self._followed = layer
+
+    def tensors(self, path: str, array) -> dict[str, np.ndarray]:
+        """{name in the checkpoint, without ".weight": [out, ...]} of an array [inputs, *outputs] at `path`.
+
+        The first axis may have any length (groups of inputs), and becomes the last.
+        """
+        return {
+            source.format(self.index, "{}"): part
+            for source, part in zip(self.rows[path].sources, split(self.cfg, self.rows[path], np.asarray(array)))
+        }
+
+
+def layers(model, windows, progress: Callable | None = None, batch: int = 1, start: int = 0) -> Iterator[Block]:
+    """The Blocks of a model, in order; only one is on the device.
+
+    model: of `engine.loading.open_model`, unquantized.  windows: int32[N, T] token ids.  progress(done, total) counts
+    layers.  ValueError names the layer behind which a hidden state is no number, or overflows.
+    """
+    cfg, found = model.cfg, weights.check(model.source, model.cfg, model.mesh)
+    rows = {row.path.split(".{}.")[1]: row for row in family(cfg.family).weights(cfg) if "{}" in row.path}
+    hidden = exact = embedded(model, found, windows, batch)
+    for index in range(cfg.layers):
+        mine = {path: row for path, row in rows.items() if row.layers is None or index in row.layers}
+        block = Block(index, read_layer(model, found, index), hidden, exact, mine, cfg, model.mesh)
+        yield block
+        same = block.exact is block.hidden
+        exact = _sound(block.outputs(exact=True), index, "")
+        hidden = exact if same else hidden
+        if block._followed is not None:
+            hidden = _sound(block.outputs(block._followed), index, " after quantization")
+        elif not same:
+            hidden = _sound(block.outputs(), index, "")
+        progress and progress(index + 1, cfg.layers)
+
+
+def _sound(batches, index, when):
+    """The batches as a list; ValueError where one holds what is no number."""
+    out = []
+    for x in batches:
+        if not bool(jnp.isfinite(x).all()):
+            raise ValueError(
+                f"layer {index}{when}: its output has values that are no numbers, or too large; the weights of this "
+                "layer are damaged, or the calibration text is nothing that the model can read"
+            )
+        out.append(x)
+    return out
+
+
+def embedded(model, found, windows, batch):
+    """Hidden states before the first layer, a list of float32[B, T, D]."""
+    leaf = found["embed", "weight"]
+    table, _ = leaf.finish(leaf.load(model.source), np.float32)
+    windows = np.asarray(windows)
+    return [table[windows[at : at + batch]] for at in range(0, len(windows), batch)]
+
+
+def read_layer(model, found, index) -> Layer:
+    """A layer's weights on the device in float32, as Dense nodes.  ValueError names a tensor that holds no numbers."""
+    tree: dict = {}
+    for (path, part), leaf in found.items():
+        if not path.startswith(prefix := f"layers.{index}."):
+            continue
+        array, sound = leaf.finish(leaf.load(model.source), np.float32)
+        if not sound:
+            raise ValueError(f"layer {index}: tensor {leaf.sources[0]}.{part} has values that are no numbers")
+        node = tree
+        for name in path.removeprefix(prefix).split("."):
+            node = node.setdefault(name, {})
+        node[part] = array
+    mixer, ffn = tree["mixer"], {name: Dense(**node) for name, node in tree["ffn"].items()}
+    norms = {name: mixer[name]["weight"] for name in ("q_norm", "k_norm") if name in mixer}
+    return Layer(
+        norm1=tree["norm1"]["weight"],
+        mixer=GQA(qkv=Dense(**mixer["qkv"]), o=Dense(**mixer["o"]), **norms),
+        norm2=tree["norm2"]["weight"],
+        ffn=MoE(**ffn) if "router" in ffn else GatedMLP(**ffn),
+    )
+
+
+@partial(jax.jit, static_argnames=("cfg", "window", "paths"))
+def forward(cfg, window, paths, layer, x):
+    """A layer over whole windows: x [B, T, D] to the same shape, and {path: [B*T, inputs]} of the maps in `paths`."""
+    batch, length, width = x.shape
+    normed = rms_norm(x, layer.norm1, cfg.eps)
+    attended = attend(cfg, window, layer.mixer, layer.mixer.qkv.dot(normed))
+    middle = x + layer.mixer.o.dot(attended)
+    ready = rms_norm(middle, layer.norm2, cfg.eps).reshape(-1, width)
+    taken = {"mixer.qkv": normed.reshape(-1, width), "mixer.o": attended.reshape(batch * length, -1)}
+    taken |= {"ffn.gate_up": ready, "ffn.router": ready}
+    if isinstance(layer.ffn, GatedMLP):
+        both = layer.ffn.gate_up.dot(ready)
+        taken["ffn.down"] = inner = jax.nn.silu(both[:, 0]) * both[:, 1]
+        out = layer.ffn.down.dot(inner)
+    else:
+        out = layer.ffn(cfg, ready)
+    return middle + out.reshape(x.shape), {path: taken[path] for path in paths}
+
+
+def attend(cfg, window, mixer, qkv):
+    """Causal attention over whole windows: qkv [B, T, K, G+2, H] to [B, T, K*G*H]."""
+    batch, length = qkv.shape[:2]
+    q, k, v = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1, :]
+    if mixer.q_norm is not None:
+        q, k = rms_norm(q, mixer.q_norm, cfg.eps), rms_norm(k, mixer.k_norm, cfg.eps)
+    at = jnp.arange(length)
+    spans = SimpleNamespace(position=at, rope_len=jnp.full(1, length), row=jnp.zeros(length, jnp.int32))
+    cos, sin = (a[None, :, None, None] for a in rope.rotation(cfg, spans))  # [1, T, 1, 1, H/2]
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)[..., 0, :]
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k) * cfg.head_dim**-0.5
+    back = at[:, None] - at[None]  # how far before the query a key is
+    seen = (back >= 0) & (back < (window or length))
+    share = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1)
+    return jnp.einsum("bkgts,bskh->btkgh", share, v).reshape(batch, length, -1)
+
+
+def _rotate(x, cos, sin):
+    a, b = jnp.split(x, 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def split(cfg, row, array):
+    """The inverse of how a row's sources are arranged (models/table.py): [in, *out] to one [out, in] for each source.
+
+    The first axis may have any length.
+    """
+    flat = np.moveaxis(array, 0, -1)
+    inputs = flat.shape[-1]
+    if row.arrange == "qkv":
+        return [part.reshape(-1, inputs) for part in (flat[:, :-2], flat[:, -2], flat[:, -1])]
+    if row.arrange == "gate_up":
+        return [flat[0], flat[1]]
+    assert row.arrange not in EXPERT_ARRANGES, row
+    return [flat.reshape(-1, inputs)]

@@ -1,0 +1,210 @@
+"""Writes the Hugging Face folder of a quantized model, so that a run that is killed goes on where it was.
+
+Beside the folder that will be, `.NAME.partial` collects one file for each finished layer; `finish` puts them together
+with what was not quantized, the configs and the tokenizer, and renames.  Whoever looks at the folder sees all or
+nothing, and the same bytes whether a run was interrupted or not.  Knows no quantization format.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from jaxserve.checkpoint import SIDE_FILES
+from jaxserve.checkpoint.safetensors import INDEX
+from jaxserve.text.tokenizer import Tokenizer
+
+SHARD = 2 << 30  # bytes of a safetensors file, which are in memory while it is written
+OWN = ("config.json", "generation_config.json", "tokenizer_data.json", "jaxserve.json", INDEX)  # made, not copied
+PACKED = (".qweight", ".weight_packed")  # a map with such a tensor has no ".weight"
+DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class Folder:
+    """A quantized model on its way to `path`.
+
+    source: the unquantized Checkpoint.  quantization_config: what config.json will say.  settings: what else the result
+    depends on (a dict that JSON holds); an unfinished run with other settings is thrown away, and done again.
+    """
+
+    def __init__(self, path, source, quantization_config: dict, settings: dict | None = None):
+        """ValueError where something is at `path` already, OSError where nothing can be written there."""
+        self.path, self.source, self.quantization_config = (
+            Path(path).expanduser().absolute(),
+            source,
+            quantization_config,
+        )
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ValueError(f"{self.path} exists already; give another --work-dir, or remove it first")
+        self.partial = self.path.parent / f".{self.path.name}.partial"
+        known = {"source": str(source.path), "quantization_config": quantization_config, "settings": settings or {}}
+        text = json.dumps(known, indent=1, sort_keys=True)
+        note = self.partial / "settings.json"
+        if self.partial.exists() and (not note.exists() or note.read_text("utf-8") != text):
+            shutil.rmtree(self.partial)
+        self.resumed = self.partial.exists()
+        self.partial.mkdir(parents=True, exist_ok=True)
+        _write_text(note, text)
+
+    def _layer(self, layer: int) -> Path:
+        return self.partial / f"layer-{layer:05d}.safetensors"
+
+    def done(self, layer: int) -> bool:
+        """Whether an earlier run finished this layer."""
+        return self._layer(layer).exists()
+
+    def read(self, layer: int) -> dict[str, np.ndarray]:
+        """What was written for a layer."""
+        with safe_open(self._layer(layer), framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def write(self, layer: int, tensors: Mapping[str, np.ndarray], about: Mapping | None = None) -> None:
+        """Keeps a layer's tensors, by their names in the result; a ".weight" that has a packed form is left out there.
+
+        float32 arrays get the model's type in the end, others stay as they are.  about: for `about`.
+        """
+        new = self._layer(layer).with_suffix(".new")
+        arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        save_file(arrays, new, metadata={"about": json.dumps(about or {})})
+        _sync(new)
+        new.rename(self._layer(layer))
+
+    def about(self, layer: int) -> dict:
+        """What `write` was told about a layer."""
+        with safe_open(self._layer(layer), framework="np") as file:
+            return json.loads((file.metadata() or {}).get("about", "{}"))
+
+    def finish(self, dtype: str = "float16", progress: Callable | None = None, extra: Mapping[str, str] | None = None):
+        """Makes the folder of what was written.  dtype: of the model; extra: more files, {name: text}.
+
+        progress(done, total) counts bytes.  Returns the path.  ValueError names a tensor that does not fit `dtype`.
+        """
+        new = self.partial / "result"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        self._write_tensors(new, DTYPES[dtype], progress)
+        config = {key: value for key, value in self.source.config.items() if key not in ("dtype", "torch_dtype")}
+        config |= {"torch_dtype": dtype, "quantization_config": self.quantization_config}
+        generation = self.source.generation_config or _generation_config(self.source)
+        made = {"config.json": config, "generation_config.json": generation} | _tokenizer(self.source, new)
+        for name, value in made.items():
+            if value:
+                _write_text(new / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        for name, text in (extra or {}).items():
+            _write_text(new / name, text)
+        if self.path.exists():
+            self.path.rmdir()  # empty
+        new.chmod(0o755)
+        new.rename(self.path)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        return self.path
+
+    def _write_tensors(self, new, dtype, progress):
+        """Shards of at most SHARD bytes, with an index where there are several."""
+        plan = list(self._tensors(dtype))
+        shards: list[list] = [[]]
+        for entry in plan:
+            if shards[-1] and sum(size for *_, size in shards[-1]) + entry[2] > SHARD:
+                shards.append([])
+            shards[-1].append(entry)
+        total, done, places = sum(size for *_, size in plan), 0, {}
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            arrays = {}
+            for tensor, take, size in shard:
+                arrays[tensor] = np.ascontiguousarray(take())
+                done, places[tensor] = done + size, name
+                progress and progress(done, total)
+            save_file(arrays, new / name, metadata={"format": "pt"})
+            _sync(new / name)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            _write_text(new / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _tensors(self, dtype) -> Iterable[tuple[str, Callable, int]]:
+        """(name, a function that reads it, its bytes) of every tensor of the result, layer by layer, then the rest."""
+        written = set()
+        for file in sorted(self.partial.glob("layer-*.safetensors")):
+            with safe_open(file, framework="np") as opened:
+                parts = {name: opened.get_slice(name) for name in sorted(opened.keys())}
+                for name, part in parts.items():
+                    written.add(name)
+                    wide = part.get_dtype() == "F32"
+                    size = int(np.prod(part.get_shape())) * (dtype.itemsize if wide else _bytes(part.get_dtype()))
+                    yield name, lambda file=file, name=name: _cast(_load(file, name), dtype, name, wide_only=True), size
+        for name in sorted(self.source.names):
+            if name in written or any(name.removesuffix(".weight") + end in written for end in PACKED):
+                continue
+            size = int(np.prod(self.source.shape(name))) * dtype.itemsize
+            yield name, lambda name=name: _cast(self.source.read(name), dtype, name), size
+
+
+def _load(file, name):
+    with safe_open(file, framework="np") as opened:
+        return opened.get_tensor(name)
+
+
+def _bytes(kind: str) -> int:
+    return int("".join(filter(str.isdigit, kind.partition("_")[0]))) // 8 if kind != "BOOL" else 1
+
+
+def _cast(array, dtype, name, wide_only=False):
+    if array.dtype.kind in "iub" or (wide_only and array.dtype != np.float32):
+        return array
+    with np.errstate(over="ignore"):
+        out = array.astype(dtype)
+    if not np.isfinite(out.astype(np.float32)).all():
+        raise ValueError(f"tensor {name} has values that {dtype.name} does not hold; --dtype bfloat16 does")
+    return out
+
+
+def _generation_config(source) -> dict:
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: source.config[key] for key in keys if source.config.get(key) is not None}
+
+
+def _tokenizer(source, new: Path) -> dict[str, dict]:
+    """Copies the tokenizer's files into `new`, or makes them; returns JSON files that are yet to be written."""
+    folder = Path(source.path)
+    if not source.tokenizer_data:
+        for pattern in (*SIDE_FILES, "additional_chat_templates/*.jinja"):
+            for file in folder.glob(pattern):
+                if file.name not in OWN and not file.name.endswith(".index.json"):
+                    (new / file.relative_to(folder)).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, new / file.relative_to(folder))
+        return {}
+    tokenizer = Tokenizer.load(source)
+    if tokenizer.bos_ids and tokenizer.named.get("bos_token"):
+        from tokenizers.processors import TemplateProcessing
+
+        bos = tokenizer.named["bos_token"]
+        tokenizer.core.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_ids[0])]
+        )
+    tokenizer.core.save(str(new / "tokenizer.json"))
+    settings: dict = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.named}
+    settings |= {"add_bos_token": bool(tokenizer.bos_ids), "clean_up_tokenization_spaces": False}
+    settings["model_max_length"] = source.config.get("max_position_embeddings")
+    if tokenizer.chat_template:
+        settings["chat_template"] = tokenizer.chat_template
+    return {"tokenizer_config.json": settings}
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's bytes are on the disk: a rename after it must not be there first."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
