@@ -20,8 +20,8 @@ LAYERS = [
     "reply",
     "bodies pipeline",
     "bench options protocol terminal voice",
-    "answers",
-    "check_env commands convert lite serve",
+    "answers lite",
+    "check_env commands convert serve",
     "cli",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
