@@ -172,19 +172,29 @@ class Page:
 
     def click(self, selector):
         """With the mouse, where a person would: the element must be what is on top there."""
+        self.mouse("Pressed", *(where := self.where(selector)))
+        self.mouse("Released", *where)
+
+    def where(self, selector):
+        """The middle of an element that is at rest, and on top there; scrolled to if it must be."""
         name = json.dumps(selector)
-        where = self.wait(
-            f"""(() => {{
+        return self.wait(
+            f"""(async () => {{
               const element = document.querySelector({name});
               if (!element) return null;
               element.scrollIntoView({{block: "nearest"}});
+              const before = element.getBoundingClientRect();
+              await new Promise((go) => setTimeout(go, 20));
               const box = element.getBoundingClientRect();
+              if (["x", "y", "width", "height"].some((side) => before[side] !== box[side])) return null;
               const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
               return element.contains(document.elementFromPoint(x, y)) && [x, y];
             }})()"""
         )
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=where[0], y=where[1], button="left", clickCount=1)
+
+    def mouse(self, what, x, y):
+        """what: "Pressed" or "Released", of its left button."""
+        self.call("Input.dispatchMouseEvent", type=f"mouse{what}", x=x, y=y, button="left", clickCount=1)
 
     def type(self, text):
         self.call("Input.insertText", text=text)

@@ -22,7 +22,7 @@ def browser():
 @pytest.fixture
 def site(browser):
     """site(say, ...) -> a page at the chat, its server's engine as page.engine; closes all of it."""
-    closing = []
+    closing, pages = [], []
 
     def open(say=lambda text: "Echo: " + question(text), *, keys=(), path="/", delay=0.0, wait=True, **tab):
         engine = scripted.Engine(say=say, session_len=4096, delay=delay)
@@ -32,6 +32,7 @@ def site(browser):
         url = server.__enter__()
         page = browser.page(**tab)
         closing.extend([app, server])
+        pages.append(page)
         page.engine, page.url = engine, url
         page.go(url + path)
         if wait:
@@ -39,5 +40,7 @@ def site(browser):
         return page
 
     yield open
+    for page in pages:  # one that is left open goes on asking
+        page.close()
     for context in reversed(closing):
         context.__exit__(None, None, None)

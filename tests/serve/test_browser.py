@@ -276,6 +276,30 @@ def test_again_and_edit(site):
     assert page.js("document.querySelectorAll('.message').length") == 2
 
 
+def test_a_button_that_is_pressed_stays(site):
+    """What is still drawn when an answer has ended does not take the click from under the mouse."""
+    count = iter(range(100))
+    page = site(lambda text: f"{next(count)}: {question(text)}")
+    page.js("window.requestAnimationFrame = (draw) => setTimeout(() => (draw(), (window.drawn = true)), 500)")
+    ask(page, "one")
+    page.mouse("Pressed", *(where := page.where("[title=Regenerate]")))
+    page.wait("window.drawn")
+    page.mouse("Released", *where)
+    page.wait("document.querySelector('.message:last-child > .text')?.textContent === '1: one'")
+
+
+def test_a_conversation_that_is_pressed_opens(site):
+    """Although an answer in another one ends while it is."""
+    page = site(lambda text: "z" * (80 if question(text) == "slow" else 3), delay=0.02)
+    ask(page, "first")
+    page.click("#new")
+    ask(page, "slow", until="document.querySelector('.message.assistant > .text')?.textContent.length > 2")
+    page.mouse("Pressed", *(where := page.where("#conversations li:last-child > button")))
+    page.wait("!document.querySelector('#conversations li.live')")
+    page.mouse("Released", *where)
+    page.wait("document.querySelector('.message.user .bubble').textContent === 'first'")
+
+
 def test_a_conversation_in_the_background(site):
     page = site(lambda text: "y" * 60, delay=0.02)
     ask(page, "slow", until="document.querySelector('.message.assistant > .text')?.textContent.length > 2")

@@ -33,20 +33,32 @@ function open(conversation) {
   toEnd(true);
 }
 
+/** Rows stay in their place as long as they can: one that is taken out while it is pressed is not clicked. */
 function listConversations() {
-  const rows = store.conversations().map((conversation) => {
-    const choose = element("button", "", conversation.title || "New conversation");
-    choose.type = "button";
-    if (conversation.id === current.id) choose.setAttribute("aria-current", "page");
-    choose.addEventListener("click", () => {
-      open(runs.get(conversation.id)?.chat ?? conversation);
-      $("input").focus();
-    });
-    const row = element("li", "", choose, button("Delete", "trash", () => remove(conversation)));
+  const kept = store.conversations();
+  const list = $("conversations");
+  for (const row of [...list.children]) if (!kept.some(({ id }) => id === row.conversation.id)) row.remove();
+  kept.forEach((conversation, index) => {
+    const row = [...list.children].find((other) => other.conversation.id === conversation.id) ?? rowOf(conversation);
+    if (list.children[index] !== row) list.insertBefore(row, list.children[index] ?? null);
+    row.conversation = conversation;
     row.classList.toggle("live", runs.has(conversation.id));
-    return row;
+    row.firstChild.textContent = conversation.title || "New conversation";
+    if (conversation.id === current.id) row.firstChild.setAttribute("aria-current", "page");
+    else row.firstChild.removeAttribute("aria-current");
   });
-  $("conversations").replaceChildren(...rows);
+}
+
+function rowOf(conversation) {
+  const choose = element("button");
+  const row = element("li", "", choose, button("Delete", "trash", () => remove(row.conversation)));
+  choose.type = "button";
+  choose.addEventListener("click", () => {
+    open(runs.get(row.conversation.id)?.chat ?? row.conversation);
+    $("input").focus();
+  });
+  row.conversation = conversation;
+  return row;
 }
 
 function keep(conversation) {

@@ -67,7 +67,8 @@ export function messageNode(message, actions) {
     tools.append(button("Copy", "copy", (made) => copyWith(made, message.content)));
     node.append(text, tools);
   } else {
-    node.append(element("div", "thought"), element("div", "text"), element("div", "failure"), element("footer", "tools"));
+    const tools = element("footer", "tools", element("span", "figures"));
+    node.append(element("div", "thought"), element("div", "text"), element("div", "failure"), tools);
     update(node, message, actions);
   }
   return node;
@@ -83,13 +84,20 @@ export function update(node, message, actions) {
   node.classList.toggle("waiting", live && !message.content && !message.reasoning);
   failure.hidden = !message.error;
   failure.textContent = message.error ?? "";
-  const figures = element("span", "figures", figuresOf(message, live));
-  tools.replaceChildren();
-  if (!live) {
-    if (message.content) tools.append(button("Copy", "copy", (made) => copyWith(made, message.content)));
-    if (actions.isLast()) tools.append(button("Regenerate", "again", actions.again));
-  }
-  tools.append(figures);
+  showTools(tools, message, actions, live);
+}
+
+/** Buttons that are still wanted stay the elements that they are: one that is replaced while it is pressed is not clicked. */
+function showTools(tools, message, actions, live) {
+  const figures = tools.lastChild;
+  figures.textContent = figuresOf(message, live);
+  const copies = !live && Boolean(message.content);
+  const again = !live && actions.isLast();
+  if (tools.dataset.shown === `${copies} ${again}`) return;
+  tools.dataset.shown = `${copies} ${again}`;
+  tools.replaceChildren(figures);
+  if (copies) figures.before(button("Copy", "copy", (made) => copyWith(made, message.content)));
+  if (again) figures.before(button("Regenerate", "again", actions.again));
 }
 
 function showThought(parent, message, live) {
