@@ -4,12 +4,15 @@ T tokens of the step, R rows, P pages a row, S tokens a page, N pages, L layers,
 H head dim.  Page 0 takes the writes of padding, so nothing downstream needs a mask for it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxserve import mesh as meshes
 from jaxserve import ops
+
+KINDS = {0: None, 4: "int4", 8: "int8", 16: "fp8"}  # by quant_policy; None: the type of the activations
 
 
 @struct.dataclass
@@ -56,25 +59,24 @@ class Spans:
 
 @struct.dataclass
 class PagedKV:
-    """Keys and values in the type in which they were computed.
+    """Keys and values, as they were computed or quantized: the type of a pool decides (see ops.kv_pool).
 
-    One array for all layers: a call pays for each argument.
+    A pool is for all layers: a call pays for each argument.
     """
 
-    k: jax.Array  # [L, N, S, K, H]
-    v: jax.Array
+    k: Any  # [L, N, S, K, H]
+    v: Any
 
     @classmethod
-    def shape(cls, cfg, pages, page_size, mesh, dtype):
-        """The arrays that `allocate` makes, as ShapeDtypeStructs."""
-        where = meshes.sharding(mesh, None, None, None, "tp", None)
-        one = jax.ShapeDtypeStruct((cfg.layers, pages, page_size, cfg.kv_heads, cfg.head_dim), dtype, sharding=where)
+    def shape(cls, cfg, pages, page_size, mesh, dtype, kind=None):
+        """An empty cache, of ShapeDtypeStructs.  kind: a value of KINDS."""
+        one = ops.kv_pool((cfg.layers, pages, page_size, cfg.kv_heads, cfg.head_dim), dtype, kind, mesh)
         return cls(one, one)
 
     @staticmethod
-    def bytes_per_token(cfg, dtype):
+    def bytes_per_token(cfg, dtype, kind=None):
         """Bytes of one token's keys and values in all layers."""
-        return 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * jnp.dtype(dtype).itemsize
+        return 2 * cfg.layers * cfg.kv_heads * ops.kv_bytes(cfg.head_dim, dtype, kind)
 
     def attend(self, layer, qkv, cos, sin, spans, norms, eps, window=None):
         """Attention of this step's queries, after its keys and values are stored.

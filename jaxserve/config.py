@@ -85,6 +85,13 @@ def _mapping(value) -> bool:
     )
 
 
+POLICIES = {"none": 0, "int4": 4, "int8": 8, "fp8": 16}  # LMDeploy's names and numbers
+POLICY = Kind(
+    "0 (or none), 4 (int4), 8 (int8) or 16 (fp8)",
+    lambda v: _whole(v) and v in POLICIES.values(),
+    lambda text: POLICIES[text] if text in POLICIES else int(text),
+    tuple(POLICIES.values()),
+)
 FLAG = Kind("True or False", lambda v: isinstance(v, bool))
 TEXT = Kind("a text", lambda v: isinstance(v, str) and v != "")
 MEMORY = Kind(
@@ -255,7 +262,9 @@ class EngineConfig:
     )
     cache_block_seq_len: int = option(64, "tokens of a page of the KV cache", POWER_OF_TWO)
     enable_prefix_caching: bool = option(True, "reuse the pages of prompts that begin alike", FLAG)
-    quant_policy: int = option(0, "bits of a cached key or value: 0 (as computed)", one_of(0, later=(4, 8)))
+    quant_policy: int = option(
+        0, "how the KV cache is kept: 0 or none (as computed), 8 or int8, 4 or int4, 16 or fp8", POLICY
+    )
     num_tokens_per_iter: int = option(0, "most tokens of a step, prompts and replies together (0: chosen)", whole(0))
     rope_scaling_factor: float = option(
         0.0, "dynamic NTK scaling of positions by this factor (0: as the model says)", number(0)
@@ -263,7 +272,7 @@ class EngineConfig:
     model_format: str | None = option(
         None,
         "how the weights are stored (default: found out)",
-        optional(one_of("hf", "llama", "awq", "gptq", "compressed-tensors", later=("fp8", "mxfp4"))),
+        optional(one_of("hf", "llama", "awq", "gptq", "compressed-tensors", "fp8", "smooth_quant", later=("mxfp4",))),
     )
     model_name: str | None = option(None, "the name under which the model answers", optional(TEXT))
     revision: str | None = option(None, "branch, tag or commit of a model from the hub", optional(TEXT))
@@ -273,6 +282,8 @@ class EngineConfig:
     )
 
     def __post_init__(self):
+        if isinstance(self.quant_policy, str) and self.quant_policy in POLICIES:
+            object.__setattr__(self, "quant_policy", POLICIES[self.quant_policy])
         check(self)
 
 

@@ -5,15 +5,18 @@ H head dim.
 """
 
 import logging
+import math
 from functools import cache
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
 
 POOL = P(None, None, None, "tp", None)  # [L, N, S, K, H]
+QUANTIZED_POOL = P(None, None, "tp")  # [L, N, K, ...]: the arrays of a pk.QuantizedPool
 HEADS = P(None, "tp")  # [T, K, ...]
 log = logging.getLogger("jaxserve")
 
@@ -38,6 +41,37 @@ def _split(function, ins, outs):
     return jax.shard_map(function, in_specs=ins, out_specs=outs, check_vma=False)
 
 
+def kv_refuses(kind):
+    """Why the device can't keep keys and values as `kind` (see `kv_pool`), as the end of a sentence; or None."""
+    if kind == "fp8" and kernels() and (capability := pk.triton_call.device()[1]) < 89:
+        return f"fp8 needs compute capability 8.9, and this GPU has {capability / 10}"
+    return None
+
+
+def kv_pool(shape, dtype, kind, mesh):
+    """What holds keys or values [L, N, S, K, H], of ShapeDtypeStructs.
+
+    kind: None for an array of `dtype`; int8, int4 or fp8 for codes, with a scale and a zero for each token and kv head.
+    """
+    if kind is None:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, POOL))
+    where = NamedSharding(mesh, QUANTIZED_POOL)
+    parts = (jax.ShapeDtypeStruct(*part, sharding=where) for part in pk.pool_shapes(shape, kind))
+    return pk.QuantizedPool(*parts, kind)
+
+
+def kv_bytes(head_dim, dtype, kind):
+    """Bytes that a key, or a value, of one token and kv head takes in a pool."""
+    if kind is None:
+        return head_dim * jnp.dtype(dtype).itemsize
+    parts = pk.pool_shapes((1, 1, 1, 1, head_dim), kind)
+    return sum(math.prod(shape) * jnp.dtype(of).itemsize for shape, of in parts)
+
+
+def _pool_spec(pool):
+    return QUANTIZED_POOL if isinstance(pool, pk.QuantizedPool) else POOL
+
+
 def rope_kv_write(k_pool, v_pool, qkv, cos, sin, layer, slot, q_norm=None, k_norm=None, eps=0.0):
     """Rotates queries and keys of qkv [T, K, G+2, H], and stores keys and values in the slots [T] of a layer's pools.
 
@@ -49,41 +83,49 @@ def rope_kv_write(k_pool, v_pool, qkv, cos, sin, layer, slot, q_norm=None, k_nor
     def local(k_pool, v_pool, qkv, cos, sin, slot, q_norm, k_norm):
         return write(k_pool, v_pool, qkv, cos, sin, layer, slot, q_norm=q_norm, k_norm=k_norm, eps=eps)
 
-    run = _split(local, (POOL, POOL, HEADS, P(), P(), P(), P(), P()), (HEADS, POOL, POOL))
+    pool = _pool_spec(k_pool)
+    run = _split(local, (pool, pool, HEADS, P(), P(), P(), P(), P()), (HEADS, pool, pool))
     return run(k_pool, v_pool, qkv, cos, sin, slot, q_norm, k_norm)
 
 
 def paged_attention(q, k_pool, v_pool, layer, spans, window=None):
     """Every token attends to its own row, up to its own position.  q [T, K, G, H] to the same shape."""
     known = {"layer": layer, "scale": q.shape[-1] ** -0.5, "window": window}
+    pool = _pool_spec(k_pool)
     if spans.decode:
         attend = pk.paged_decode if kernels() else pk.paged_decode_reference
         run = _split(lambda q, k, v, pages, length: attend(q, k, v, pages=pages, length=length, **known),
-                     (HEADS, POOL, POOL, P(), P()), HEADS)  # fmt: skip
+                     (HEADS, pool, pool, P(), P()), HEADS)  # fmt: skip
         return run(q, k_pool, v_pool, spans.pages, spans.length)
     attend = pk.paged_prefill if kernels() else pk.paged_prefill_reference
 
     def ragged(q, k, v, pages, first, count, start):
         return attend(q, k, v, pages=pages, first=first, count=count, start=start, **known)
 
-    run = _split(ragged, (HEADS, POOL, POOL, P(), P(), P(), P()), HEADS)
+    run = _split(ragged, (HEADS, pool, pool, P(), P(), P(), P()), HEADS)
     return run(q, k_pool, v_pool, spans.pages, spans.first, spans.count, spans.start)
 
 
-def expert_mlp(x, gate_up, down, sizes):
-    """Gated feed-forward layers of E experts.
+def grouped_matmul(x, weight, sizes, *, rows):
+    """x [M, D], the tokens of expert 0, then those of expert 1, ..., times the matrix of each; to [M, *out].
 
-    x [M, D]: the tokens of expert 0, then those of expert 1, ...; sizes int32[E]: how many each has;
-    gate_up [E, D, 2, F]; down [E, F, D].  Returns [M, D].
+    weight [E, D, *out], split by its inputs (rows) or by its last axis; sizes int32[E]: the tokens of each expert.
     """
+    multiply = pk.grouped_matmul if kernels() else pk.grouped_matmul_reference
 
-    def local(x, gate_up, down, sizes):
-        both = jax.lax.ragged_dot(x, gate_up.reshape(*gate_up.shape[:2], -1), sizes)
-        gate, up = jnp.split(both, 2, axis=-1)
-        return jax.lax.psum(jax.lax.ragged_dot(jax.nn.silu(gate) * up, down, sizes), "tp")
+    def local(x, weight, sizes):
+        out = multiply(x, weight.reshape(*weight.shape[:2], -1), sizes).reshape(-1, *weight.shape[2:])
+        return jax.lax.psum(out, "tp") if rows else out
 
-    specs = (P(), P(None, None, None, "tp"), P(None, "tp", None), P())
-    return _split(local, specs, P())(x, gate_up, down, sizes)
+    between = (None,) * (weight.ndim - 3)
+    split = ("tp", *between, None) if rows else (None, *between, "tp")
+    run = _split(local, (P(None, split[0]), P(None, *split), P()), P(None, *split[1:]))
+    return run(x, weight, sizes)
+
+
+def layout():
+    """Which of the two ways this machine lays out quantized weights, for people."""
+    return "the kernels of a GPU" if kernels() else "the CPU, or a GPU without kernels"
 
 
 def int4_pack(q, *, group):
@@ -133,3 +175,58 @@ def int4_matmul(x, packed, scale, zero, *, group, axes, dtype=None):
 
     ins = (P(None, axes[0]), P(*int4_axes(axes)), P(*axes), P(*axes))
     return _split(local, ins, P(None, *axes[1:]))(x, packed, scale, zero)
+
+
+def int4_grouped(x, packed, scale, zero, sizes, *, group, axes):
+    """As `grouped_matmul`, of int4 matrices [D, E, *out]; arguments as those of `int4_matmul`."""
+    multiply = pk.int4_grouped if kernels() else pk.int4_grouped_reference
+
+    def local(x, packed, scale, zero, sizes):
+        G, E, *out = scale.shape
+        whole = packed.reshape(E, -1, *packed.shape[-2:]) if kernels() else packed.reshape(packed.shape[0], E, -1)
+        flat = (a.reshape(G, E, -1) for a in (scale, zero))
+        found = multiply(x, whole, *flat, sizes, group=group).reshape(-1, *out)
+        return jax.lax.psum(found, axes[0]) if axes[0] else found
+
+    ins = (P(None, axes[0]), P(*int4_axes(axes)), P(*axes), P(*axes), P())
+    return _split(local, ins, P(None, *axes[2:]))(x, packed, scale, zero, sizes)
+
+
+def eight_bit_axes(axes):
+    """The mesh axes of a weight of `eight_bit_matmul`, from those of [D, *out]."""
+    return (*axes[1:], axes[0])
+
+
+def eight_bit_matmul(x, weight, scale, zero, known, *, group, axes, activations=None, dtype=None):
+    """x [T, D] times an int8 or fp8 matrix [*out, D], to [T, *out] in `dtype` (that of x unless said).
+
+    scale, zero (or None) [D/group, *out]; known: the scale of activations [], or None; activations: what x is rounded
+    to first, None, "int8" or "fp8"; axes: the mesh axis of each of [D, *out].
+    """
+    multiply = pk.eight_bit_matmul if kernels() else pk.eight_bit_matmul_reference
+
+    def local(x, weight, scale, zero, known):
+        flat = (a if a is None else a.reshape(a.shape[0], -1) for a in (scale, zero))
+        whole = weight.reshape(-1, weight.shape[-1])
+        out = multiply(x, whole, *flat, known, group=group, activations=activations, dtype=dtype)
+        out = out.reshape(-1, *weight.shape[:-1])
+        return jax.lax.psum(out, axes[0]) if axes[0] else out
+
+    ins = (P(None, axes[0]), P(*eight_bit_axes(axes)), P(*axes), P(*axes), P())
+    return _split(local, ins, P(None, *axes[1:]))(x, weight, scale, zero, known)
+
+
+def eight_bit_grouped(x, weight, scale, zero, known, sizes, *, group, axes, activations=None):
+    """As `grouped_matmul`, of int8 or fp8 matrices [E, *out, D]; arguments as those of `eight_bit_matmul`."""
+    multiply = pk.grouped_eight_bit if kernels() else pk.grouped_eight_bit_reference
+
+    def local(x, weight, scale, zero, known, sizes):
+        E, *out, D = weight.shape
+        scale, zero = (a if a is None else a.reshape(a.shape[0], E, -1) for a in (scale, zero))
+        found = multiply(
+            x, weight.reshape(E, -1, D), scale, sizes, zero, known, group=group, activations=activations
+        ).reshape(-1, *out)
+        return jax.lax.psum(found, axes[0]) if axes[0] else found
+
+    ins = (P(None, axes[0]), P(*eight_bit_axes(axes)), P(*axes), P(*axes), P(), P())
+    return _split(local, ins, P(None, *axes[2:]))(x, weight, scale, zero, known, sizes)

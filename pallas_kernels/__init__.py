@@ -4,8 +4,23 @@
 Ampere on.  Nothing here chooses between the two: `available()` says whether the kernels can run, and why not.
 """
 
-from pallas_kernels.int4_matmul import int4_dequantize, int4_matmul, int4_matmul_reference, int4_pack
+from pallas_kernels.eight_bit_matmul import (
+    eight_bit_matmul,
+    eight_bit_matmul_reference,
+    grouped_eight_bit,
+    grouped_eight_bit_reference,
+)
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference
+from pallas_kernels.int4_matmul import (
+    int4_dequantize,
+    int4_grouped,
+    int4_grouped_reference,
+    int4_matmul,
+    int4_matmul_reference,
+    int4_pack,
+)
 from pallas_kernels.int4_mma import int4_tiles
+from pallas_kernels.kv_quant import QuantizedPool, pool_shapes
 from pallas_kernels.kv_write import kv_write, kv_write_reference
 from pallas_kernels.paged_decode import paged_decode, paged_decode_reference
 from pallas_kernels.paged_prefill import paged_prefill, paged_prefill_reference, prepare
@@ -13,8 +28,17 @@ from pallas_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
 from pallas_kernels.triton_call import available
 
 __all__ = [
+    "QuantizedPool",
     "available",
+    "eight_bit_matmul",
+    "eight_bit_matmul_reference",
+    "grouped_eight_bit",
+    "grouped_eight_bit_reference",
+    "grouped_matmul",
+    "grouped_matmul_reference",
     "int4_dequantize",
+    "int4_grouped",
+    "int4_grouped_reference",
     "int4_matmul",
     "int4_matmul_reference",
     "int4_pack",
@@ -25,6 +49,7 @@ __all__ = [
     "paged_decode_reference",
     "paged_prefill",
     "paged_prefill_reference",
+    "pool_shapes",
     "prepare",
     "rope_kv_write",
     "rope_kv_write_reference",

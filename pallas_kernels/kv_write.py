@@ -5,14 +5,15 @@ T tokens of the step, S tokens a page, N pages, L layers, K kv heads, H head dim
 
 import jax.numpy as jnp
 
+from pallas_kernels.kv_quant import QuantizedPool, quantize
 from pallas_kernels.triton_call import jit, power_of_two, tl, triton_call
 
 
 def kv_write_reference(k_pool, v_pool, k, v, layer: int, slot):
     """Writes token t's k[t] and v[t] ([T, K, H]) to slot[t] = page * S + offset of one layer of the pools.
 
-    k_pool, v_pool [L, N, S, K, H]; slot int32[T].  Padding tokens go to slots of page 0, whose content is junk.
-    Returns the new pools; in place where the old ones are donated.
+    k_pool, v_pool: [L, N, S, K, H], or QuantizedPools of that shape; slot int32[T].  Padding tokens go to slots of
+    page 0, whose content is junk.  Returns the new pools; in place where the old ones are donated.
     """
     L, N, S, K, H = k_pool.shape
     if slot.shape[0] == 1:
@@ -21,7 +22,15 @@ def kv_write_reference(k_pool, v_pool, k, v, layer: int, slot):
         slot = jnp.concatenate([slot, jnp.zeros_like(slot)])
         k, v = jnp.concatenate([k, k]), jnp.concatenate([v, v])
 
+    def write_codes(array, x):
+        pages = array.reshape(L * N, *array.shape[2:])
+        pages = pages.at[layer * N + slot // S, :, slot % S].set(x, mode="promise_in_bounds")
+        return pages.reshape(array.shape)
+
     def write(pool, x):
+        if isinstance(pool, QuantizedPool):
+            codes, parameters = quantize(x, pool.kind)
+            return QuantizedPool(write_codes(pool.codes, codes), write_codes(pool.parameters, parameters), pool.kind)
         rows = pool.reshape(L * N * S, K * H)
         # Padding tokens may share a slot: the indices are not unique, and which of them stays does not matter.
         rows = rows.at[slot + layer * (N * S)].set(x.reshape(-1, K * H).astype(pool.dtype), mode="promise_in_bounds")

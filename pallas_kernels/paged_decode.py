@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tuning
+from pallas_kernels.kv_quant import QuantizedPool, dequantize
 from pallas_kernels.triton_call import cdiv, jit, power_of_two, tl, triton_call
 
 MASKED = -1e30  # finite, so that a block without a single visible key gives no NaN
@@ -17,19 +18,26 @@ BLOCK = 128  # tokens a turn of the reference's loop
 
 
 def gather_pages(pool, layer: int, pages):
-    """Pages [..., B] of one layer as [..., B*S, K*H], without touching the rest of the pool [L, N, S, K, H]."""
+    """Pages [..., B] of one layer as float32[..., B*S, K*H], without touching the rest of the pool [L, N, S, K, H]."""
     L, N, S, K, H = pool.shape
+    if isinstance(pool, QuantizedPool):
+        arrays = (
+            x.reshape(L * N, *x.shape[2:]).at[pages + layer * N].get(mode="promise_in_bounds")
+            for x in (pool.codes, pool.parameters)
+        )
+        x = jnp.moveaxis(dequantize(*arrays, pool.kind), -3, -2)  # [..., B, S, K, H]
+        return x.reshape(*pages.shape[:-1], pages.shape[-1] * S, K * H)
     rows = pool.reshape(L * N, S * K * H).at[pages + layer * N].get(mode="promise_in_bounds")
-    return rows.reshape(*pages.shape[:-1], pages.shape[-1] * S, K * H)
+    return rows.reshape(*pages.shape[:-1], pages.shape[-1] * S, K * H).astype(jnp.float32)
 
 
 def paged_decode_reference(q, k_pool, v_pool, layer: int, pages, length, *, scale: float, window: int | None = None):
     """Attention of one token a row, the last one of its `length`, to the row's cached keys.
 
-    q [R, K, G, H]; k_pool, v_pool [L, N, S, K, H], already holding this token; pages int32[R, P]; length int32[R], 0
-    for a row without a request.  With a window a token sees itself and the `window - 1` before it.  Returns
-    [R, K, G, H] in q's dtype; rows of length 0 are zero.  Memory is bounded by a block of 128 tokens a row, time by
-    the longest row.
+    q [R, K, G, H]; k_pool, v_pool [L, N, S, K, H] or QuantizedPools, already holding this token; pages int32[R, P];
+    length int32[R], 0 for a row without a request.  With a window a token sees itself and the `window - 1` before it.
+    Returns [R, K, G, H] in q's dtype; rows of length 0 are zero.  Memory is bounded by a block of 128 tokens a row,
+    time by the longest row.
     """
     R, K, G, H = q.shape
     S = k_pool.shape[2]
@@ -45,8 +53,7 @@ def paged_decode_reference(q, k_pool, v_pool, layer: int, pages, length, *, scal
     def turn(j, carry):
         top, total, sums = carry
         block = jnp.take(pages, j * B + jnp.arange(B), axis=1, mode="clip")
-        k = gather_pages(k_pool, layer, block).astype(jnp.float32)
-        v = gather_pages(v_pool, layer, block).astype(jnp.float32)
+        k, v = (gather_pages(pool, layer, block) for pool in (k_pool, v_pool))
         position = (j * W + jnp.arange(W))[None]
         seen = (position < length[:, None]) & (position >= oldest[:, None])  # [R, W]
         v = jnp.where(seen[:, :, None], v, 0.0)  # an unwritten page may hold anything, even NaN

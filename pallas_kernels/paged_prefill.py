@@ -35,11 +35,11 @@ def paged_prefill_reference(
 ):
     """Causal attention of every row's new tokens to the row's cached keys, the new ones included.
 
-    q [T, K, G, H]; k_pool, v_pool [L, N, S, K, H], already holding the new tokens; pages int32[R, P]; row r has the
-    tokens first[r] .. first[r] + count[r] - 1 of q, at positions start[r], start[r] + 1, ...; count 0 for a row without
-    a request.  With a window a token sees itself and the `window - 1` before it.  Returns [T, K, G, H] in q's dtype;
-    padding tokens are zero.  Rows of one token go through the decode reference, the others tile by tile, so neither
-    work nor memory grows with T x context or with the longest row.
+    q [T, K, G, H]; k_pool, v_pool [L, N, S, K, H] or QuantizedPools, already holding the new tokens; pages int32[R, P];
+    row r has the tokens first[r] .. first[r] + count[r] - 1 of q, at positions start[r], start[r] + 1, ...; count 0 for
+    a row without a request.  With a window a token sees itself and the `window - 1` before it.  Returns [T, K, G, H] in
+    q's dtype; padding tokens are zero.  Rows of one token go through the decode reference, the others tile by tile, so
+    neither work nor memory grows with T x context or with the longest row.
     """
     T = q.shape[0]
     tile = min(TILE, T)
@@ -82,8 +82,7 @@ def _tile(q, k_pool, v_pool, layer, pages, start, tokens, scale, window):
     def turn(j, carry):
         top, total, sums = carry
         block = jnp.take(pages, j * B + jnp.arange(B), mode="clip")
-        k = gather_pages(k_pool, layer, block).astype(jnp.float32).reshape(W, K, H)
-        v = gather_pages(v_pool, layer, block).astype(jnp.float32).reshape(W, K, H)
+        k, v = (gather_pages(pool, layer, block).reshape(W, K, H) for pool in (k_pool, v_pool))
         key = (j * W + jnp.arange(W))[None]
         written = (key < start + tokens) & (key >= oldest)  # what is not may hold anything, even NaN
         v = jnp.where(written.reshape(W, 1, 1), v, 0.0)

@@ -16,8 +16,8 @@ def rope_kv_write_reference(
 ):
     """Rotates queries and keys, and writes keys and values to slot[t] = page * S + offset of one layer of the pools.
 
-    k_pool, v_pool [L, N, S, K, H]; qkv [T, K, G+2, H]: a group's queries, its key, its value; cos, sin
-    float32[T, H/2]: a head's first and second half are the coordinates of H/2 planes; slot int32[T], of page 0 for
+    k_pool, v_pool [L, N, S, K, H] or QuantizedPools; qkv [T, K, G+2, H]: a group's queries, its key, its value; cos,
+    sin float32[T, H/2]: a head's first and second half are the coordinates of H/2 planes; slot int32[T], of page 0 for
     padding.  With q_norm and k_norm, [H], queries and keys are first divided by the root of their mean square (plus
     eps) and multiplied by these.  Returns the queries [T, K, G, H] and the new pools, in place where these are donated.
     """

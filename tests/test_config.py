@@ -50,8 +50,9 @@ def test_any_value_is_taken_as_it_is_or_refused_by_name(cls, data):
         {"cache_max_entry_count": 0},
         {"cache_max_entry_count": math.nan},
         {"cache_block_seq_len": 48},
-        {"quant_policy": 8},
         {"quant_policy": 3},
+        {"quant_policy": "int3"},
+        {"quant_policy": 8.0},
         {"quant_policy": False},
         {"model_format": "fp8"},
         {"session_len": 0},
@@ -68,9 +69,14 @@ def test_engine_config_refuses(wrong):
 
 
 def test_what_is_not_there_yet_is_said():
-    for wrong in ({"quant_policy": 4}, {"quant_policy": 8}, {"model_format": "mxfp4"}):
+    for wrong in ({"model_format": "mxfp4"},):
         with pytest.raises(ValueError, match="not there yet"):
             EngineConfig(**wrong)
+
+
+@pytest.mark.parametrize("name, policy", [("none", 0), ("int4", 4), ("int8", 8), ("fp8", 16)])
+def test_a_quant_policy_has_a_name(name, policy):
+    assert EngineConfig(quant_policy=name).quant_policy == EngineConfig(quant_policy=policy).quant_policy == policy
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import psutil
 
-from jaxserve.cache import PagedKV
+from jaxserve import ops
+from jaxserve.cache import KINDS, PagedKV
 from jaxserve.engine.runner import BLOCK
 from jaxserve.sampling import Tables
 
@@ -38,6 +39,7 @@ class MemoryPlan:
     lanes: int  # requests that run at once
     budget: int  # tokens of a step
     notes: tuple[str, ...] = ()
+    kv: str | None = None  # how keys and values are kept, see cache.KINDS
 
     @property
     def tokens(self):
@@ -50,7 +52,8 @@ class MemoryPlan:
         rows = [
             (f"memory of {self.devices} x {self.device}{each}", self.free, "free before loading"),
             ("  weights", self.weights, ""),
-            ("  KV cache", self.cache, f"{self.tokens:,} tokens in pages of {self.page_size}: "
+            ("  KV cache" + (f", {self.kv}" if self.kv else ""), self.cache,
+             f"{self.tokens:,} tokens in pages of {self.page_size}: "
              f"{max(self.tokens // self.session_len, 1)} requests of {self.session_len:,} tokens"),
             ("  workspace", self.workspace, f"estimate: steps of {self.budget:,} tokens and {self.lanes} requests"),
             ("  stays free", rest, ""),
@@ -121,7 +124,10 @@ def make_plan(cfg, config, devices, weights, dtype):
     needs = partial(workspace_bytes, cfg, devices, dtype)
     lanes, budget, workspace = _steps(config, cpu, left, needs, notes)
     page_size = config.cache_block_seq_len
-    page = page_size * PagedKV.bytes_per_token(cfg, dtype) // tp
+    kind = KINDS[config.quant_policy]
+    if reason := ops.kv_refuses(kind):
+        raise ValueError(f"quant_policy={config.quant_policy} cannot be used here: {reason}; 8 (int8) needs no more")
+    page = page_size * PagedKV.bytes_per_token(cfg, dtype, kind) // tp
     if left - workspace < 2 * page:
         raise ValueError(
             f"the model does not fit: {weights / GIB:.2f} GiB of weights, {workspace / GIB:.2f} GiB of workspace "
@@ -156,6 +162,7 @@ def make_plan(cfg, config, devices, weights, dtype):
         lanes=lanes,
         budget=budget,
         notes=tuple(notes),
+        kv=kind,
     )
 
 

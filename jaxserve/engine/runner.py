@@ -98,7 +98,9 @@ class Runner:
         self.whole = whole = meshes.sharding(mesh)
         newest: Any = jax.ShapeDtypeStruct((plan.lanes,), jnp.int32, sharding=whole)
         tables = Tables.shape(plan.lanes, self.vocab, whole)
-        self.state_shape: Any = State(PagedKV.shape(cfg, plan.pages, plan.page_size, mesh, dtype), newest, tables)
+        self.state_shape: Any = State(
+            PagedKV.shape(cfg, plan.pages, plan.page_size, mesh, dtype, plan.kv), newest, tables
+        )
         self.programs: dict = {}
         self.unmasked: dict[int, jax.Array] = {}  # rows -> a mask that allows everything
         self.on_cpu = mesh.devices.flat[0].platform == "cpu"
