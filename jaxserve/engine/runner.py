@@ -83,16 +83,17 @@ class Piece:
 class Runner:
     """Owns the device arrays and the compiled programs."""
 
-    def __init__(self, cfg, mesh, plan, dtype, shapes, guided=False):
+    def __init__(self, cfg, mesh, plan, dtype, shapes, guided=False, scores_only=False):
         """cfg: the padded model.  shapes: Params as ShapeDtypeStructs; `params` is set when they are loaded.
 
-        guided: whether `advance` and `draw` may be called for any step.
+        guided: whether `advance` and `draw` may be called for any step.  scores_only: nothing but `score` and `logits`.
         """
         self.cfg, self.mesh, self.plan, self.shapes = cfg, mesh, plan, shapes
         self.params: Any = None
         self.state: Any = None
         self.sizes = Sizes.choose(mesh.devices.flat[0].platform, plan)
-        self.guided = guided or not self.sizes.fused
+        self.scores_only = scores_only
+        self.guided = (guided or not self.sizes.fused) and not scores_only
         self.vocab = shapes.embed.shape[0]  # with padding
         self.mask_words = -(-self.vocab // 32)
         self.whole = whole = meshes.sharding(mesh)
@@ -150,7 +151,7 @@ class Runner:
     def _fused(self):
         """Shapes of steps that are one program."""
         sizes = self.sizes
-        for pages in sizes.pages if sizes.fused else ():
+        for pages in sizes.pages if sizes.fused and not self.scores_only else ():
             for full in (False, True):
                 yield from (Shape(rows, rows, pages, full) for rows in sizes.rows)
                 # One row more than tokens can never be: T == R means one token a row (cache.Spans).
@@ -215,7 +216,9 @@ class Runner:
 
     def warm_up(self):
         """Runs the programs on padding, so that the first request meets nothing new; on the CPU, a step."""
-        if self.on_cpu:
+        if self.on_cpu and self.scores_only:
+            self.score([Piece([0], [], 0, 1, [])])
+        elif self.on_cpu:
             fused = self.sizes.fused
             self.dispatch(self._empty(next(self._fused() if fused else self._apart()), False, fused))
         else:
