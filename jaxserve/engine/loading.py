@@ -57,10 +57,11 @@ def open_model(model, config):
     return Model(source, cfg, mesh, dtype, weights.shapes(cfg, mesh, source.names, dtype, int4))
 
 
-def load(model, config, report=_quiet, progress=_quiet, guide=None):
+def load(model, config, report=_quiet, progress=_quiet, guide=None, scores_only=False):
     """An Engine that answers with `model` (see `open_model`).
 
     guide: for guided decoding, the tokenizer's table for llguidance, or what makes it when it is needed first.
+    scores_only: the engine will answer no request, only `score`; there is less to compile.
 
     `report(text)` gets lines for people: the memory plan, what was chosen, how long it took.
     `progress(what, done, total)` is called while compiling (programs) and loading (bytes).  ValueError says what is
@@ -73,7 +74,7 @@ def load(model, config, report=_quiet, progress=_quiet, guide=None):
     report(str(plan))
     if getattr(held.source, "int4", None) and not runs_on_cpu(held.mesh):
         report("note: the int4 kernels have not been proven on a GPU yet; compare answers before you trust them")
-    runner = Runner(run_as, held.mesh, plan, held.dtype, held.shapes, guided=guide is not None)
+    runner = Runner(run_as, held.mesh, plan, held.dtype, held.shapes, guide is not None, scores_only)
     found = 0
 
     def compiled(done, total, loaded):

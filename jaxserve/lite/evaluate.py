@@ -31,7 +31,7 @@ from jaxserve.text.tokenizer import Tokenizer
 
 AHEAD = 8  # windows that wait while one is computed
 STEP = 1024  # most tokens that are scored in one step
-KV = {0: "as computed", 8: "int8", 4: "int4"}
+KV = {0: "as computed", 8: "int8", 4: "int4", 16: "fp8"}
 
 
 def score(model, config: EngineConfig, windows: np.ndarray, show: bool | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +59,7 @@ def opened(model, config: EngineConfig, length: int, show: bool | None = None):
         enable_prefix_caching=False,
     )
     with stages(show) as progress:
-        return load(str(path), config, progress=progress)
+        return load(str(path), config, progress=progress, scores_only=True)
 
 
 def measure(engine, windows: np.ndarray, show: bool | None = None, name: str = "scoring"):
