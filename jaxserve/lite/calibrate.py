@@ -147,20 +147,49 @@ def read_layer(model, found, index) -> Layer:
 @partial(jax.jit, static_argnames=("cfg", "window", "paths"))
 def forward(cfg, window, paths, layer, x):
     """A layer over whole windows: x [B, T, D] to the same shape, and {path: [B*T, inputs]} of the maps in `paths`."""
-    batch, length, width = x.shape
-    normed = rms_norm(x, layer.norm1, cfg.eps)
-    attended = attend(cfg, window, layer.mixer, layer.mixer.qkv.dot(normed))
-    middle = x + layer.mixer.o.dot(attended)
-    ready = rms_norm(middle, layer.norm2, cfg.eps).reshape(-1, width)
-    taken = {"mixer.qkv": normed.reshape(-1, width), "mixer.o": attended.reshape(batch * length, -1)}
-    taken |= {"ffn.gate_up": ready, "ffn.router": ready}
+    taken = {"mixer.qkv": normed(cfg, layer, x), "mixer.o": attended(cfg, window, layer, x)}
+    middle = mixed(layer, x, taken["mixer.o"])
+    taken |= dict.fromkeys(("ffn.gate_up", "ffn.router"), ready(cfg, layer, middle))
     if isinstance(layer.ffn, GatedMLP):
-        both = layer.ffn.gate_up.dot(ready)
-        taken["ffn.down"] = inner = jax.nn.silu(both[:, 0]) * both[:, 1]
-        out = layer.ffn.down.dot(inner)
-    else:
-        out = layer.ffn(cfg, ready)
-    return middle + out.reshape(x.shape), {path: taken[path] for path in paths}
+        taken["ffn.down"] = inner(cfg, layer, middle)
+    return fed(cfg, layer, middle), {path: taken[path].reshape(-1, taken[path].shape[-1]) for path in paths}
+
+
+# The parts of a layer, each [B, T, ...] of what the one before gives.
+
+
+def normed(cfg, layer, x):
+    """What comes into `mixer.qkv`: of the hidden states x."""
+    return rms_norm(x, layer.norm1, cfg.eps)
+
+
+def attended(cfg, window, layer, x):
+    """What comes into `mixer.o`: of the hidden states x."""
+    return attend(cfg, window, layer.mixer, layer.mixer.qkv.dot(normed(cfg, layer, x)))
+
+
+def mixed(layer, x, attended):
+    """The hidden states in the middle of the layer."""
+    return x + layer.mixer.o.dot(attended)
+
+
+def ready(cfg, layer, middle):
+    """What comes into `ffn.gate_up`, or into the router and the experts."""
+    return rms_norm(middle, layer.norm2, cfg.eps)
+
+
+def inner(cfg, layer, middle):
+    """What comes into `ffn.down`."""
+    both = layer.ffn.gate_up.dot(ready(cfg, layer, middle))
+    return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
+
+
+def fed(cfg, layer, middle):
+    """The layer's output."""
+    if isinstance(layer.ffn, GatedMLP):
+        return middle + layer.ffn.down.dot(inner(cfg, layer, middle))
+    flat = ready(cfg, layer, middle).reshape(-1, middle.shape[-1])
+    return middle + layer.ffn(cfg, flat).reshape(middle.shape)
 
 
 def attend(cfg, window, mixer, qkv):
@@ -183,6 +212,19 @@ def attend(cfg, window, mixer, qkv):
 def _rotate(x, cos, sin):
     a, b = jnp.split(x, 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def join(cfg, row, parts):
+    """How a row's sources are arranged (models/table.py): [out, in] of each source to [in, *out]; see `split`."""
+    inputs, width = parts[0].shape[-1], cfg.head_dim
+    if row.arrange == "qkv":
+        heads = [part.reshape(cfg.kv_heads, -1, width, inputs) for part in parts]
+        flat = np.concatenate(heads, 1)
+    elif row.arrange == "wqkv":
+        flat = parts[0].reshape(cfg.kv_heads, -1, width, inputs)
+    else:
+        flat = np.stack(parts) if row.arrange == "gate_up" else parts[0]
+    return np.moveaxis(flat, -1, 0)
 
 
 def split(cfg, row, array):
