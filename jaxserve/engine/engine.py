@@ -268,6 +268,8 @@ class Engine:
             self._undrawn.pop()
             return False
         if packed.guided:
+            if len(self.pending) == 1:  # with more, a row may wait for more than one token
+                self.guide.start(packed.guided, packed.shape.rows, self.pending[0].drew)
             self._half = self.runner.advance(packed)
         else:
             self._launched(self.runner.dispatch(packed))
@@ -276,12 +278,21 @@ class Engine:
     def _finish(self):
         """The other half of a step with guided rows.
 
-        What a grammar allows next depends on tokens that the host has yet to see.  It reads them and fills the masks
-        while the device computes, and has the next step packed already.
+        What a grammar allows next depends on tokens that the host has yet to see.  The guide's thread waits for them
+        and fills the masks while the device computes, and while this thread launches that and packs the next step.
         """
         if self._half is None:
             return
         packed, _ = self._half
+        early = self.guide.take(packed.guided)
+        if early is not None:  # what the step before drew has been followed already; it is recorded when this one runs
+            masks, ended = early
+            self._launched(self.runner.draw(self._half, masks))
+            self._half = None
+            while len(self.pending) > 1:
+                self._read()
+            self._ended(ended)
+            return
         while self.pending:
             self._read()
         if all(chunk.request.finish for chunk in packed.chunks):
@@ -309,12 +320,18 @@ class Engine:
         except Exception as error:
             log.exception("masks could not be made")
             masks, ended = None, [(request, f"no mask could be made: {error}") for _, request in guided]
+        self._ended(ended)
+        return masks
+
+    def _ended(self, ended):
+        """Ends requests whose answers are complete, or cannot go on for a reason."""
         for request, why in ended:
+            if request.finish:
+                continue
             if why:
                 self._fail(request, f"the answer cannot follow its grammar: {why}")
             else:
                 self._safely(recovery.complete, self.scheduler, request)
-        return masks
 
     def _read(self):
         """Records what the oldest step in flight drew, once it is done."""
@@ -414,3 +431,5 @@ class Engine:
             else:
                 self._fail(request, why)
         self.scorer.close(EngineDead(why))
+        if self.guide is not None:
+            self.guide.close()

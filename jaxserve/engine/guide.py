@@ -2,13 +2,18 @@
 
 llguidance does the work; a grammar is its JSON text, checked before it comes here.  A request's Matcher follows the
 tokens that the host has seen, so it survives preemption and lost steps as it is.  Knows nothing of the device.
+
+A mask takes a core 5 us to 0.6 ms (SmolLM2's tokens; patterns and strings of bounded length are the dear ones), 64 of
+them 4 ms: many threads fill them, while the device computes and the engine's thread prepares the step after.
 """
 
 import logging
+import queue
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -19,22 +24,46 @@ from jaxserve.engine.request import Request
 log = logging.getLogger("jaxserve")
 # A grammar that was checked before with the same or tighter limits stays within these; a step takes 8 ms at most.
 LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=20_000, verbose_errors=False)
-DEAR = 0.003  # seconds to compile a grammar, from which it is compiled once and copied; copies share a lock
-KEPT = 64  # dear grammars ...
-KEPT_BYTES = 8 << 20  # ... and their text at most
+DEAR = 0.003  # seconds of a processor to compile a grammar, from which on few lexers must do for many answers
+FEW = 8
+MANY = 64  # lexers of one grammar; 0.1 to 0.5 MB each as a rule
+KEPT = 256  # lexers in all ...
+KEPT_BYTES = 8 << 20  # ... and the text of their grammars at most
 MESSAGE = 200  # characters of llguidance's errors that are shown
+
+
+class Source:
+    """A compiled grammar before its first token.
+
+    Its copies share its lexer: what it has worked out for one answer it knows for the next, but masks of two copies
+    are filled one after the other.
+    """
+
+    def __init__(self, matcher: LLMatcher, dear: bool):
+        self.matcher, self.dear = matcher, dear
+        self.followed = 1  # answers that follow a copy of it now
 
 
 class Matcher:
     """Where one answer stands in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, request: Request, ends: np.ndarray):
-        """ends: token ids that end the answer, as far as the mask has them."""
-        self.matcher, self.seen, self.ends = matcher, request.prompt_len, ends
+    def __init__(self, matcher: LLMatcher, request: Request, ends: Iterable[int], order: int = 0):
+        """ends: token ids that end the answer, as far as the mask has them.  order: the same for those of one lexer."""
+        self.matcher, self.seen, self.ends, self.order = matcher, request.prompt_len, tuple(ends), order
+        self.last: int | None = None  # the newest token that it has followed; its request may have yet to get it
+        self.alone = False  # whether no other answer ever used its lexer
 
     def trouble(self) -> str:
         """What went wrong in it, or ""."""
         return _short(self.matcher.get_error()) if self.matcher.is_error() else ""
+
+
+class _Job:
+    """Masks that the guide's own thread makes."""
+
+    def __init__(self, key, rows, count, read):
+        self.key, self.rows, self.count, self.read = key, rows, count, read
+        self.done, self.found = threading.Event(), None
 
 
 class Guide:
@@ -49,11 +78,17 @@ class Guide:
         self._make = table if callable(table) else lambda: table
         self._table: LLTokenizer | None = None
         self._executor, self._eos = LLExecutor(threads), np.zeros(0, np.int64)
-        self._dear: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._sources: OrderedDict[str, list[Source]] = OrderedDict()
+        self._lent: list[tuple[weakref.ref[Request], Source]] = []
         self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._job: _Job | None = None
+
+    # From any thread ------------------------------------------------------------------------------------------------
 
     def prepare(self) -> LLTokenizer:
-        """The table, made now if it was not yet.  Safe on any thread."""
+        """The table, made now if it was not yet."""
         with self._lock:
             if self._table is None:
                 table = self._make()
@@ -63,30 +98,50 @@ class Guide:
             return self._table
 
     def open(self, request: Request) -> Matcher:
-        """The matcher of a request with a grammar.  ValueError where that is none.  Safe on any thread."""
+        """The matcher of a request with a grammar.  ValueError where that is none."""
         assert request.grammar is not None
-        table, grammar = self.prepare(), request.grammar
-        with self._lock:
-            known = self._dear.get(grammar)
-            if known is not None:
-                self._dear.move_to_end(grammar)
-        if known is not None:
-            matcher = known.deep_copy()
-        else:
-            began = time.perf_counter()
-            matcher = LLMatcher(table, grammar, log_level=0, limits=LIMITS)
+        table = self.prepare()
+        source = self._idle(request.grammar)
+        if source is None:
+            began = time.thread_time()  # not the clock: other threads may have the interpreter for milliseconds
+            matcher = LLMatcher(table, request.grammar, log_level=0, limits=LIMITS)
             if matcher.is_error():
                 raise ValueError(f"the grammar does not work: {_short(matcher.get_error())}")
-            if time.perf_counter() - began > DEAR:
-                self._keep(grammar, matcher.deep_copy())
-        ends = [token for token in request.stop_ids if token < 32 * self.words]
-        return Matcher(matcher, request, np.array(sorted(ends), np.int64))
-
-    def _keep(self, grammar: str, matcher: LLMatcher) -> None:
+            source = Source(matcher, time.thread_time() - began > DEAR)
+            self._keep(request.grammar, source)
         with self._lock:
-            self._dear[grammar] = matcher
-            while len(self._dear) > KEPT or sum(map(len, self._dear)) > KEPT_BYTES:
-                self._dear.popitem(last=False)
+            self._lent.append((weakref.ref(request), source))
+        ends = sorted(token for token in request.stop_ids if token < 32 * self.words)
+        return Matcher(source.matcher.deep_copy(), request, ends, id(source))
+
+    def _idle(self, grammar: str) -> Source | None:
+        """What to copy for one more answer; None: another is to be compiled, lest two answers wait for each other."""
+        with self._lock:
+            lent, self._lent = self._lent, []
+            for who, source in lent:
+                request = who()
+                if request is None or request.finish:
+                    source.followed -= 1
+                else:
+                    self._lent.append((who, source))
+            sources = self._sources.get(grammar)
+            if not sources:
+                return None
+            self._sources.move_to_end(grammar)
+            least = min(sources, key=lambda source: source.followed)
+            if least.followed and len(sources) < (FEW if least.dear else MANY):
+                return None
+            least.followed += 1
+            return least
+
+    def _keep(self, grammar: str, source: Source) -> None:
+        with self._lock:
+            self._sources.setdefault(grammar, []).append(source)
+            self._sources.move_to_end(grammar)
+            while sum(map(len, self._sources.values())) > KEPT or sum(map(len, self._sources)) > KEPT_BYTES:
+                self._sources.popitem(last=False)
+
+    # From the engine's thread ---------------------------------------------------------------------------------------
 
     def allow(self, rows: Sequence[tuple[int, Request]], count: int) -> tuple[np.ndarray, list[tuple[Request, str]]]:
         """What each row may draw, when all tokens of its request are known.
@@ -95,34 +150,99 @@ class Guide:
         set bit allows a token, the lowest first; the other rows allow all.  And the requests that end here, whose rows
         are free: with "" where the answer is complete, with a message where it cannot go on.
         """
+        self.take(None)
+        return self._masks([(row, request, self._missed(request)) for row, request in rows], count)
+
+    def start(self, rows: Sequence[tuple[int, Request]], count: int, read: Callable[[], Mapping[Request, int]]) -> None:
+        """Begins `allow` on another thread for requests that are about to get a token; `take` returns what it found.
+
+        read: waits for the new tokens; a request that is not among them gets none.  One below 0 is no token: such a
+        row is left free, as are those whose request ends with its token.
+        """
+        self.take(None)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="jaxserve-guide", daemon=True)
+            self._thread.start()
+        todo = [(row, request, self._missed(request)) for row, request in rows if not request.finish]
+        self._job = _Job(rows, todo, count, read)
+        self._jobs.put(self._job)
+
+    def take(self, rows: Sequence | None) -> tuple[np.ndarray, list[tuple[Request, str]]] | None:
+        """Waits for what was started.  None where that was not for these very `rows`, or failed."""
+        job, self._job = self._job, None
+        if job is None:
+            return None
+        job.done.wait()
+        return job.found if job.key is rows else None
+
+    def close(self) -> None:
+        """Ends the guide's thread."""
+        self._jobs.put(None)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _work(self):
+        while (job := self._jobs.get()) is not None:
+            try:
+                drawn = job.read()
+                job.found = self._masks(list(_next(job.rows, drawn)), job.count)
+            except BaseException as error:  # whoever waits does it again, and meets it there
+                log.debug("masks were not made ahead: %s", _short(str(error)))
+            job.done.set()
+            del job
+
+    def _missed(self, request: Request) -> list[int]:
+        """The tokens that a matcher has yet to follow, after one that was lost with its step is taken back."""
+        state, tokens = request.matcher, request.tokens
+        if state.last is not None and (state.seen > len(tokens) or tokens[state.seen - 1] != state.last):
+            self._renew(request, tokens[request.prompt_len :])
+        return tokens[state.seen :]
+
+    def _masks(self, rows: Sequence[tuple[int, Request, list[int]]], count: int):
+        """`allow` for rows with the tokens that each has yet to follow."""
         ended, going = [], []
-        for row, request in rows:
-            why = self._follow(request)
+        for row, request, tokens in rows:
+            why = self._follow(request, tokens)
             if why is None:
                 going.append((row, request))
             else:
                 ended.append((request, why))
         masks, broken = self._fill(going, count)
         ended += broken
-        columns = np.ix_([row for row, _ in going], self._eos // 32)
-        eos = (masks[columns] >> (self._eos % 32) & 1).any(1) if going else ()
-        for (row, request), can_end in zip(going, eos):
-            if can_end and request not in dict(broken):
-                mask = masks[row]
-                _set(mask, self._eos, 0)
-                if not mask.any():  # it can only end, or it has gone wrong
-                    ended.append((request, request.matcher.trouble()))
-                    mask[:] = -1
-                _set(mask, request.matcher.ends, 1)
+        if not going:
+            return masks, ended
+        failed = {request for request, _ in broken}
+        at = np.array([row for row, _ in going])
+        can_end = (masks[at[:, None], self._eos // 32] >> (self._eos % 32) & 1).any(1).tolist()
+        ending = [(row, request) for (row, request), can in zip(going, can_end) if can and request not in failed]
+        if ending:
+            ended += self._ends(masks, ending)
         return masks, ended
 
-    def _follow(self, request: Request) -> str | None:
+    def _ends(self, masks: np.ndarray, rows: Sequence[tuple[int, Request]]) -> list[tuple[Request, str]]:
+        """Puts what ends each request in the place of what ends texts of its grammar; those that can only end."""
+        at, ended, stops = np.array([row for row, _ in rows]), [], defaultdict(list)
+        for token in self._eos.tolist():
+            masks[at, token // 32] &= ~_bit(token)
+        for (row, request), more in zip(rows, masks[at].any(1).tolist()):
+            if not more:  # it is complete, or it has gone wrong
+                ended.append((request, request.matcher.trouble()))
+                masks[row] = -1
+            for token in request.matcher.ends:
+                stops[token].append(row)
+        for token, these in stops.items():
+            masks[these, token // 32] |= _bit(token)
+        return ended
+
+    def _follow(self, request: Request, tokens: list[int]) -> str | None:
         """Tells a matcher the tokens that have come since.  "" when the answer is complete, a message on errors."""
         state = request.matcher
-        for token in request.tokens[state.seen :]:
-            if not state.matcher.consume_token(token):
+        for token in tokens:
+            if not (
+                state.matcher.consume_token(token) or (self._again(request) and state.matcher.consume_token(token))
+            ):
                 return state.trouble() or f"token {token} does not match the grammar"
-        state.seen = len(request.tokens)
+            state.seen, state.last = state.seen + 1, token
         if not state.matcher.is_stopped():
             return None
         return state.trouble()
@@ -130,11 +250,16 @@ class Guide:
     def _fill(self, rows, count):
         """The masks of `allow` before ends of answers are looked at, and requests whose matchers failed, and how."""
         masks, broken = np.full((count, self._table_words), -1, np.int32), []
+        # Neighbours tend to be one thread's work: those that share a lexer would wait for each other on two.
+        rows = sorted(rows, key=lambda pair: pair[1].matcher.order)
         try:
             if len(rows) == 1:
                 fill_next_token_bitmask(rows[0][1].matcher.matcher, masks, rows[0][0])
             elif rows:
                 fill_next_token_bitmask_par(self._executor, [(r.matcher.matcher, row) for row, r in rows], masks)
+            for row, request in rows:
+                if request.matcher.matcher.is_error() and self._again(request):
+                    fill_next_token_bitmask(request.matcher.matcher, masks, row)
         except BaseException as error:  # a panic of Rust code is no Exception
             log.warning("filling masks failed, row by row again: %s", _short(str(error)))
             for row, request in rows:
@@ -151,15 +276,43 @@ class Guide:
         wide[at, :width] = masks[at, :width]
         return wide, broken
 
+    def _again(self, request: Request) -> bool:
+        """After an error: whether a lexer of its own may help, which it has now.
 
-def _set(mask: np.ndarray, tokens: np.ndarray, value: int) -> None:
-    """Allows tokens in a mask, or takes them from it."""
-    for token in tokens.tolist():
-        bit = np.int32(np.uint32(1 << (token % 32)).view(np.int32))
-        if value:
-            mask[token // 32] |= bit
-        else:
-            mask[token // 32] &= ~bit
+        A lexer that many answers have used may be full of their states, see LIMITS.
+        """
+        state = request.matcher
+        if state.alone or not state.matcher.is_error():
+            return False
+        with self._lock:
+            self._sources.pop(request.grammar or "", None)
+        followed = request.tokens[request.prompt_len : state.seen]
+        if state.last is not None and len(followed) < state.seen - request.prompt_len:
+            followed.append(state.last)
+        self._renew(request, followed)
+        return not state.matcher.is_error()
+
+    def _renew(self, request: Request, tokens: list[int]) -> None:
+        """Puts a request's matcher to where the answer has `tokens`, with a lexer of its own."""
+        state = request.matcher
+        state.matcher, state.alone = LLMatcher(self.prepare(), request.grammar, log_level=0, limits=LIMITS), True
+        state.matcher.consume_tokens(tokens)
+        state.seen, state.last = request.prompt_len + len(tokens), tokens[-1] if tokens else None
+
+
+def _next(rows, drawn):
+    """The rows that go on, with the tokens that they follow, when `drawn` have come."""
+    for row, request, missed in rows:
+        token = drawn.get(request)
+        if token is None:
+            yield row, request, missed
+        elif token >= 0 and token not in request.stop_ids and len(request.tokens) < request.limit:
+            yield row, request, [*missed, token]
+
+
+def _bit(token: int) -> np.int32:
+    """The bit of a token in its word of a mask."""
+    return np.uint32(1 << token % 32).view(np.int32)
 
 
 def _short(message: str) -> str:

@@ -58,6 +58,10 @@ class InFlight:
         drawn = self.drawn
         return (drawn.tokens, drawn.logprob, drawn.top_ids, drawn.top_logprobs) if self.wants else (drawn.tokens,)
 
+    def drew(self):
+        """{request: token} of those that got one; waits for them.  On any thread, before or after `read`."""
+        return {c.request: token for c, token in zip(self.chunks, np.asarray(self.drawn.tokens).tolist()) if c.emits}
+
     def read(self):
         """(tokens, logprobs or None, tops or None), an entry for each chunk; a token below 0 is a Drawn.bad."""
         tokens, *rest = (np.asarray(x)[: len(self.chunks)].tolist() for x in self._wanted())

@@ -4,11 +4,12 @@ import itertools
 import json
 import random
 import re
+import threading
 
 import jax
 import numpy as np
 import pytest
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLParserLimits
 
 from jaxserve.engine import guide as guides
 from jaxserve.engine.guide import Guide
@@ -246,6 +247,7 @@ def test_a_matcher_that_fails_fails_its_row_only(engine, expected, monkeypatch):
 
     answer = build.submit(engine, [1] * 14, 12, stop_ids=STOP, grammar=regex("[xyz]{9}"))
     answer.request.matcher.matcher = Broken(answer.request.matcher.matcher)  # no llguidance matcher: filling raises
+    answer.request.matcher.alone = True
     check(engine, expected[:3])
     answer.wait()
     assert answer.finish == "error" and "secrets" not in answer.outputs[-1].error
@@ -283,11 +285,16 @@ def ids(mask):
     return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
 
 
+def shown(mask):
+    """What a mask allows; $ is the end."""
+    return "all" if (mask == -1).all() else "".join(sorted(build.text([i]) or "$" for i in ids(mask)))
+
+
 def follow(guide, one, text=""):
     one.tokens += [build.BYTES.index(c.encode()) for c in text]
     masks, ended = guide.allow([(1, one)], 3)
     assert (masks[[0, 2]] == -1).all()
-    return "".join(sorted(build.text([i]) or "$" for i in ids(masks[1]))), ended
+    return shown(masks[1]), ended
 
 
 @pytest.mark.parametrize("vocab", [97, 64, 300])
@@ -307,19 +314,121 @@ def test_masks(vocab):
     assert ended == [(twin, "")] and (masks[[1, 2]] == -1).all() and len(ids(masks[0])) == 3
 
 
-def test_dear_grammars_are_kept(monkeypatch):
-    monkeypatch.setattr(guides, "DEAR", 0)
-    monkeypatch.setattr(guides, "KEPT", 2)
+def lexers(guide):
+    """How many there are of each grammar."""
+    return {json.loads(g)["grammars"][0]["lark_grammar"]: len(found) for g, found in guide._sources.items()}
+
+
+def test_answers_that_run_at_once_have_lexers_of_their_own(monkeypatch):
     guide = Guide(build.table, 97)
-    for pattern in ("ab", "cd", "ab", "ef", "ab", "ab"):
+    first = [request(regex("[ab]+")) for _ in range(3)]
+    for one in first:
+        one.matcher = guide.open(one)
+    assert lexers(guide) == {"start: /[ab]+/": 3} and len({one.matcher.order for one in first}) == 3
+    first[0].finish, first[1] = "stop", None  # ended, and gone
+    again = [request(regex("[ab]+")) for _ in range(3)]
+    for one in again:
+        one.matcher = guide.open(one)
+        assert follow(guide, one, "ab") == ("$ab", [])
+    assert lexers(guide) == {"start: /[ab]+/": 4} and len({one.matcher.order for one in [first[2], *again]}) == 4
+    monkeypatch.setattr(guides, "MANY", 4)
+    last = request(regex("[ab]+"))
+    last.matcher = guide.open(last)
+    assert lexers(guide) == {"start: /[ab]+/": 4} and follow(guide, last, "b") == ("$ab", [])
+
+
+def test_dear_grammars_are_compiled_a_few_times(monkeypatch):
+    monkeypatch.setattr(guides, "DEAR", 0)
+    monkeypatch.setattr(guides, "FEW", 2)
+    monkeypatch.setattr(guides, "KEPT", 3)
+    guide, running = Guide(build.table, 97), []
+    for pattern in ("ab", "cd", "ab", "ab", "ef", "ab", "ab"):
         one = request(regex(pattern))
+        running.append(one)
         one.matcher = guide.open(one)
         assert follow(guide, one) == (pattern[0], [])
         assert follow(guide, one, pattern[0]) == (pattern[1], [])
-    assert [json.loads(g)["grammars"][0]["lark_grammar"] for g in guide._dear] == ["start: /ef/", "start: /ab/"]
+    assert lexers(guide) == {"start: /ef/": 1, "start: /ab/": 2}
     monkeypatch.setattr(guides, "KEPT_BYTES", 10)
     guide.open(request(regex("gh")))
-    assert not guide._dear
+    assert not guide._sources
+
+
+def test_a_lexer_that_others_have_filled_is_given_up(monkeypatch):
+    limits = LLParserLimits(max_lexer_states=60, verbose_errors=False)
+    monkeypatch.setattr(guides, "LIMITS", limits)
+    guide, pattern, draw = Guide(build.table, 97), "[ab]*a[ab]{6}c", random.Random(1)
+    failed, renewed = 0, 0
+    for _ in range(40):
+        one = request(regex(pattern))
+        one.matcher = guide.open(one)
+        masks, ended = guide.allow([(0, one)], 1)
+        for _ in range(9):
+            if ended:
+                break
+            one.tokens.append(build.BYTES.index(draw.choice([b"a", b"b"])))
+            masks, ended = guide.allow([(0, one)], 1)
+            assert ended or set(ids(masks[0])) >= {build.BYTES.index(b"a"), build.BYTES.index(b"b")}
+        one.finish = "stop"
+        renewed += one.matcher.alone
+        failed += bool(ended)
+        if ended:  # as it would have alone
+            assert "lexer" in ended[0][1].lower() or "state" in ended[0][1].lower()
+    assert renewed and failed < 40
+
+
+def test_masks_that_are_made_ahead():
+    guide, waits = Guide(build.table, 97), threading.Event()
+    some = [request(regex("ab[bc]*|a1")) for _ in range(5)]
+    for one in some:
+        one.matcher = guide.open(one)
+    a, b, one, end = (build.BYTES.index(c) for c in (b"a", b"b", b"1", b""))
+    some[3].tokens.append(a)  # known, and not followed yet
+    drawn = {some[0]: a, some[1]: -1, some[3]: one}
+    rows = [(4 - i, each) for i, each in enumerate(some)]
+
+    def read():
+        assert waits.wait(60)
+        return drawn
+
+    guide.start(rows, 6, read)
+    waits.set()
+    masks, ended = guide.take(rows)
+    assert ended == [(some[3], "")] and [shown(mask) for mask in masks] == ["a", "all", "a", "all", "1b", "all"]
+    assert guide.take(rows) is None
+    # The token comes, or is lost with its step, or another one comes.
+    for given, expected in (([a], "1b"), ([], "a"), ([a, one], "")):
+        some[0].tokens[2:] = given
+        masks, ended = guide.allow([(0, some[0])], 1)
+        if expected:
+            assert not ended and shown(masks[0]) == expected
+        else:
+            assert ended == [(some[0], "")]
+    some[2].tokens.append(a)
+    guide.start([(0, some[2])], 1, lambda: {some[2]: b})
+    assert guide.take(rows) is None  # of another plan
+    some[2].tokens.append(b)
+    assert follow(guide, some[2])[0] == "$bc"
+
+    def fails():
+        raise RuntimeError("the device is gone")
+
+    guide.start(rows, 6, fails)
+    assert guide.take(rows) is None
+    some[4].tokens.append(a)
+    guide.start([(0, some[4])], 1, lambda: {some[4]: end})  # a stop id: the request ends
+    guide.close()
+    assert guide._job.done.wait(60) and shown(guide._job.found[0][0]) == "all"
+    guide._thread.join(60)
+    assert not guide._thread.is_alive()
+
+
+def test_most_masks_are_made_ahead(engine, expected, monkeypatch):
+    taken, take = [], engine.guide.take
+    monkeypatch.setattr(engine.guide, "take", lambda rows: taken.append((rows, take(rows))) or taken[-1][1])
+    check(engine, expected)
+    asked = [found is not None for rows, found in taken if rows is not None]
+    assert sum(asked) > len(asked) * 0.7, asked
 
 
 def test_random_walks_through_a_regex():
