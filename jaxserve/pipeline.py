@@ -251,12 +251,14 @@ class Session:
 
     def _turn(self, prompt, tokens, config, whole):
         source = self._pipe.author.replies(tokens, config, live=True)
+        reply = None
         try:
             with closing(self._pipe.drive(source)) as news:
-                for reply, delta in news:
-                    self.response = whole = reply.whole
+                for reply, delta in news:  # noqa: B007  looked at when all is over, or the caller leaves
                     yield delta
         finally:
+            if reply is not None:
+                self.response = whole = reply.whole
             if whole.finish_reason is None:
                 whole.finish_reason = "abort"
             if whole.finish_reason != "error" and whole.token_ids:

@@ -74,7 +74,8 @@ class Reply:
     def __init__(self, stream: TextStream, whole: Response, *, live: bool, keep_stop: bool):
         """`live`: somebody reads along, or a stop word must be seen; else only the end of the answer is news."""
         self.request: Request | None = None  # None: there is no room for a single token
-        self.whole = whole
+        self._whole = whole
+        self._texts: list[str] = []  # what `_whole.text` lacks: to add each token's would copy all of it each time
         self.live = live
         self.news: SimpleQueue[Reply] = SimpleQueue()
         self._keep_stop = keep_stop
@@ -88,8 +89,16 @@ class Reply:
             self.news.put(self)
 
     @property
+    def whole(self) -> Response:
+        """All of the answer so far."""
+        if self._texts:
+            self._whole.text = "".join([self._whole.text, *self._texts])
+            self._texts.clear()
+        return self._whole
+
+    @property
     def finished(self) -> bool:
-        return self.whole.finish_reason is not None
+        return self._whole.finish_reason is not None
 
     def take(self) -> Response | None:
         """What is new since the last call, or None."""
@@ -114,8 +123,8 @@ class Reply:
         return self._add("".join(texts), ids, chances, finish, error)
 
     def _add(self, text, ids, chances, finish, error) -> Response:
-        whole = self.whole
-        whole.text += text
+        self._texts.append(text)
+        whole = self._whole if finish is None else self.whole
         whole.token_ids += ids
         whole.generate_token_len += len(ids)
         whole.finish_reason, whole.error_message = finish, error

@@ -74,7 +74,8 @@ class Message:
                 self.calls.append(Call(call.id, call.name or "", ""))
             self.calls[call.index].arguments += call.arguments
         if delta.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + delta.logprobs
+            self.logprobs = self.logprobs or []
+            self.logprobs += delta.logprobs
         self.token_ids += delta.token_ids
         self.finish, self.response = delta.finish, delta.response
 
