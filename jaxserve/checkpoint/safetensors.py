@@ -175,6 +175,14 @@ def _header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]
     return header, length + 8
 
 
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    """One tensor of a file, of any type in DTYPES; KeyError where the file has no such."""
+    header, start = _header(path)
+    kind, shape, first, last = header[name]
+    dtype = np.dtype(DTYPES[kind])
+    return np.fromfile(path, dtype, (last - first) // dtype.itemsize, offset=start + first).reshape(shape)
+
+
 def _blame(path: Path) -> str:
     """What is wrong with a file that the library refused, with the name of the tensor where one is to blame."""
     try:

@@ -144,6 +144,19 @@ def read_layer(model, found, index) -> Layer:
     )
 
 
+def at(layer, path: str):
+    """The linear map of a Layer at one of MAPS."""
+    part, name = path.split(".")
+    return getattr(getattr(layer, part), name)
+
+
+def placed(layer, path: str, weight):
+    """The layer with another weight at `path`."""
+    part, name = path.split(".")
+    node = getattr(layer, part)
+    return layer.replace(**{part: node.replace(**{name: getattr(node, name).replace(weight=weight)})})
+
+
 @partial(jax.jit, static_argnames=("cfg", "window", "paths"))
 def forward(cfg, window, paths, layer, x):
     """A layer over whole windows: x [B, T, D] to the same shape, and {path: [B*T, inputs]} of the maps in `paths`."""
@@ -212,6 +225,19 @@ def attend(cfg, window, mixer, qkv):
 def _rotate(x, cos, sin):
     a, b = jnp.split(x, 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def at(layer, path: str):
+    """The linear map at a path of a layer."""
+    part, name = path.split(".")
+    return getattr(getattr(layer, part), name)
+
+
+def placed(layer, path: str, weight):
+    """The layer with another weight at `path`."""
+    part, name = path.split(".")
+    node = getattr(layer, part)
+    return layer.replace(**{part: node.replace(**{name: getattr(node, name).replace(weight=weight)})})
 
 
 def join(cfg, row, parts):

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxserve.checkpoint import SIDE_FILES
-from jaxserve.checkpoint.safetensors import INDEX
+from jaxserve.checkpoint.safetensors import INDEX, read_tensor
 from jaxserve.text.tokenizer import Tokenizer
 
 SHARD = 2 << 30  # bytes of a safetensors file, which are in memory while it is written
@@ -62,7 +62,8 @@ class Folder:
     def read(self, layer: int) -> dict[str, np.ndarray]:
         """What was written for a layer."""
         with safe_open(self._layer(layer), framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+        return {name: read_tensor(self._layer(layer), name) for name in names}
 
     def write(self, layer: int, tensors: Mapping[str, np.ndarray], about: Mapping | None = None) -> None:
         """Keeps a layer's tensors, by their names in the result; a ".weight" that has a packed form is left out there.
@@ -137,17 +138,16 @@ class Folder:
                     written.add(name)
                     wide = part.get_dtype() == "F32"
                     size = int(np.prod(part.get_shape())) * (dtype.itemsize if wide else _bytes(part.get_dtype()))
-                    yield name, lambda file=file, name=name: _cast(_load(file, name), dtype, name, wide_only=True), size
+                    yield (
+                        name,
+                        lambda file=file, name=name: _cast(read_tensor(file, name), dtype, name, wide_only=True),
+                        size,
+                    )
         for name in sorted(self.source.names):
             if name in written or any(name.removesuffix(".weight") + end in written for end in PACKED):
                 continue
             size = int(np.prod(self.source.shape(name))) * dtype.itemsize
             yield name, lambda name=name: _cast(self.source.read(name), dtype, name), size
-
-
-def _load(file, name):
-    with safe_open(file, framework="np") as opened:
-        return opened.get_tensor(name)
 
 
 def _bytes(kind: str) -> int:

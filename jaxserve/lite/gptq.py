@@ -26,14 +26,26 @@ class Grid(NamedTuple):
     zero: jax.Array  # uint8[groups, outputs]
 
 
-def solve(weight, hessian, group, *, bits=4, symmetric=False, act_order=False, grid=None, damping=DAMPING, search=True):
+def solve(
+    weight,
+    hessian,
+    group,
+    *,
+    bits=4,
+    symmetric=False,
+    act_order=False,
+    grid=None,
+    damping=DAMPING,
+    search=True,
+    least_zero=0,
+):
     """Rounds a linear map so that what it does to its inputs changes least.
 
     weight: [inputs, *outputs].  hessian: [inputs, inputs], of `hessian`; only its proportions count.  group:
     neighbouring inputs that share a scale.  symmetric: the zero is always 2^(bits-1).  act_order: inputs are done from
     the largest down; groups stay neighbours.  grid: scale and zero [inputs/group, *outputs] where they are decided
     already; else they are made of the weights as errors have left them when a group's turn comes (with act_order, of
-    those given).  search: shrink a group's range where that rounds better.
+    those given).  search: shrink a group's range where that rounds better.  least_zero: no zero is below it.
 
     Returns q uint8 as weight, scale float32 (what float16 holds) and zero uint8 [inputs/group, *outputs].  ValueError
     where the Hessian is of no use: not finite, or singular even with damping.
@@ -46,6 +58,7 @@ def solve(weight, hessian, group, *, bits=4, symmetric=False, act_order=False, g
         scale, zero = (jnp.asarray(part).reshape(-1, flat.shape[1]) for part in grid)
         grid = Grid(scale.astype(jnp.float32), zero.astype(jnp.uint8))
     settings = {"group": group, "bits": bits, "symmetric": symmetric, "act_order": act_order, "search": search}
+    settings["least_zero"] = least_zero
     for attempt in range(TRIES):
         q, made, sound = _solve(flat, jnp.asarray(hessian, jnp.float32), grid, damping * 10**attempt, **settings)
         if bool(sound):
@@ -86,7 +99,7 @@ def loss(weight, rounded, hessian):
     return energy[0] / jnp.maximum(energy[1], 1e-30)
 
 
-def grid_of(rows, importance=None, *, bits=4, symmetric=False, search=True):
+def grid_of(rows, importance=None, *, bits=4, symmetric=False, search=True, least_zero=0):
     """The Grid of groups [groups, group, outputs]: their range cut into steps, 0 one of the values.
 
     importance: [groups, group], the weight of an input's error where the range is searched.
@@ -101,7 +114,7 @@ def grid_of(rows, importance=None, *, bits=4, symmetric=False, search=True):
         else:
             scale = (high - low) / most * shrink
         scale = jnp.maximum(scale, 1e-6).astype(jnp.float16).astype(jnp.float32)
-        zero = jnp.full_like(scale, half) if symmetric else jnp.clip(jnp.round(-low * shrink / scale), 0, most)
+        zero = jnp.full_like(scale, half) if symmetric else jnp.clip(jnp.round(-low * shrink / scale), least_zero, most)
         return scale, zero
 
     best = made(1.0)
@@ -127,15 +140,15 @@ def _nearest(row, scale, zero, most):
     return jnp.clip(jnp.round(row / scale) + zero, 0, most)
 
 
-@partial(jax.jit, static_argnames=("group", "bits", "symmetric", "act_order", "search"))
-def _solve(weight, hessian, grid, damping, *, group, bits, symmetric, act_order, search):
+@partial(jax.jit, static_argnames=("group", "bits", "symmetric", "act_order", "search", "least_zero"))
+def _solve(weight, hessian, grid, damping, *, group, bits, symmetric, act_order, search, least_zero):
     """(q, Grid, whether all is finite) for one damping."""
     inputs, outputs = weight.shape
     size = jnp.diagonal(hessian)
     dead = size <= 0  # inputs that never were anything else than 0: their weights are rounded as they are
     size = jnp.where(dead, jnp.where(dead.all(), 1, jnp.sum(size) / jnp.maximum(jnp.sum(~dead), 1)), size)
     coupled = jnp.where(jnp.eye(inputs, dtype=bool), size + damping * size.mean(), hessian)
-    kind = {"bits": bits, "symmetric": symmetric, "search": search}
+    kind = {"bits": bits, "symmetric": symmetric, "search": search, "least_zero": least_zero}
     beforehand = grid is None and (act_order or group > 2 * BLOCK)
     if beforehand:
         grid = grid_of(weight.reshape(-1, group, outputs), size.reshape(-1, group), **kind)

@@ -1,0 +1,162 @@
+"""`jaxserve lite auto_gptq`: a model's layers through GPTQ, and into a folder of GPTQ's layout.
+
+The rounding itself is in `jaxserve.lite.gptq`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.lite import calibrate, gptq
+from jaxserve.lite.folder import Folder
+from jaxserve.models import family
+
+WORD = 32  # bits of an element of the stored tensors
+
+
+class Settings(NamedTuple):
+    """What a GPTQ folder is made with."""
+
+    group: int
+    bits: int = 4
+    symmetric: bool = True
+    act_order: bool = True  # inputs from the largest down; does not show in the result
+    desc_act: bool = False  # groups of inputs of like size, which then are no neighbours
+    damping: float = gptq.DAMPING
+
+    def in_config(self) -> dict:
+        """quantization_config of config.json, as AutoGPTQ and its successors have it."""
+        return {
+            "quant_method": "gptq",
+            "checkpoint_format": "gptq",
+            "bits": self.bits,
+            "group_size": self.group,
+            "sym": self.symmetric,
+            "desc_act": self.desc_act,
+            "static_groups": self.act_order and not self.desc_act,
+            "damp_percent": self.damping,
+            "true_sequential": True,
+            "lm_head": False,
+        }
+
+
+def quantize(model, windows, folder: Folder, settings: Settings, *, batch: int = 1, progress: Callable | None = None):
+    """Writes all layers of a model into `folder`, rounded with GPTQ; the caller finishes it.
+
+    model: of `engine.loading.open_model`; windows: int32[N, T] token ids to calibrate with, `batch` at a time.
+    progress(done, total) counts layers.  A layer's maps are done in order, each with the inputs that the rounded ones
+    before it make.  Layers that `folder` has already are read from it.  ValueError names the layer and the map that
+    cannot be rounded.
+    """
+    for block in calibrate.layers(model, windows, progress, batch):
+        layer, tensors, losses = block.layer, {}, {}
+        if folder.done(block.index):
+            held = folder.read(block.index)
+            for path in maps(block):
+                layer = calibrate.placed(layer, path, restored(block, path, held, settings))
+            block.follow(layer)
+            continue
+        for path in maps(block):
+            weight = calibrate.at(layer, path).weight
+            try:
+                between = gptq.hessian(taken[path] for taken in block.inputs(path, layer=layer))
+                q, scale, zero, groups = rounded(weight, between, settings)
+            except ValueError as error:
+                raise ValueError(f"layer {block.index}, {path}: {error}") from None
+            value = spread(q, scale, zero, groups)
+            losses[path] = float(gptq.loss(weight, value, between))
+            layer = calibrate.placed(layer, path, value)
+            tensors |= packed(block, path, q, scale, zero, groups, settings.bits)
+        folder.write(block.index, tensors, {"errors": losses})
+        block.follow(layer)
+
+
+def group_of(cfg, asked: int | None = None) -> int:
+    """The group for a model's linear maps: as asked for, or the largest power of two up to 128 that divides all inputs.
+
+    ValueError where the one that was asked for does not fit, with the largest that does; or for a model whose maps
+    cannot be packed.
+    """
+    rows = [
+        row for row in family(cfg.family).weights(cfg) if row.arrange and "{}" in row.path and "router" not in row.path
+    ]
+    if any(row.arrange in calibrate.EXPERT_ARRANGES for row in rows):
+        raise ValueError("models with a mixture of experts are not quantized yet; take a published quantized version")
+    shapes = [shape for row in rows for shape in row.shapes]
+    common = math.gcd(*(shape[1] for shape in shapes))
+    fits = next(size for size in (128, 64, 32, 16, 8, 4, 2, 1) if common % size == 0)
+    if fits < 8 or any(shape[0] % 8 for shape in shapes):
+        raise ValueError(f"maps with {sorted(set(shapes))} outputs and inputs cannot be packed: 8 has to divide them")
+    if asked is not None and (asked < 1 or asked % 8 or any(shape[1] % asked for shape in shapes)):
+        inputs = ", ".join(map(str, sorted({shape[1] for shape in shapes})))
+        raise ValueError(f"groups of {asked} do not divide the maps' inputs ({inputs}); the largest that do are {fits}")
+    return asked or fits
+
+
+def maps(block) -> list[str]:
+    """The paths of a layer's linear maps that are rounded, in the order in which they are computed."""
+    return [path for path in calibrate.MAPS if path in block.rows]
+
+
+def rounded(weight, between, settings: Settings):
+    """(q, scale, zero, group of each input) of a weight [inputs, *outputs], as GPTQ's files can hold it."""
+    # A zero is stored less one: 0 would become 2^bits - 1, which readers take for 2^bits.
+    ways = {"bits": settings.bits, "symmetric": settings.symmetric, "damping": settings.damping, "least_zero": 1}
+    groups = np.arange(weight.shape[0]) // settings.group
+    if not settings.desc_act:
+        return *gptq.solve(weight, between, settings.group, act_order=settings.act_order, **ways), groups
+    order = np.argsort(-np.diagonal(np.asarray(between)), kind="stable")
+    q, scale, zero = gptq.solve(weight[order], between[order][:, order], settings.group, **ways)
+    back = np.argsort(order)
+    return q[back], scale, zero, groups[back]
+
+
+def spread(q, scale, zero, groups):
+    """float32[inputs, *outputs] of what `rounded` returns."""
+    return (jnp.asarray(q, jnp.float32) - jnp.asarray(zero, jnp.float32)[groups]) * jnp.asarray(scale)[groups]
+
+
+def packed(block, path, q, scale, zero, groups, bits) -> dict[str, np.ndarray]:
+    """The stored tensors of a map: qweight int32 [in * bits / 32, out], qzeros, scales [groups, out], g_idx [in]."""
+    parts = [block.tensors(path, np.asarray(array)) for array in (q, scale, zero)]
+    tensors = {}
+    for name in parts[0]:
+        values, scales, zeros = (np.ascontiguousarray(part[name].T) for part in parts)
+        tensors[f"{name}.qweight"] = words(values, 0, bits)
+        tensors[f"{name}.qzeros"] = words(zeros - 1, 1, bits)
+        tensors[f"{name}.scales"] = scales.astype(np.float16)
+        tensors[f"{name}.g_idx"] = groups.astype(np.int32)
+    return tensors
+
+
+def restored(block, path, tensors, settings: Settings):
+    """The weight [inputs, *outputs] that `packed` made these tensors of."""
+    found = []
+    for name in block.tensors(path, np.zeros((1, *calibrate.at(block.layer, path).weight.shape[1:]), np.uint8)):
+        q, zeros = unworded(tensors[f"{name}.qweight"], 0, settings.bits), tensors[f"{name}.qzeros"]
+        zero = unworded(zeros, 1, settings.bits) + 1.0
+        of = tensors[f"{name}.g_idx"]
+        found.append(((q - zero[of]) * tensors[f"{name}.scales"].astype(np.float32)[of]).astype(np.float32).T)
+    return jnp.asarray(calibrate.join(block.cfg, block.rows[path], found))
+
+
+def words(values: np.ndarray, axis: int, bits: int) -> np.ndarray:
+    """int32: uint8 values below 2^bits, those of a word neighbours along `axis`, the first in its lowest bits."""
+    each = WORD // bits
+    shape = [*values.shape[:axis], values.shape[axis] // each, each, *values.shape[axis + 1 :]]
+    apart = np.moveaxis(values.reshape(shape).astype(np.uint32), axis + 1, 0)
+    out = np.zeros(apart.shape[1:], np.uint32)
+    for place in range(each):
+        out |= apart[place] << np.uint32(bits * place)
+    return out.view(np.int32)
+
+
+def unworded(stored: np.ndarray, axis: int, bits: int) -> np.ndarray:
+    """The inverse of `words`, uint8."""
+    each = WORD // bits
+    apart = [((stored.view(np.uint32) >> np.uint32(bits * p)) & (2**bits - 1)).astype(np.uint8) for p in range(each)]
+    shape = [*stored.shape[:axis], stored.shape[axis] * each, *stored.shape[axis + 1 :]]
+    return np.stack(apart, axis + 1).reshape(shape)
