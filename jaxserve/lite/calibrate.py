@@ -144,19 +144,6 @@ def read_layer(model, found, index) -> Layer:
     )
 
 
-def at(layer, path: str):
-    """The linear map of a Layer at one of MAPS."""
-    part, name = path.split(".")
-    return getattr(getattr(layer, part), name)
-
-
-def placed(layer, path: str, weight):
-    """The layer with another weight at `path`."""
-    part, name = path.split(".")
-    node = getattr(layer, part)
-    return layer.replace(**{part: node.replace(**{name: getattr(node, name).replace(weight=weight)})})
-
-
 @partial(jax.jit, static_argnames=("cfg", "window", "paths"))
 def forward(cfg, window, paths, layer, x):
     """A layer over whole windows: x [B, T, D] to the same shape, and {path: [B*T, inputs]} of the maps in `paths`."""
