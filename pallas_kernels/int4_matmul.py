@@ -15,7 +15,8 @@ from contextlib import nullcontext
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.int4_mma import int4_by_values, int4_skinny
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference
+from pallas_kernels.int4_mma import int4_by_values, int4_skinny, int4_values
 from pallas_kernels.triton_call import device
 
 NIBBLES = 8  # of an int32
@@ -23,6 +24,8 @@ SKINNY = 8  # most tokens for which loads are all that counts
 SKINNY_ELSEWHERE = 32  # the same where there is no wgmma
 WGMMA = 256  # most tokens for which writing out the values costs more than it brings
 PIECE = 64 << 20  # bytes of values at a time
+EXPERTS_SKINNY = 24  # most tokens of an expert, on average, for which its weights are read as they are
+EXPERTS_PIECE = 256 << 20  # bytes of experts' values at a time
 
 
 def int4_pack(q, *, group):
@@ -80,6 +83,32 @@ def int4_matmul(x, tiles, scale, zero, *, group, dtype=None):
 
         return int4_wgmma(x, tiles, scale, zero, **arguments)
     return int4_by_values(x, tiles, scale, zero, at_once=PIECE, **arguments)
+
+
+def int4_grouped_reference(x, packed, scale, zero, sizes, *, group):
+    """x [M, D], the tokens of expert 0, then those of expert 1, ..., times the matrix of each; to [M, F].
+
+    packed of `int4_pack`, int32[D/8, E, F]; scale, zero [D/group, E, F]; sizes int32[E].
+    """
+    flat = (a.reshape(a.shape[0], -1) for a in (packed, scale, zero))
+    values = int4_dequantize(*flat, group=group, dtype=x.dtype).reshape(x.shape[1], *scale.shape[1:])
+    return grouped_matmul_reference(x, jnp.swapaxes(values, 0, 1), sizes)
+
+
+def int4_grouped(x, tiles, scale, zero, sizes, *, group):
+    """The same on a GPU: tiles int32[E, F / 16, D / 64, 128] of `int4_tiles`."""
+    (M, D), (_, E, F) = x.shape, scale.shape
+    flat = [tiles.reshape(-1, *tiles.shape[2:]), *(a.reshape(a.shape[0], -1) for a in (scale, zero))]
+    if M <= EXPERTS_SKINNY * E:
+        return int4_skinny(x, *flat, sizes, group=group)
+    at_once = max(1, EXPERTS_PIECE // (F * D * x.dtype.itemsize))
+    out = None if at_once >= E else jnp.zeros((M, F), x.dtype)
+    for first in range(0, E, at_once):
+        count = min(at_once, E - first)
+        values = int4_values(*flat, group=group, dtype=x.dtype, first=first * F, outputs=count * F)
+        values = values.reshape(count, F, D)
+        out = grouped_matmul(x, values, sizes, transposed=True, out=out, first=first, experts=E)
+    return out
 
 
 @functools.cache

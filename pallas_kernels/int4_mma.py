@@ -11,7 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.triton_call import cdiv, jit, tl, triton_call
+from pallas_kernels.grouped_matmul import expert_tile
+from pallas_kernels.triton_call import cdiv, jit, power_of_two, tl, triton_call
 
 ROWS, UNIT = 16, 64
 WORDS = ROWS * UNIT // 8  # of a tile and a unit
@@ -128,20 +129,25 @@ def _zeros(zero_ptr, at, MINUS: tl.constexpr):
 
 
 @jit
-def _skinny(x_ptr, tiles_ptr, scale_ptr, zero_ptr, T, out_ptr, D: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr,
-            WARPS: tl.constexpr, AHEAD: tl.constexpr, TOKENS: tl.constexpr, MINUS: tl.constexpr, LOAD: tl.constexpr,
-            LOAD_KINDS: tl.constexpr, LOADX: tl.constexpr, LOADX_KINDS: tl.constexpr, MMA: tl.constexpr,
-            MMA_KINDS: tl.constexpr):  # fmt: skip
+def _skinny(x_ptr, tiles_ptr, scale_ptr, zero_ptr, sizes_ptr, T, out_ptr, D: tl.constexpr, F: tl.constexpr,
+            EXPERTS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+            TOKENS: tl.constexpr, MINUS: tl.constexpr, LOAD: tl.constexpr, LOAD_KINDS: tl.constexpr,
+            LOADX: tl.constexpr, LOADX_KINDS: tl.constexpr, MMA: tl.constexpr, MMA_KINDS: tl.constexpr):  # fmt: skip
     """TOKENS times 8 tokens and a tile of 16 outputs, whose units the warps share out, AHEAD at a time.
 
-    Grid: F / 16, blocks of tokens.
+    Grid: F / 16, blocks of tokens.  With EXPERTS, each has F outputs, and the tokens that sizes_ptr says.
     """
     UNITS: tl.constexpr = D // 64
     HALVES: tl.constexpr = 2 if GROUP == 32 else 1
     thread = tl.arange(0, 32 * WARPS)
     warp, lane = thread // 32, thread % 32
     row, column = lane // 4, lane % 4
-    tile, first = tl.program_id(0), tl.program_id(1) * TOKENS * 8
+    tile, first, last = tl.program_id(0), tl.program_id(1) * TOKENS * 8, T
+    if EXPERTS > 1:
+        expert, first, last = expert_tile(sizes_ptr, tl.program_id(1), TOKENS * 8, EXPERTS, PADDED, 0, EXPERTS)
+        if expert >= EXPERTS:
+            return
+        tile += expert * (F // 16)
     n = tile * 16 + row
     zero = tl.zeros([32 * WARPS], tl.float32)
     acc = (zero,) * (4 * TOKENS)
@@ -160,13 +166,13 @@ def _skinny(x_ptr, tiles_ptr, scale_ptr, zero_ptr, T, out_ptr, D: tl.constexpr, 
         for u in tl.static_range(AHEAD):
             k = (place + u) * 64
             for half in tl.static_range(HALVES):
-                at = ((k + 32 * half) // GROUP) * F + n
+                at = ((k + 32 * half) // GROUP) * (EXPERTS * F) + n
                 z0, z1 = _zeros(zero_ptr, at, MINUS), _zeros(zero_ptr, at + 8, MINUS)
                 s0, s1 = tl.load(scale_ptr + at).to(tl.float32), tl.load(scale_ptr + at + 8).to(tl.float32)
                 for m in tl.static_range(TOKENS):
                     token = first + 8 * m + row
                     of = (x_ptr + token * D + k + column * 8).to(tl.int64)
-                    wanted = (here & (token < T)).to(tl.int32)
+                    wanted = (here & (token < last)).to(tl.int32)
                     x = tl.inline_asm_elementwise(LOADX, LOADX_KINDS, [of, wanted], dtype=(tl.int32,) * 8,
                                                   is_pure=True, pack=1)  # fmt: skip
                     part = (zero,) * 4
@@ -180,12 +186,12 @@ def _skinny(x_ptr, tiles_ptr, scale_ptr, zero_ptr, T, out_ptr, D: tl.constexpr, 
                             acc[4 * m + 3] + part[3] * s1)  # fmt: skip
                     acc = acc[: 4 * m] + sums + acc[4 * m + 4 :]
     lane = tl.arange(0, 32)
-    n, token = tile * 16 + lane // 4, first + 2 * (lane % 4)
+    n, token = tl.program_id(0) * 16 + lane // 4, first + 2 * (lane % 4)
     for m in tl.static_range(TOKENS):
         for i in tl.static_range(4):
             total = tl.sum(tl.reshape(acc[4 * m + i], [WARPS, 32]), 0)
             t = token + 8 * m + i % 2
-            tl.store(out_ptr + t * F + n + 8 * (i // 2), total.to(out_ptr.dtype.element_ty), mask=t < T)
+            tl.store(out_ptr + t * F + n + 8 * (i // 2), total.to(out_ptr.dtype.element_ty), mask=t < last)
 
 
 @jit
@@ -224,17 +230,24 @@ MINUS = {"bfloat16": 0xC300, "float16": 0xE400}
 
 
 @functools.partial(jax.jit, static_argnames=("group", "dtype", "warps", "ahead"))
-def int4_skinny(x, tiles, scale, zero, *, group, dtype=None, warps=None, ahead=None):
-    """x [T, D] times the matrix of `tiles` (of `int4_tiles`, two-dimensional out), to [T, F]; best for few tokens."""
-    (T, D), F, name = x.shape, scale.shape[1], x.dtype.name
+def int4_skinny(x, tiles, scale, zero, sizes=None, *, group, dtype=None, warps=None, ahead=None):
+    """x [T, D] times the matrix of `tiles` (of `int4_tiles`, two-dimensional out), to [T, F]; best for few tokens.
+
+    sizes int32[E], where tokens of expert 0 stand before those of expert 1, ...: how many each has; then the matrix is
+    E of them, side by side, and the result [T, F / E].
+    """
+    experts = 1 if sizes is None else sizes.shape[0]
+    (T, D), F, name = x.shape, scale.shape[1] // experts, x.dtype.name
     units = D // UNIT
     ahead = ahead or next(n for n in (4, 2, 1) if (units % n == 0 and units >= 4 * n) or n == 1)
     warps = warps or min(8, 1 << (cdiv(units, ahead) - 1).bit_length())
-    tokens = min(2, cdiv(T, 8))
+    tokens = min(2, cdiv(T, 8 * experts))
+    blocks = cdiv(T, 8 * tokens) if sizes is None else min(T, cdiv(T, 8 * tokens) + experts)
     load, kinds = load_words(ahead)
     (out,) = triton_call(
-        _skinny, x, tiles, scale, zero, T, out=[jax.ShapeDtypeStruct((T, F), dtype or x.dtype)],
-        grid=(F // ROWS, cdiv(T, 8 * tokens)), warps=warps, stages=1, D=D, F=F, GROUP=group, WARPS=warps, AHEAD=ahead,
+        _skinny, x, tiles, scale, zero, x if sizes is None else sizes, T,
+        out=[jax.ShapeDtypeStruct((T, F), dtype or x.dtype)], grid=(F // ROWS, blocks), warps=warps, stages=1, D=D, F=F,
+        EXPERTS=experts, PADDED=power_of_two(experts), GROUP=group, WARPS=warps, AHEAD=ahead,
         TOKENS=tokens, MINUS=MINUS[name], LOAD=load, LOAD_KINDS=kinds, LOADX=LOAD_X, LOADX_KINDS=LOAD_X_KINDS,
         MMA=multiply(name), MMA_KINDS=MULTIPLY_KINDS,
     )  # fmt: skip

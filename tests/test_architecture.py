@@ -15,6 +15,7 @@ LAYERS = [
     "_version config mesh ops progress",
     "cache checkpoint quant",
     "models sampling",
+    "leaf",
     "hub step weights",
     "engine text",
     "reply",

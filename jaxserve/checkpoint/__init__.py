@@ -13,7 +13,8 @@
     read(name, index=None) -> np.ndarray   a copy; a tuple of slices reads only those rows and columns; thread-safe
     close()                   also a context manager
 
-A folder of packed integers (AWQ, GPTQ, compressed-tensors) shows its values, and more: see `quantized`.
+A folder of quantized weights (AWQ, GPTQ, compressed-tensors, fp8, smooth_quant) shows its values, and more: see
+`quantized` and `eight_bit`.
 A folder that `jaxserve convert` wrote has no `read`: it is an `orbax.OrbaxFolder`, with `meta` and `restore`.
 Everything that is wrong with a checkpoint is a `CheckpointError` that names the file and the tensor.
 """

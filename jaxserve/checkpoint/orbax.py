@@ -162,9 +162,10 @@ class OrbaxFolder:
     def _check(self, wanted: dict) -> None:
         for name, leaf in wanted.items():
             if (self.shape(name), self.dtype(name)) != (tuple(leaf.shape), np.dtype(leaf.dtype)):
+                for_ = {key: value for key, value in self.meta.items() if key != "held"}
                 raise CheckpointError(
                     f"{self.path}: array {name} is {self.dtype(name)}{list(self.shape(name))}, and "
-                    f"{np.dtype(leaf.dtype)}{list(leaf.shape)} is needed; it was converted for {self.meta}; {AGAIN}"
+                    f"{np.dtype(leaf.dtype)}{list(leaf.shape)} is needed; it was converted for {for_}; {AGAIN}"
                 )
         if extra := sorted(self.names - set(wanted)):
             raise CheckpointError(f"{self.path}: array {extra[0]} is not part of this model; {AGAIN}")

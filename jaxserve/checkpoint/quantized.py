@@ -1,8 +1,10 @@
-"""Folders whose linear maps are packed integers: AWQ, GPTQ and compressed-tensors, as one kind of Checkpoint.
+"""Folders whose linear maps share int32s: AWQ, GPTQ and compressed-tensors, as one kind of Checkpoint.
 
-A packed map X is seen in two ways, always [out, in]: `X.weight`, its values, and, where 4 bits with a scale and a zero
-for every group of neighbouring inputs say all (then `int4` has X), `X.nibbles` uint8 of 0 to 15, `X.scale`
-[out, in/group] and `X.zero` uint8 [out, in/group].  A value is (nibble - zero) * scale.
+A map X is seen in two ways, always [out, in]: `X.weight`, its values, and, where a scale and a zero for every group of
+inputs say all (then `packed` has X), `X.nibbles` uint8 of 0 to 15, `X.scale` [out, in/group] and `X.zero` uint8
+[out, in/group].  A value is (nibble - zero) * scale.  With 8 bits it is `X.bytes` int8, and zeros are int16.  Where
+groups are not of neighbours (GPTQ's desc_act), `X.order` int32 [in] is the order of inputs in which they are, which
+nibbles and bytes have.  `eight_bit` is the same for folders whose elements are int8 or fp8 tensors.
 """
 
 import logging
@@ -11,11 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxserve.checkpoint import CheckpointError, read_json
+from jaxserve.checkpoint.eight_bit import EightBitFolder
+from jaxserve.checkpoint.schemes import Packed, scheme
 
 log = logging.getLogger("jaxserve")
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in an int32 each of its 8 columns is: stored are 0, 2, 4, 6, 1, 3, 5, 7
 OLD_FILES = {"quant_config.json": "awq", "quantize_config.json": "gptq"}  # before config.json had an entry for it
-UNSUPPORTED = "which jaxserve does not read; take an AWQ, a GPTQ or the unquantized version of the model"
 
 
 class Layout(NamedTuple):
@@ -40,23 +43,6 @@ LAYOUTS = {
 }
 
 
-class Scheme(NamedTuple):
-    """What quantization_config says."""
-
-    method: str
-    bits: int
-    group: int  # inputs that share a scale; -1: all
-    symmetric: bool
-    zero_offset: int  # what is added to a stored zero
-
-
-class Int4(NamedTuple):
-    """A map that may stay packed."""
-
-    group: int
-    dtype: np.dtype  # of its scales
-
-
 def unpacked(source):
     """`source`, or a view of it that hides how its maps are packed.  CheckpointError for formats that are not read."""
     found = source.config.get("quantization_config") or source.config.get("compression_config")
@@ -64,44 +50,10 @@ def unpacked(source):
         for name, method in OLD_FILES.items():
             if (source.path / name).exists() and any(tensor.endswith(".qweight") for tensor in source.names):
                 found = {"quant_method": method} | read_json(source.path / name)
-    return QuantizedFolder(source, scheme(source.path, found)) if found else source
-
-
-def scheme(path, found):
-    """A Scheme from quantization_config; CheckpointError, with what was found, where it is not one that is read."""
-    method = str(found.get("quant_method", "") if isinstance(found, dict) else found)
-    if method not in LAYOUTS:
-        raise CheckpointError(f"{path}: its weights are quantized ({method or 'an unnamed method'}), {UNSUPPORTED}")
-    if method == "compressed-tensors":
-        out = _compressed(path, found)
-    else:
-        bits, group = (found.get(a, found.get(b)) for a, b in (("bits", "w_bit"), ("group_size", "q_group_size")))
-        version = str(found.get("version") or "gemm").lower()
-        if method == "awq" and version != "gemm":
-            raise CheckpointError(f"{path}: AWQ weights in the layout {version!r}, {UNSUPPORTED}")
-        offset = int(method == "gptq" and found.get("checkpoint_format") != "gptq_v2")
-        out = Scheme(method, bits, 128 if group is None else group, bool(found.get("sym")), offset)
-    if out.bits not in ((4,) if method == "awq" else (4, 8)):
-        raise CheckpointError(f"{path}: {method} weights of {out.bits} bits, {UNSUPPORTED}")
-    if type(out.group) is not int or (out.group < 1 and out.group != -1):
-        raise CheckpointError(f"{path}: {method} weights in groups of {out.group!r}")
-    return out
-
-
-def _compressed(path, found):
-    groups = [g for g in (found.get("config_groups") or {}).values() if isinstance(g, dict)]
-    weights = [g.get("weights") for g in groups if isinstance(g.get("weights"), dict)]
-    kind = found.get("format")
-    if kind != "pack-quantized" or len(weights) != 1 or len(groups) != 1 or groups[0].get("input_activations"):
-        raise CheckpointError(
-            f"{path}: compressed-tensors of format {kind!r} with {len(groups)} groups of layers, {UNSUPPORTED}"
-        )
-    w = weights[0]
-    strategy = w.get("strategy") or ("group" if w.get("group_size") else "channel")
-    if w.get("type", "int") != "int" or strategy not in ("group", "channel"):
-        raise CheckpointError(f"{path}: compressed-tensors of type {w.get('type')!r} by {strategy}, {UNSUPPORTED}")
-    group = w.get("group_size") if strategy == "group" else -1
-    return Scheme("compressed-tensors", w.get("num_bits"), group, bool(w.get("symmetric", True)), 0)
+    if not found:
+        return source
+    stored = scheme(source.path, found)
+    return (QuantizedFolder if stored.packed else EightBitFolder)(source, stored)
 
 
 class QuantizedFolder:
@@ -115,22 +67,20 @@ class QuantizedFolder:
         self._maps = {name.removesuffix(end): None for name in sorted(source.names) if name.endswith(end)}
         if not self._maps:
             raise CheckpointError(f"{self.path}: {self.method} weights are announced, and no tensor is called *{end}")
-        self.int4, irregular = {}, 0
+        self.packed = {}
         for name in self._maps:
-            groups = self._inspect(name)
-            irregular += groups is not None
-            if scheme.bits == 4 and groups is None:
-                stored = self._maps[name]
-                self.int4[name] = Int4(stored.group, source.dtype(f"{name}.{self.layout.scales}"))
-        if len(self.int4) < len(self._maps):
-            why = f"{scheme.bits} bits" if scheme.bits != 4 else "groups that are not neighbours (desc_act, actorder)"
-            count = irregular if scheme.bits == 4 else len(self._maps)
-            log.warning("%s: %d of its maps have %s; they are held unpacked", self.path, count, why)
+            self._maps[name] = stored = self._inspect(name)
+            if stored.groups is None or stored.order is not None:
+                zero = scheme.bits == 4 or f"{name}.{self.layout.zeros}" in source.names
+                scales = str(source.dtype(f"{name}.{self.layout.scales}"))
+                self.packed[name] = Packed(scheme.kind, stored.group, scales, zero, stored.order is not None)
+        if odd := len(self._maps) - len(self.packed):
+            log.warning("%s: %d of its maps have groups of unequal size; they are held as values", self.path, odd)
         parts = {f"{name}.{part}" for name in self._maps for part in (*self.layout[:4], "weight_shape")}
         self.names = (source.names - parts) | {f"{name}.weight" for name in self._maps}
 
     def _inspect(self, name):
-        """Checks a map's tensors and notes its shape; the group of each input, where they are not neighbours."""
+        """A map as Stored, its tensors checked."""
         source, layout, scheme = self.source, self.layout, self.scheme
         values, scales, _, inputs = (f"{name}.{part}" for part in layout[:4])
         stored = list(source.shape(values))
@@ -151,41 +101,59 @@ class QuantizedFolder:
         found = source.shape(scales)
         if tuple(found[::-1] if layout.transposed else found) != want:
             raise CheckpointError(f"{self.path}: tensor {scales} has shape {list(found)}; {list(want)} were expected")
-        self._maps[name] = Stored(shape, group)
         if inputs not in source.names:
-            return None
+            return Stored(shape, group)
         groups = source.read(inputs)
         if (groups == np.arange(shape[1]) // group).all():
-            return None
-        self._maps[name] = Stored(shape, group, groups)
-        return groups
+            return Stored(shape, group)
+        even = (np.bincount(groups, minlength=want[1]) == group).all()
+        return Stored(shape, group, groups, np.argsort(groups, kind="stable").astype(np.int32) if even else None)
 
     def shape(self, name):
         of, _, part = name.rpartition(".")
         if of not in self._maps or part == "bias":
             return self.source.shape(name)
-        shape, group, _ = self._maps[of]
-        return shape if part in ("weight", "nibbles") else (shape[0], shape[1] // group)
+        shape, group = self._maps[of][:2]
+        if part == "order":
+            return shape[1:]
+        return shape if part in ("weight", "nibbles", "bytes") else (shape[0], shape[1] // group)
 
     def dtype(self, name):
         of, _, part = name.rpartition(".")
         if of not in self._maps or part == "bias":
             return self.source.dtype(name)
         scales = self.source.dtype(f"{of}.{self.layout.scales}")
-        return scales if part in ("weight", "scale") else np.dtype(np.uint8)
+        own = {"nibbles": np.uint8, "bytes": np.int8, "order": np.int32}
+        own["zero"] = np.uint8 if self.scheme.bits == 4 else np.int16
+        return np.dtype(own[part]) if part in own else scales
 
     def read(self, name, index=None):
         """A tensor, or the slice `index` of it, as a new array."""
         of, _, part = name.rpartition(".")
         if of not in self._maps or part == "bias":
             return self.source.read(name, index)
+        if part == "order":
+            return self._maps[of].order[index or ()]
         rows, columns = (range(*s.indices(n)) for s, n in zip(index or (slice(None),) * 2, self.shape(name)))
-        take = {"weight": self._weight, "nibbles": self._values, "scale": self._scale, "zero": self._zero}[part]
+        take = {"weight": self._weight, "scale": self._scale, "zero": self._held_zero}.get(part, self._elements)
         return np.ascontiguousarray(take(of, (rows.start, rows.stop), (columns.start, columns.stop)))
 
     def _values(self, name, rows, columns):
         layout = self.layout
         return self._spread(f"{name}.{layout.values}", layout.values_axis, rows, columns)
+
+    def _elements(self, name, rows, columns):
+        """Integers in the order in which groups are neighbours; those of 8 bits around 0."""
+        shape, _, _, order = self._maps[name]
+        if order is None:
+            values = self._values(name, rows, columns)
+        else:
+            values = self._values(name, rows, (0, shape[1]))[:, order[slice(*columns)]]
+        return values if self.scheme.bits == 4 else (values ^ 128).view(np.int8)
+
+    def _held_zero(self, name, rows, columns):
+        zero = self._zero(name, rows, columns)
+        return zero if self.scheme.bits == 4 else zero.astype(np.int16) - np.int16(128)
 
     def _zero(self, name, rows, columns):
         """Zeros uint8; those of GPTQ may be one more than the bits hold."""
@@ -209,7 +177,7 @@ class QuantizedFolder:
 
     def _weight(self, name, rows, columns):
         """Values, in the type of the scales."""
-        shape, group, groups = self._maps[name]
+        shape, group, groups, _ = self._maps[name]
         every = (0, shape[1] // group)
         of = (np.arange(shape[1]) // group if groups is None else groups)[slice(*columns)]
         scale, zero = (take(name, rows, every)[:, of] for take in (self._scale, self._zero))
@@ -250,3 +218,4 @@ class Stored(NamedTuple):
     shape: tuple[int, int]  # [out, in]
     group: int
     groups: np.ndarray | None = None  # of each input, where groups are not neighbours
+    order: np.ndarray | None = None  # of inputs in which they are

@@ -14,15 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve import __version__, checkpoint, hub, weights
+from jaxserve import __version__, checkpoint, hub, ops, weights
 from jaxserve import mesh as meshes
 from jaxserve.checkpoint.orbax import save
+from jaxserve.checkpoint.schemes import Packed
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.guide import Guide
-from jaxserve.engine.memory import make_plan
+from jaxserve.engine.memory import free_bytes, make_plan
 from jaxserve.engine.runner import Runner
 from jaxserve.models.config import ModelConfig, from_hf
 from jaxserve.models.decoder import Params
+
+UNPACKED_SHARE = 0.5  # of the free memory, that values of quantized weights may take on the CPU
+FORMATS = {None: ("hf", "llama"), "smooth_quant": ("hf", "smooth_quant")}  # what may be asked for, by what is there
 
 
 def _quiet(*_):
@@ -37,12 +41,24 @@ class Model(NamedTuple):
     mesh: Mesh
     dtype: np.dtype
     shapes: Params  # of ShapeDtypeStructs: what `read` returns
+    held: dict  # of `weights.hold`
 
     def read(self, progress=_quiet):
         """The weights on their devices.  `progress(done, total)` counts bytes."""
         if hasattr(self.source, "restore"):  # converted before
             return self.source.restore(self.shapes, progress)
-        return weights.load(self.source, self.cfg, self.mesh, self.dtype, progress)
+        return weights.load(self.source, self.cfg, self.mesh, self.dtype, progress, self.held)
+
+    def holds(self):
+        """How quantized weights are held, for people; None where there are none."""
+        method = getattr(self.source, "method", None) or getattr(self.source, "meta", {}).get("method")
+        if not method:
+            return None
+        kept = sorted({how.kind for how in self.held.values() if not how.spread})
+        if kept:
+            return f"{method} weights, held as {' and '.join(kept)}"
+        values = f"{method} weights, held as {self.dtype.name} values"
+        return f"{values}: on the CPU that takes memory, and no time to unpack" if runs_on_cpu(self.mesh) else values
 
 
 def open_model(model, config):
@@ -51,10 +67,36 @@ def open_model(model, config):
     cfg = model_config(source, config)
     mesh = meshes.make_mesh(config.tp)
     dtype = np.dtype(jnp.dtype(choose_dtype(cfg, config, mesh, source)))
+    held = converted(source) if hasattr(source, "restore") else choose_held(source, cfg, mesh, dtype)
     if not hasattr(source, "restore"):
-        weights.check(source, cfg, mesh)  # before anything is compiled
-    int4 = getattr(source, "int4", None)
-    return Model(source, cfg, mesh, dtype, weights.shapes(cfg, mesh, source.names, dtype, int4))
+        weights.check(source, cfg, mesh, held)  # before anything is compiled
+    return Model(source, cfg, mesh, dtype, weights.shapes(cfg, mesh, source.names, dtype, held), held)
+
+
+def choose_held(source, cfg, mesh, dtype):
+    """How quantized weights are held (see `weights.hold`).
+
+    On the CPU as values, which take up to eight times the memory, where half of what is free has room for them: to
+    unpack 4 bits at every step makes a step slower than an unquantized one.
+    """
+    if not getattr(source, "packed", None):
+        return {}
+    if runs_on_cpu(mesh):
+        spread = weights.hold(source, cfg, mesh, spread=True)
+        size = weights.nbytes(weights.shapes(cfg, mesh, source.names, dtype, spread))
+        if size <= free_bytes(list(mesh.devices.flat)) * UNPACKED_SHARE:
+            return spread
+    return weights.hold(source, cfg, mesh)
+
+
+def converted(source):
+    """How the weights of a converted folder are held; ValueError where this machine would hold them otherwise."""
+    if (made := source.meta.get("layout")) not in (None, ops.layout()):
+        raise ValueError(
+            f"{source.path}: its quantized weights were converted for {made}, and this is {ops.layout()}; convert the "
+            "original folder again here"
+        )
+    return {path: Packed(*how) for path, how in source.meta.get("held", {}).items()}
 
 
 def load(model, config, report=_quiet, progress=_quiet, guide=None, scores_only=False):
@@ -72,9 +114,11 @@ def load(model, config, report=_quiet, progress=_quiet, guide=None, scores_only=
     run_as = weights.padded(held.cfg, config.tp)
     plan = make_plan(run_as, config, list(held.mesh.devices.flat), weights.nbytes(held.shapes), held.dtype)
     report(str(plan))
-    if getattr(held.source, "int4", None) and not runs_on_cpu(held.mesh):
-        report("note: the int4 kernels have not been proven on a GPU yet; compare answers before you trust them")
-    runner = Runner(run_as, held.mesh, plan, held.dtype, held.shapes, guide is not None, scores_only)
+    if holds := held.holds():
+        report(holds)
+        if not runs_on_cpu(held.mesh):
+            report("note: the kernels of quantized weights have not been proven yet; compare answers before use")
+    runner = Runner(run_as, held.mesh, plan, held.dtype, held.shapes, scores_only)
     found = 0
 
     def compiled(done, total, loaded):
@@ -122,17 +166,19 @@ def convert(model, folder, config, report=_quiet, progress=_quiet):
     held = open_model(model, config)
     if hasattr(held.source, "restore"):
         raise ValueError(f"{held.source.path} is converted already")
-    if getattr(held.source, "int4", None):
-        raise ValueError(f"{held.source.path} is quantized; such weights can't be converted yet, and load as they are")
     began = time.perf_counter()
     params = jax.block_until_ready(held.read(lambda done, total: progress("loading", done, total)))
     slow = time.perf_counter() - began
     meta = {"dtype": held.dtype.name, "tp": config.tp, "kv_heads": weights.padded(held.cfg, config.tp).kv_heads}
+    if method := getattr(held.source, "method", None):
+        meta |= {"method": method, "layout": ops.layout(), "held": held.held}
     save(params, meta, folder, held.source, lambda done, total: progress("saving", done, total))
     del params
     began = time.perf_counter()
     with checkpoint.open(folder) as again:
         again.restore(held.shapes, lambda done, total: progress("loading", done, total))
+    if holds := held.holds():
+        report(holds)
     report(f"loading took {slow:.1f} s from {held.source.path}, {time.perf_counter() - began:.1f} s from {folder}")
 
 
@@ -144,7 +190,8 @@ def runs_on_cpu(mesh):
 def model_config(source, config):
     """The checkpoint's ModelConfig with what `config` overrides."""
     method, asked = getattr(source, "method", None), config.model_format
-    if asked and asked not in ((method,) if method else ("hf", "llama")):
+    method = method or getattr(source, "meta", {}).get("method")  # of what was converted
+    if asked and asked not in FORMATS.get(method, (method,)):
         found = f"{method} weights" if method else "unquantized weights"
         raise ValueError(f"{source.path}: model_format={asked}, and the checkpoint has {found}; leave the option out")
     cfg = from_hf(source.config)

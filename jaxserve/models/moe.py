@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxserve import ops
-
 
 @struct.dataclass
 class MoE:
@@ -29,6 +27,7 @@ class MoE:
         order = jnp.argsort(expert.reshape(-1), stable=True)  # the tokens of an expert side by side
         sizes = jnp.bincount(expert.reshape(-1), length=cfg.experts).astype(jnp.int32)
         rows = x[order // cfg.experts_per_token]  # [T*X, D]
-        out = ops.expert_mlp(rows, self.gate_up.weight, self.down.weight, sizes)
+        both = self.gate_up.grouped_dot(rows, sizes, rows=False)  # [T*X, 2, F]
+        out = self.down.grouped_dot(jax.nn.silu(both[:, 0]) * both[:, 1], sizes, rows=True)
         back = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(*share.shape, -1)
         return jnp.einsum("txd,tx->td", back, share.astype(x.dtype))

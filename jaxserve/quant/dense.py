@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxserve import ops
+
 
 @struct.dataclass
 class Dense:
@@ -16,6 +18,13 @@ class Dense:
         """x [..., D] to [..., *out], accumulated in float32, given in `dtype` (that of x unless said)."""
         out = jnp.tensordot(x, self.weight, 1, preferred_element_type=dtype or x.dtype)
         return out if self.bias is None else out + jnp.broadcast_to(self.bias, out.shape)
+
+    def grouped_dot(self, x, sizes, rows):
+        """x [M, D], the tokens of expert 0, then those of expert 1, ..., times the map [E, D, *out], to [M, *out].
+
+        sizes int32[E]: how many each has; rows: the mesh splits the inputs, not the last axis.
+        """
+        return ops.grouped_matmul(x, self.weight, sizes, rows=rows)
 
 
 @struct.dataclass

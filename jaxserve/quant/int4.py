@@ -14,7 +14,7 @@ from jaxserve import ops
 
 @struct.dataclass
 class Int4:
-    """A linear map [D, *out] whose elements are (q - zero) * scale, q of 0 to 15; used like a `Dense`."""
+    """A linear map [D, *out] whose elements are (q - zero) * scale, q of 0 to 15, used like a `Dense`; or E of them."""
 
     packed: jax.Array  # of `ops.int4_pack`
     scale: jax.Array  # [D/group, *out]
@@ -22,13 +22,20 @@ class Int4:
     bias: jax.Array | None = None  # [*out]
     group: int = struct.field(pytree_node=False, default=128)
     axes: tuple = struct.field(pytree_node=False, default=(None, None))  # mesh axis, or None, of each of [D, *out]
+    order: jax.Array | None = None  # int32[D]: in which the inputs are taken
 
     def dot(self, x, dtype=None):
         """x [..., D] to [..., *out], accumulated in float32, given in `dtype` (that of x unless said)."""
         flat = x.reshape(-1, x.shape[-1])
+        flat = flat if self.order is None else flat[:, self.order]
         out = ops.int4_matmul(flat, self.packed, self.scale, self.zero, group=self.group, axes=self.axes, dtype=dtype)
         out = out.reshape(*x.shape[:-1], *out.shape[1:])
         return out if self.bias is None else out + jnp.broadcast_to(self.bias, out.shape)
+
+    def grouped_dot(self, x, sizes, rows):
+        """As `Dense.grouped_dot`."""
+        x = x if self.order is None else x[:, self.order]
+        return ops.int4_grouped(x, self.packed, self.scale, self.zero, sizes, group=self.group, axes=self.axes)
 
 
 def group_of(stored, inputs):
@@ -56,4 +63,4 @@ def quantize(dense, group, axes=None):
     """An Int4 of a `Dense`, rounded to nearest."""
     q, scale, zero = nearest(dense.weight, group)
     axes = axes or (None,) * dense.weight.ndim
-    return Int4(ops.int4_pack(q, group=group), scale, zero, dense.bias, group=group, axes=axes)
+    return Int4(ops.int4_pack(q, group=group), scale, zero, bias=dense.bias, group=group, axes=axes)

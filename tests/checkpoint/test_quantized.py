@@ -21,12 +21,14 @@ def kind(request):
 
 @pytest.mark.parametrize("group", [16, 32, -1])
 def test_values(tmp_path, kind, group):
-    if kind == "act-order" and group == -1:
+    if kind.startswith("act-order") and group == -1:
         pytest.skip("one group has no order")
+    if kind in folders.EIGHT and group != 32:
+        pytest.skip("the kind says the group")
     want = folders.write(tmp_path, HF, kind, group)
     with checkpoint.open(tmp_path) as found:
         assert found.names == set(want)
-        assert bool(found.int4) == (kind not in ("gptq8", "act-order"))
+        assert bool(found.packed)
         for name, values in want.items():
             assert found.shape(name) == values.shape
             np.testing.assert_array_equal(found.read(name), values.astype(found.dtype(name)), err_msg=name)
@@ -51,9 +53,11 @@ def test_slices(tmp_path, kind):
     folders.write(tmp_path, HF, kind)
     rng = np.random.default_rng(0)
     with checkpoint.open(tmp_path) as found:
-        parts = ("weight", "nibbles", "scale", "zero") if found.int4 else ("weight",)
+        down = "model.layers.0.mlp.down_proj"
+        how = found.packed[down]
+        parts = ["weight", "scale", "nibbles" if how.kind == "int4" else "bytes", *["zero"] * how.zero]
         for part in parts:
-            name = f"model.layers.0.mlp.down_proj.{part}"
+            name = f"{down}.{part}"
             whole = found.read(name)
             assert whole.shape == found.shape(name) and whole.dtype == found.dtype(name)
             for _ in range(20):
@@ -78,7 +82,20 @@ def refused(folder, match, **changes):
         ({"group_size": 48}, r"down_proj|q_proj.*64 inputs.*groups of 48.*groups of 32"),
         ({"group_size": 0}, "groups of 0"),
         ({"quant_method": "gptq", "bits": 2}, "gptq weights of 2 bits"),
-        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float-quantized"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors of 0 groups"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 weights of type e5m2"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "blocks of 128"),
+        ({"quant_method": "smooth_quant", "quant_dtype": "int4"}, "smooth_quant weights of type int4"),
+        ({"quant_method": "smooth_quant"}, r"no tensor \*.weight is int8"),
+        (folders.group_of_layers("nvfp4-pack-quantized", {"num_bits": 4, "type": "float"}), "nvfp4.*4 bits, float"),
+        (
+            folders.group_of_layers("int-quantized", folders.BYTES | {"type": "int"}, {"num_bits": 4}),
+            "activations of 4",
+        ),
+        (
+            folders.group_of_layers("int-quantized", folders.BYTES, folders.STATIC | {"symmetric": False}),
+            "static activations",
+        ),
     ],
     ids=str,
 )
@@ -100,3 +117,21 @@ def test_a_file_of_its_own(tmp_path):
     (tmp_path / "quant_config.json").write_text('{"w_bit": 4, "q_group_size": 32, "version": "GEMM"}')
     with checkpoint.open(tmp_path) as found:
         np.testing.assert_array_equal(found.read(f"{NAME}.weight"), want[f"{NAME}.weight"].astype(np.float16))
+
+
+def test_elements_make_the_values(tmp_path, kind):
+    """Integers, scales, zeros and the order of inputs say the same as the values."""
+    folders.write(tmp_path, HF, kind)
+    with checkpoint.open(tmp_path) as found:
+        how = found.packed[NAME]
+        order = found.read(f"{NAME}.order") if how.order else np.arange(64)
+        q = found.read(f"{NAME}.{'nibbles' if how.kind == 'int4' else 'bytes'}").astype(np.float32)
+        zero = found.read(f"{NAME}.zero") if how.zero else np.zeros((64, 64 // how.group))
+        values = found.read(f"{NAME}.weight")
+        for place, k in enumerate(order):
+            scale = found.read(f"{NAME}.scale")[:, place // how.group].astype(np.float32)
+            mine = (q[:, place] - zero[:, place // how.group]) * scale
+            np.testing.assert_array_equal(mine.astype(values.dtype), values[:, k])
+        assert how.order == kind.startswith("act-order") and (how.activations == "static") == (
+            f"{NAME}.input_scale" in found.source.names
+        )

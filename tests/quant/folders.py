@@ -1,10 +1,11 @@
-"""Folders of quantized tiny models, packed nibble by nibble as the formats' specifications say, and what they mean.
+"""Folders of quantized tiny models, packed as the formats' specifications say, and what they mean.
 
 It shares no code with jaxserve: loops, and no tricks.
 """
 
 import json
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -84,22 +85,81 @@ def compressed(name, q, scale, zero, symmetric=False, **_):
     return out if symmetric else out | {f"{name}.weight_zero_point": pack(zero, 0)}
 
 
+def group_of_layers(format_, weights, activations=None):
+    """quantization_config of compressed-tensors."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    config = {"quant_method": "compressed-tensors", "format": format_, "ignore": ["lm_head"]}
+    return config | {"config_groups": {"group_0": group}}
+
+
+E4M3 = ml_dtypes.float8_e4m3fn
+DYNAMIC = {"dynamic": True, "strategy": "token", "symmetric": True, "num_bits": 8}
+STATIC = {"dynamic": False, "strategy": "tensor", "symmetric": True, "num_bits": 8}
+BYTES = {"num_bits": 8, "symmetric": True, "dynamic": False}
+FLOATS = BYTES | {"type": "float"}
+EIGHT = {  # kind: element, (outputs, inputs) that share a scale (0: all), name of the scale, quantization_config
+    "smooth": (np.int8, (1, 0), "scale", {"quant_method": "smooth_quant", "quant_dtype": "int8"}),
+    "w8a8": (
+        np.int8, (1, 0), "weight_scale",
+        group_of_layers("int-quantized", BYTES | {"type": "int", "strategy": "channel"}, DYNAMIC | {"type": "int"}),
+    ),
+    "w8": (
+        np.int8, (1, 32), "weight_scale",
+        group_of_layers("int-quantized", BYTES | {"type": "int", "strategy": "group", "group_size": 32}),
+    ),
+    "fp8": (E4M3, (0, 0), "weight_scale", {"quant_method": "fp8", "activation_scheme": "dynamic"}),
+    "fp8-static": (E4M3, (0, 0), "weight_scale", {"quant_method": "fp8", "activation_scheme": "static"}),
+    "fp8-block": (
+        E4M3, (32, 32), "weight_scale_inv",
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [32, 32]},
+    ),
+    "fp8-large-block": (
+        E4M3, (128, 128), "weight_scale_inv",
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    ),
+    "fp8-channel": (
+        E4M3, (1, 0), "weight_scale",
+        group_of_layers("float-quantized", FLOATS | {"strategy": "channel"}, DYNAMIC | {"type": "float"}),
+    ),
+    "fp8-tensor": (
+        E4M3, (0, 0), "weight_scale",
+        group_of_layers("float-quantized", FLOATS | {"strategy": "tensor"}, STATIC | {"type": "float"}),
+    ),
+}  # fmt: skip
+MOST = {np.int8: 127, E4M3: 448}
+INPUT_SCALE = 8.0  # of static activations: times MOST, more than any
+
+
+def eight_bit(name, weight, element, block, scale_name, static):
+    """Tensors of a map whose elements have 8 bits, and its values, element by element."""
+    out, inputs = weight.shape
+    rows, columns = block[0] or out, block[1] or inputs
+    scale = np.zeros((-(-out // rows), -(-inputs // columns)), np.float32)
+    q, value = np.zeros(weight.shape, element), np.zeros(weight.shape, np.float32)
+    for i, j in np.ndindex(scale.shape):
+        here = np.s_[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
+        scale[i, j] = np.abs(weight[here]).max() / MOST[element]
+        part = weight[here] / scale[i, j]
+        q[here] = np.round(part) if element is np.int8 else part
+        value[here] = q[here].astype(np.float32) * scale[i, j]
+    stored = scale[0, 0] if block == (0, 0) else scale
+    found = {f"{name}.weight": q, f"{name}.{scale_name}": np.asarray(stored, np.float32)}
+    if static:
+        found[f"{name}.input_scale"] = np.array([INPUT_SCALE / MOST[element]], np.float32)
+    return found, value
+
+
 CONFIGS = {
     "awq": {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "zero_point": True},
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False},
     "gptq8": {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": True, "desc_act": False},
+    "gptq8-asym": {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": False, "desc_act": False},
     "act-order": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": True},
-    "compressed": {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
-            }
-        },
-    },
+    "act-order8": {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": False, "desc_act": True},
+    "compressed": group_of_layers(
+        "pack-quantized", {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    ),
+    **{kind: config for kind, (*_, config) in EIGHT.items()},
 }
 
 
@@ -108,7 +168,9 @@ def write(folder, hf, kind, group=32):
     tiny_checkpoint.write(folder, hf)
     tensors, out, values = load_file(folder / "model.safetensors"), {}, {}
     config = json.loads(json.dumps(CONFIGS[kind]))
-    if kind == "compressed":
+    if kind in EIGHT:
+        pass
+    elif kind == "compressed":
         config["config_groups"]["group_0"]["weights"] |= {"group_size": group} if group != -1 else {
             "strategy": "channel", "group_size": None}  # fmt: skip
     else:
@@ -120,14 +182,22 @@ def write(folder, hf, kind, group=32):
         if not packed:
             out[name] = values[name] = weight
             continue
+        if kind in EIGHT:
+            static = kind in ("fp8-static", "fp8-tensor")
+            found, values[name] = eight_bit(name.removesuffix(".weight"), weight, *EIGHT[kind][:3], static)
+            out |= found
+            continue
         size = weight.shape[1] if group == -1 else group
         groups = np.arange(weight.shape[1]) // size
-        if kind == "act-order":
-            np.random.default_rng(0).shuffle(groups)
+        if kind.startswith("act-order"):
+            np.random.default_rng(size * len(groups)).shuffle(groups)
         q, scale, zero = quantize(weight, size, bits, symmetric, groups)
         extra = {"symmetric": symmetric} if kind == "compressed" else {"bits": bits, "groups": groups}
         out |= make(name.removesuffix(".weight"), q, scale, zero, **extra)
         values[name] = dequantize(q, scale, zero, groups)
-    save_file({name: np.ascontiguousarray(array) for name, array in out.items()}, folder / "model.safetensors")
+    save_file(
+        {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in out.items()},
+        folder / "model.safetensors",
+    )
     (folder / "config.json").write_text(json.dumps(hf | {"quantization_config": config}))
     return values

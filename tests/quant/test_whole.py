@@ -1,62 +1,120 @@
 """Models of quantized folders answer as the same models with their weights as values."""
 
+import jax
 import numpy as np
 import pytest
 
+from jaxserve import mesh as meshes
 from jaxserve.config import EngineConfig
 from jaxserve.engine import loading
 from jaxserve.quant.dense import Dense
+from jaxserve.quant.fp8 import Fp8
 from jaxserve.quant.int4 import Int4
+from jaxserve.quant.int8 import Int8
 from scripts import tiny_checkpoint
 from tests import oracle
 from tests.engine import build
 from tests.quant import folders
 
-CASES = {
-    "awq": ("LlamaForCausalLM", {}),
-    "gptq": ("Qwen2ForCausalLM", {}),
-    "compressed": ("InternLM2ForCausalLM", {}),
-    "act-order": ("LlamaForCausalLM", {}),
-    "gptq8": ("Qwen3ForCausalLM", {}),
-}
+NODES = {"awq": Int4, "gptq": Int4, "compressed": Int4, "act-order": Int4}
+NODES |= dict.fromkeys(("act-order8", "gptq8", "gptq8-asym", "w8", "smooth", "w8a8"), Int8)
+NODES |= {kind: Fp8 for kind in folders.EIGHT if kind.startswith("fp8")}
+# Where activations are rounded too: how far results may be off, in parts of what they are.
+ROUGH = {"smooth": 0.02, "w8a8": 0.02} | {kind: 0.06 for kind in NODES if kind.startswith("fp8")}
 
 
-def model(folder, kind, architecture=None, **changes):
-    hf = tiny_checkpoint.config(architecture or CASES[kind][0], **changes)
+@pytest.fixture
+def as_stored(monkeypatch):
+    """The CPU holds weights as a GPU would."""
+    monkeypatch.setattr(loading, "UNPACKED_SHARE", 0)
+
+
+def model(folder, kind, architecture="LlamaForCausalLM", **changes):
+    hf = tiny_checkpoint.config(architecture, **changes)
     return hf, folders.write(folder, hf, kind)
 
 
-@pytest.mark.parametrize("kind, tp", [*((kind, 1) for kind in CASES), ("awq", 2), ("compressed", 2), ("awq", 4)])
-def test_tokens_equal_the_oracles(tmp_path, kind, tp):
-    hf, values = model(tmp_path, kind)
+def linear(layer):
+    return {"qkv": layer.mixer.qkv, "o": layer.mixer.o, "gate_up": layer.ffn.gate_up, "down": layer.ffn.down}
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize("kind", NODES)
+def test_maps(tmp_path, as_stored, kind, tp):
+    """Every linear map of a layer against what its format's numbers mean."""
+    _, values = model(tmp_path, kind, num_hidden_layers=1)
+    held = loading.open_model(str(tmp_path), EngineConfig(tp=tp))
+    maps = linear(held.read().layers[0])
+    split = kind.startswith("act-order") and tp > 1  # no device has the inputs that its part of `o` and `down` wants
+    assert {name: type(map_) for name, map_ in maps.items()} == {
+        name: Dense if split and name in ("o", "down") else NODES[kind] for name in maps
+    }
+    rng = np.random.default_rng(0)
+    x = {name: rng.normal(size=(3, n)).astype(np.float32) for name, n in (("qkv", 64), ("o", 64), ("down", 96))}
+    x["gate_up"] = x["qkv"]
+    want = {name: x["qkv"] @ values[f"model.layers.0.self_attn.{name}_proj.weight"].T for name in "qkv"}
+    want["o"] = x["o"] @ values["model.layers.0.self_attn.o_proj.weight"].T
+    want |= {name: x["qkv"] @ values[f"model.layers.0.mlp.{name}_proj.weight"].T for name in ("gate", "up")}
+    want["down"] = x["down"] @ values["model.layers.0.mlp.down_proj.weight"].T
+
+    inputs = {"qkv": 64, "gate_up": 64, "o": 64 if tp == 1 else 128, "down": 96 if tp == 1 else 512}  # padded for tp
+    padded = {name: np.pad(x[name], ((0, 0), (0, n - x[name].shape[1]))) for name, n in inputs.items()}
+    with meshes.on(held.mesh):
+        out = jax.jit(lambda maps, x: {name: map_.dot(x[name]) for name, map_ in maps.items()})(maps, padded)
+    qkv, both = np.asarray(out["qkv"])[:, :2], np.asarray(out["gate_up"])[..., :96]
+    found = {"q": qkv[:, :, :2], "k": qkv[:, :, 2], "v": qkv[:, :, 3], "gate": both[:, 0], "up": both[:, 1]}
+    found |= {"o": np.asarray(out["o"]), "down": np.asarray(out["down"])}
+    for name, expected in want.items():
+        error = np.linalg.norm(found[name].reshape(3, -1) - expected) / np.linalg.norm(expected)
+        assert error < ROUGH.get(kind, 1e-3), name
+
+
+def check(engine, kind, values, hf):
+    """Logits of a prompt; and tokens, where nothing but weights is rounded."""
+    prompt = list(range(3, 33))
+    want, found = oracle.logits(values, hf, prompt), engine.score(prompt, "logits")
+    assert np.linalg.norm(found - want) / np.linalg.norm(want) < 3 * ROUGH.get(kind, 1e-3)
+    if kind not in ROUGH:
+        expected = oracle.greedy(values, hf, prompt[:5], 10)
+        end = expected.index(build.EOS) if build.EOS in expected else 10
+        assert build.run(engine, [(prompt[:5], 10)])[0][:end] == expected[:end]
+
+
+WHOLE = [
+    ("InternLM2ForCausalLM", "compressed", 2),
+    ("Qwen2ForCausalLM", "gptq", 1),
+    ("Qwen3ForCausalLM", "fp8-block", 1),
+    ("MixtralForCausalLM", "awq", 2),
+    ("MixtralForCausalLM", "w8a8", 1),
+    ("Qwen3MoeForCausalLM", "act-order", 1),
+    ("Qwen3MoeForCausalLM", "fp8-block", 2),
+]
+
+
+@pytest.mark.parametrize("architecture, kind, tp", WHOLE)
+def test_answers(tmp_path, as_stored, architecture, kind, tp):
+    hf, values = model(tmp_path, kind, architecture, moe_intermediate_size=64)
     engine = build.engine(tmp_path, tp=tp)
     try:
-        layer = engine.runner.params.layers[0]
-        held = Int4 if kind in ("awq", "gptq", "compressed") else Dense
-        assert all(type(x) is held for x in (layer.mixer.qkv, layer.mixer.o, layer.ffn.gate_up, layer.ffn.down))
-        requests = [(list(range(3, 3 + n)), 12) for n in (1, 5, 20)]
-        expected = [oracle.greedy(values, hf, prompt, count) for prompt, count in requests]
-        found = build.run(engine, requests)
+        assert {type(map_) for map_ in linear(engine.runner.params.layers[0]).values()} == {NODES[kind]}
+        check(engine, kind, values, hf)
     finally:
         engine.close()
-    ends = [tokens.index(build.EOS) if build.EOS in tokens else len(tokens) for tokens in expected]
-    assert [tokens[:n] for tokens, n in zip(found, ends)] == [tokens[:n] for tokens, n in zip(expected, ends)]
 
 
-@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
-def test_experts_are_held_as_values(tmp_path, architecture):
-    _, values = model(tmp_path, "awq", architecture, moe_intermediate_size=64)
+@pytest.mark.parametrize("kind", ["awq", "fp8-block", "w8a8"])
+def test_held_as_values(tmp_path, kind):
+    """What the CPU does where memory is no matter; activations are rounded all the same."""
+    model(tmp_path, kind)
     held = loading.open_model(str(tmp_path), EngineConfig())
-    layer = held.read().layers[0]
-    assert type(layer.mixer.qkv) is Int4
-    name = next(name for name in values if "experts.1." in name and ("down" in name or "w2" in name))
-    np.testing.assert_array_equal(layer.ffn.down.weight[1].T, values[name].astype(np.float16))
+    for map_ in linear(held.read().layers[0]).values():
+        assert type(map_) is (Dense if kind == "awq" else NODES[kind]) and map_.weight.dtype == np.float32
+    assert "held as float32 values" in held.holds()
 
 
-def test_shapes_are_known_before(tmp_path):
-    import jax
-
-    model(tmp_path, "awq", num_attention_heads=6, num_key_value_heads=3, head_dim=32)
+@pytest.mark.parametrize("kind", ["awq", "act-order8", "fp8-static", "fp8-block"])
+def test_shapes_are_known_before(tmp_path, as_stored, kind):
+    model(tmp_path, kind, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=3, head_dim=32)
     for tp in (1, 2, 4):
         held = loading.open_model(str(tmp_path), EngineConfig(tp=tp))
         arrays = held.read()
@@ -65,7 +123,9 @@ def test_shapes_are_known_before(tmp_path):
             assert (shape.shape, shape.dtype, shape.sharding) == (array.shape, array.dtype, array.sharding)
 
 
-@pytest.mark.parametrize("stored, asked", [("awq", "hf"), ("awq", "gptq"), (None, "awq"), (None, "gptq")])
+@pytest.mark.parametrize(
+    "stored, asked", [("awq", "hf"), ("awq", "gptq"), (None, "awq"), (None, "gptq"), ("fp8", "awq")]
+)
 def test_the_format_asked_for_must_be_there(tmp_path, stored, asked):
     if stored:
         model(tmp_path, stored)
@@ -75,6 +135,9 @@ def test_the_format_asked_for_must_be_there(tmp_path, stored, asked):
         loading.open_model(str(tmp_path), EngineConfig(model_format=asked))
 
 
-def test_the_format_may_be_said(tmp_path):
-    model(tmp_path, "awq")
-    assert loading.open_model(str(tmp_path), EngineConfig(model_format="awq")).source.method == "awq"
+@pytest.mark.parametrize(
+    "kind, asked", [("awq", "awq"), ("smooth", "hf"), ("fp8", "fp8"), ("w8a8", "compressed-tensors")]
+)
+def test_the_format_may_be_said(tmp_path, kind, asked):
+    model(tmp_path, kind)
+    loading.open_model(str(tmp_path), EngineConfig(model_format=asked))
