@@ -72,6 +72,10 @@ class Sampling:
         """The rows packed in words, int32[R, WIDTH]."""
         return cls(words)
 
+    def later(self, i):
+        """The rows i steps later."""
+        return Sampling(self.words.at[:, self.STEP].add(i))
+
 
 @struct.dataclass
 class Tables:

@@ -1,5 +1,8 @@
 """One step of the engine: the jitted functions on the path of a token.
 
+A step is two programs: `advance` computes, `pick` or `draw` chooses tokens.  Where every row has one token, `step` does
+both, and several steps in a row: a launch costs the host as much as a small model costs a GPU.
+
 T tokens of the step, R rows, P pages a row, D width, V vocabulary (padded to a multiple of tp), lanes: seats of running
 requests.
 """
@@ -18,6 +21,7 @@ from jaxserve.sampling import Sampling, Tables, greedy, known, sample, set_lane
 
 ROW = ("start", "count", "lane", "rope_len")  # words of a row ahead of its sampling words
 LANE = ROW.index("lane")
+NO_LANE = 2**30  # out of range: what the row draws is dropped
 BLOCK = 64  # places whose logits are there at once while known tokens are scored
 ROW_WIDTH = len(ROW) + Sampling.WIDTH
 BORDER = 64  # words
@@ -29,10 +33,16 @@ OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 class Shape(NamedTuple):
     """What a program is compiled for."""
 
-    tokens: int
+    tokens: int  # as many as rows: one token a row
     rows: int
     pages: int  # pages a row
-    full: bool = False  # the full sampler; otherwise every row is greedy and plain
+    full: bool = False  # of `step`: the full sampler; otherwise every row is greedy and plain
+    steps: int = 1  # of `step`: how many it does
+
+    @property
+    def drawn(self):
+        """Rows of the program that draws after it: round, so that few are compiled."""
+        return self.tokens if self.rows == self.tokens - 1 else self.rows
 
     @property
     def sections(self):
@@ -41,13 +51,13 @@ class Shape(NamedTuple):
         XLA hands a section to a kernel as it lies there, and kernels want it on a border of 256 bytes (Triton of 16).
         """
         rows = -(-self.tokens // BORDER) * BORDER
-        pages = rows + -(-self.rows * ROW_WIDTH // BORDER) * BORDER
+        pages = rows + -(-self.drawn * ROW_WIDTH // BORDER) * BORDER
         return rows, pages, pages + self.rows * self.pages
 
     def row_words(self, words):
-        """That section of the array that has the rows, [R, ROW_WIDTH]."""
+        """That section of the array that has the rows, [drawn, ROW_WIDTH], of which the last may be padding."""
         start = self.sections[0]
-        return words[start : start + self.rows * ROW_WIDTH].reshape(self.rows, ROW_WIDTH)
+        return words[start : start + self.drawn * ROW_WIDTH].reshape(self.drawn, ROW_WIDTH)
 
 
 @struct.dataclass
@@ -71,10 +81,22 @@ class Batch:
     @classmethod
     def unpack(cls, words, shape):
         """All numbers of a step (floats bit by bit) come in one int32 array: a transfer costs more than its bytes."""
-        token, pages, rows = words[: shape.tokens], words[shape.sections[1] :], shape.row_words(words)
+        token, pages = words[: shape.tokens], words[shape.sections[1] :]
+        rows = shape.row_words(words)[: shape.rows]
         start, count, lane, rope_len = (rows[:, i] for i in range(len(ROW)))
         spans = Spans.locate(shape.tokens, start, count, pages.reshape(shape.rows, shape.pages), rope_len)
         return cls(token, lane, spans, Sampling.unpack(rows[:, len(ROW) :]))
+
+    def later(self, i):
+        """The batch of the i-th of several steps: rows of `count` tokens have had one in each step before."""
+        spans, live = self.spans, self.spans.count > i
+        start, count = spans.start + i, jnp.where(live, 1, 0)
+        return Batch(
+            jnp.where(i == 0, self.token, -1),
+            jnp.where(live, self.lane, NO_LANE),
+            Spans.locate(self.token.shape[0], start, count, spans.pages, spans.rope_len),
+            self.sampling.later(i),
+        )
 
 
 def _logits(cfg, head, hidden):
@@ -89,50 +111,74 @@ class Left:
     """What a forward leaves on the device for the program after it."""
 
     hidden: jax.Array  # [T, D]
-    last: jax.Array  # [R, D]  of each row's last token
-    rows: jax.Array  # int32[R, ROW_WIDTH]  as they were packed
+    last: jax.Array  # [Shape.drawn, D]  of each row's last token
+    rows: jax.Array  # int32[Shape.drawn, ROW_WIDTH]  as they were packed
 
 
-def _run(cfg, shape, params, state, words):
-    """Computes the batch packed in `words`: the batch, its cache, the hidden states [T, D] and those of last tokens."""
-    batch = Batch.unpack(words, shape)
+def _run(cfg, params, state, batch):
+    """The hidden states [T, D] of a batch, and the cache with its keys and values."""
     newest = state.newest.at[batch.lane[batch.spans.row]].get(mode="clip")
     token = jnp.where(batch.token < 0, newest, batch.token)
-    hidden, cache = forward(cfg, params, state.cache, token, batch.spans)
-    last = jnp.clip(batch.spans.first + batch.spans.count - 1, 0, shape.tokens - 1)
-    return batch, cache, hidden, hidden[last]
+    return forward(cfg, params, state.cache, token, batch.spans)
 
 
 def _told(drawn):
-    """One array for the host to wait for: a token below 0 is a row without one, see Drawn.bad."""
-    return drawn.replace(tokens=jnp.where(drawn.bad < 0, drawn.bad, drawn.tokens), bad=None)
+    """What the host waits for, arrays [1, R, ...]: a token below 0 is a row without one, see Drawn.bad."""
+    told = drawn.replace(tokens=jnp.where(drawn.bad < 0, drawn.bad, drawn.tokens), bad=None)
+    return jax.tree.map(lambda x: x[None], told)
 
 
 @partial(jax.jit, static_argnames=("cfg", "shape"), donate_argnames="state", compiler_options=OPTIONS)
 def step(cfg, shape, params, state, words):
-    """Computes the batch packed in `words` and samples one token a row.  Returns the new state and what was drawn."""
-    batch, cache, _, last = _run(cfg, shape, params, state, words)
-    with jax.named_scope("head"):
-        logits = _logits(cfg, params.head, last)  # [R, V]
-    with jax.named_scope("sample"):
-        if shape.full:
-            drawn, tables = sample(logits, batch.sampling, state.tables, batch.lane)
-        else:
-            drawn, tables = greedy(logits), state.tables
-    newest = state.newest.at[batch.lane].set(drawn.tokens, mode="drop")
-    return State(cache, newest, tables), _told(drawn)
+    """Does shape.steps steps with one token a row, each of which takes what the step before drew.
+
+    A row that is to get fewer tokens than there are steps has as many as its `count` says.  Returns the new state and
+    what was drawn: arrays [steps, R, ...].
+    """
+    batch = Batch.unpack(words, shape)
+
+    def one(state, batch):
+        hidden, cache = _run(cfg, params, state, batch)
+        with jax.named_scope("head"):
+            logits = _logits(cfg, params.head, hidden)  # [R, V]
+        with jax.named_scope("sample"):
+            if shape.full:
+                drawn, tables = sample(logits, batch.sampling, state.tables, batch.lane)
+            else:
+                drawn, tables = greedy(logits), state.tables
+        newest = state.newest.at[batch.lane].set(drawn.tokens, mode="drop")
+        return State(cache, newest, tables), _told(drawn)
+
+    if shape.steps == 1:
+        return one(state, batch)
+
+    def again(i, carry):
+        state, told = carry
+        state, drawn = one(state, batch.later(i))
+        # A write at index i would be a copy in the graph whose place the host has to set anew in every step.
+        return state, jax.tree.map(lambda all, new: jnp.where(_is(i, all), new, all), told, drawn)
+
+    told = jax.eval_shape(one, state, batch)[1]
+    empty = jax.tree.map(lambda x: jnp.zeros((shape.steps, *x.shape[1:]), x.dtype), told)
+    # XLA makes one graph of what is repeated, launches it without waiting for the device between, and writes the pools
+    # in place (scripts/count_kernels.py shows it).
+    return jax.lax.fori_loop(0, shape.steps, again, (state, empty))
 
 
-# The same in two programs: what comes between them is a mask that depends on the token before, or nothing.
+def _is(i, x):
+    """bool[N, 1, ...]: which of the N entries of x is the i-th."""
+    return jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1)) == i
 
 
 @partial(jax.jit, static_argnames=("cfg", "shape"), donate_argnames="state", compiler_options=OPTIONS)
 def advance(cfg, shape, params, state, words):
     """Computes the batch packed in `words` and samples nothing.  Returns the new state and what is Left to do."""
-    _, cache, hidden, last = _run(cfg, shape, params, state, words)
-    rows = shape.row_words(words)
+    batch = Batch.unpack(words, shape)
+    hidden, cache = _run(cfg, params, state, batch)
+    last = jnp.clip(batch.spans.first + batch.spans.count - 1, 0, shape.tokens - 1)
+    last = hidden[jnp.pad(last, (0, shape.drawn - shape.rows))]
     # The next program is compiled for arrays that lie whole on every device.
-    whole = jax.lax.with_sharding_constraint(Left(hidden, last, rows), PartitionSpec())
+    whole = jax.lax.with_sharding_constraint(Left(hidden, last, shape.row_words(words)), PartitionSpec())
     return state.replace(cache=cache), whole
 
 

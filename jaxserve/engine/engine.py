@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxserve.engine import recovery
+from jaxserve.engine.launch import InFlight
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.request import EngineDead, Output, Overloaded
-from jaxserve.engine.runner import InFlight
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.scoring import WANTS, Job, Scorer
 from jaxserve.sampling import NOTHING_LEFT
@@ -21,6 +21,8 @@ __all__ = ["Engine", "EngineDead", "Overloaded"]
 log = logging.getLogger("jaxserve")
 GIVE_UP = 3  # failed steps in a row after which the engine stops
 CAREFUL = 64  # steps of half the tokens after the device ran out of memory
+LONG = 0.006  # seconds of a launch of several steps after which SINGLE launches have one each
+SINGLE = 64
 SHORT = 32  # tokens: steps so short that launching one takes longer than running it (a 1.8B model on an H200: 1.9 ms)
 NAN = "the model's logits were not numbers (NaN): the weights or the computation overflowed"
 NONE_LEFT = "no token was left to choose: the grammar, the banned words and the biases exclude each other"
@@ -63,11 +65,13 @@ class Engine:
         self.on_turn: list[Callable] = []  # called on the engine's thread when a turn's tokens are in their outboxes
         self.pending: deque[InFlight] = deque()  # the steps in flight, oldest first
         self.ahead = 1 if runner.on_cpu else 2  # how many while the oldest is a short one; else one
-        self.steps, self.computed, self.dispatched, self.busy = 0, 0, 0, 0.0
+        self.steps, self.launches, self.computed, self.dispatched, self.busy = 0, 0, 0, 0, 0.0
         self.corrupted = self.failed_steps = self.recovered = 0
         self._half: tuple | None = None  # a step that computes and has not drawn: Runner.advance's
         self._undrawn: list[list] = []  # plans without tokens, the oldest first
-        self._careful = 0  # steps for which the budget stays small
+        self._careful = 0  # launches for which the budget stays small
+        self._single = 0  # launches that have one step each, for those with several take long
+        self._last_read = 0.0  # when a step was read
         self._arrivals = itertools.count(1)
         self._inbox: deque[tuple] = deque()
         self._wake = threading.Condition()
@@ -130,6 +134,7 @@ class Engine:
         """Counts of requests, pages and tokens at this moment, and of steps since the start."""
         return self.scheduler.stats() | {
             "steps": self.steps,
+            "launches": self.launches,  # of one step or several
             "step_tokens": self.computed,
             "step_tokens_padded": self.dispatched,
             "busy_s": self.busy,
@@ -228,16 +233,24 @@ class Engine:
     def _turn(self):
         """One turn.  The device works on the new step while the host reads the old one."""
         self.scorer.admit()
-        chunks = self.scheduler.plan()
+        chunks = self.scheduler.plan(self._steps())
         packed = self._pack(chunks) if chunks else None
         self._finish()
         launched = packed is not None and self._launch(packed)
         # Steps that take the device less time than the host takes to launch one need a second on its way.
-        ahead = self.ahead if self.pending and self.pending[-1].padded <= SHORT else 1
+        newest = self.pending[-1] if self.pending else None
+        ahead = self.ahead if newest and newest.steps == 1 and newest.padded <= SHORT else 1
         # Without a plan one step is read all the same: it may be what the next plan waits for.
         for _ in range(max(0, len(self.pending) - ahead) if launched else min(1, len(self.pending))):
             self._read()
         self._score()
+
+    def _steps(self):
+        """Steps that the next launch may have."""
+        sizes = self.runner.sizes
+        if self._single or not sizes.bursts or len(self.scheduler.running) > sizes.bursts[-1] or self.scorer.busy:
+            return 1
+        return sizes.steps
 
     def _pack(self, chunks):
         """The plan as an array; None where requests could not be packed: they have failed, the plan is taken back."""
@@ -269,7 +282,7 @@ class Engine:
             return False
         if packed.guided:
             if len(self.pending) == 1:  # with more, a row may wait for more than one token
-                self.guide.start(packed.guided, packed.shape.rows, self.pending[0].drew)
+                self.guide.start(packed.guided, packed.shape.drawn, self.pending[0].drew)
             self._half = self.runner.advance(packed)
         else:
             self._launched(self.runner.dispatch(packed))
@@ -298,15 +311,17 @@ class Engine:
         if all(chunk.request.finish for chunk in packed.chunks):
             self._undrawn.pop(0)
         else:
-            self._launched(self.runner.draw(self._half, self._masks(packed.guided, packed.shape.rows)))
+            self._launched(self.runner.draw(self._half, self._masks(packed.guided, packed.shape.drawn)))
         self._half = None
 
     def _launched(self, step):
         self._undrawn.pop(0)
         self.pending.append(step)
-        self.steps += 1
+        self.launches += 1
+        self.steps += step.steps
         self.computed += step.tokens
         self.dispatched += step.padded
+        self._single = max(0, self._single - 1)
         if self._careful:
             self._careful -= 1
             if not self._careful:
@@ -337,17 +352,23 @@ class Engine:
         """Records what the oldest step in flight drew, once it is done."""
         step = self.pending.popleft()
         try:
-            tokens, logprobs, tops = step.read()
+            told = step.read()
         except Exception:
             self.runner.state = None  # what it left there is of no use
             self._undrawn.insert(0, step.chunks)
             raise
         self._failures = 0
-        for chunk, token in zip(step.chunks, tokens):
-            if token < 0 and chunk.emits and not chunk.request.finish:
-                self.corrupted += token != NOTHING_LEFT
-                self._fail(chunk.request, NONE_LEFT if token == NOTHING_LEFT else NAN)
-        recovery.commit(self.scheduler, step.chunks, tokens, logprobs, tops)
+        now = time.perf_counter()
+        if step.steps > 1 and now - max(step.began, self._last_read) > LONG:
+            self._single = SINGLE
+        self._last_read = now
+        for i, (tokens, logprobs, tops) in enumerate(told):
+            if min(tokens, default=0) < 0:
+                for chunk, token in zip(step.chunks, tokens):
+                    if token < 0 and chunk.emits > i and not chunk.request.finish:
+                        self.corrupted += token != NOTHING_LEFT
+                        self._fail(chunk.request, NONE_LEFT if token == NOTHING_LEFT else NAN)
+            recovery.commit(self.scheduler, step.chunks, tokens, logprobs, tops, i)
 
     def _fail(self, request, message):
         self._safely(self.scheduler.fail, request, message)

@@ -26,7 +26,7 @@ def undo(scheduler, plans):
         if request.lane < 0 or request in back:
             continue  # it computes everything again
         request.computed = chunk.start
-        if chunk.stop - chunk.start == 1 and request.chained <= first:
+        if chunk.stop - chunk.start == (chunk.emits or 1) and request.chained <= first:
             kept = -(-chunk.start // size)
             scheduler.pool.release(request.pages[kept:])
             del request.pages[kept:]
@@ -74,16 +74,17 @@ def complete(scheduler, request):
         scheduler._end(request, Output(None, "stop"))
 
 
-def commit(scheduler, chunks, tokens, logprobs, tops):
+def commit(scheduler, chunks, tokens, logprobs, tops, step=0):
     """Scheduler.commit; a request whose outbox raises ends alone, and the others get their tokens."""
     at = 0
     while at < len(chunks):
         rest = [None if part is None else part[at:] for part in (logprobs, tops)]
         try:
-            return scheduler.commit(chunks[at:], tokens[at:], *rest)
+            return scheduler.commit(chunks[at:], tokens[at:], *rest, step)
         except Exception:
             # The last one that was recorded is it.
-            recorded = [i for i, c in enumerate(chunks) if c.emits and len(c.request.tokens) > c.stop]
+            told = [len(c.request.tokens) - c.stop + c.emits for c in chunks]  # of the chunk, and one
+            recorded = [i for i, c in enumerate(chunks) if c.emits > step and told[i] > step + 1]
             if not recorded or recorded[-1] < at:
                 raise
             log.exception("the outbox of a request failed")

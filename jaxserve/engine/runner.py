@@ -4,8 +4,6 @@ T tokens of a step, R rows, P pages a row; a lane is a request's seat on the dev
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,89 +13,32 @@ import numpy as np
 from jaxserve import mesh as meshes
 from jaxserve import ops
 from jaxserve.cache import PagedKV
+from jaxserve.engine.launch import InFlight, Packed, Piece
 from jaxserve.engine.programs import compile_all
 from jaxserve.engine.sizes import Sizes, bucket
 from jaxserve.sampling import Sampling, Tables, bias_rows, table_rows
-from jaxserve.step import BLOCK, LANE, ROW, ROW_WIDTH, Shape, State, advance, draw, logits, pick, score, seat, step
+from jaxserve.step import BLOCK, LANE, NO_LANE, ROW, ROW_WIDTH, Shape, State, advance, draw, logits, pick, score, seat
+from jaxserve.step import step as steps
 
-NO_LANE = 2**30  # out of range: what the row draws is dropped
 START, COUNT, ROPE = ROW.index("start"), ROW.index("count"), ROW.index("rope_len")
 # From so many tokens cuBLAS multiplies faster than the kernels that XLA generates: a step of a 1.8B model on an H200
 # takes 2.95 ms, not 3.19, at 64, 3.87, not 4.53, at 512, 19.2, not 20.8, at 4096; but 2.09, not 1.97, at 16.
 CUBLAS_FROM = 48
 
 
-@dataclass
-class Packed:
-    """A step as it goes to the device, not yet sent."""
-
-    chunks: list
-    shape: Shape
-    full: bool  # the full sampler; otherwise every row is greedy and plain
-    fused: bool
-    words: np.ndarray
-    seats: list[tuple[int, tuple, tuple | None]]  # lane, who takes it (as in Runner.seated), what its tables will hold
-    guided: Sequence = ()  # (row, request) of rows that wait for a mask
-
-    @property
-    def tokens(self):
-        return sum(c.stop - c.start for c in self.chunks)
-
-
-class InFlight:
-    """A step that was dispatched: reading waits for it."""
-
-    def __init__(self, packed, drawn):
-        self.chunks, self.drawn = packed.chunks, drawn
-        self.tokens, self.padded = packed.tokens, packed.shape.tokens
-        self.wants = packed.full and any(c.emits and c.request.params.logprobs is not None for c in self.chunks)
-        for array in self._wanted():  # asked for later, they would come when the step after this one ends
-            array.copy_to_host_async()
-
-    def _wanted(self):
-        drawn = self.drawn
-        return (drawn.tokens, drawn.logprob, drawn.top_ids, drawn.top_logprobs) if self.wants else (drawn.tokens,)
-
-    def drew(self):
-        """{request: token} of those that got one; waits for them.  On any thread, before or after `read`."""
-        return {c.request: token for c, token in zip(self.chunks, np.asarray(self.drawn.tokens).tolist()) if c.emits}
-
-    def read(self):
-        """(tokens, logprobs or None, tops or None), an entry for each chunk; a token below 0 is a Drawn.bad."""
-        tokens, *rest = (np.asarray(x)[: len(self.chunks)].tolist() for x in self._wanted())
-        if not rest:
-            return tokens, None, None
-        logprobs, ids, values = rest
-        counts = [c.request.params.logprobs for c in self.chunks]
-        tops = [tuple(zip(i[:k], v[:k])) if k else () for i, v, k in zip(ids, values, counts)]
-        return tokens, [p if k is not None else None for p, k in zip(logprobs, counts)], tops
-
-
-@dataclass
-class Piece:
-    """Tokens of a known sequence of `length` from position `start` on, their keys going into its `pages`."""
-
-    tokens: list[int]
-    targets: list[int]  # the tokens after each; the last of a sequence has none
-    start: int
-    length: int
-    pages: list[int]
-
-
 class Runner:
     """Owns the device arrays and the compiled programs."""
 
-    def __init__(self, cfg, mesh, plan, dtype, shapes, guided=False, scores_only=False):
+    def __init__(self, cfg, mesh, plan, dtype, shapes, scores_only=False):
         """cfg: the padded model.  shapes: Params as ShapeDtypeStructs; `params` is set when they are loaded.
 
-        guided: whether `advance` and `draw` may be called for any step.  scores_only: nothing but `score` and `logits`.
+        scores_only: nothing but `score` and `logits` will be called.
         """
         self.cfg, self.mesh, self.plan, self.shapes = cfg, mesh, plan, shapes
         self.params: Any = None
         self.state: Any = None
         self.sizes = Sizes.choose(mesh.devices.flat[0].platform, plan)
         self.scores_only = scores_only
-        self.guided = (guided or not self.sizes.fused) and not scores_only
         self.vocab = shapes.embed.shape[0]  # with padding
         self.mask_words = -(-self.vocab // 32)
         self.whole = whole = meshes.sharding(mesh)
@@ -129,16 +70,15 @@ class Runner:
         """{key: (function, arguments, compiler options)} of all programs."""
         state, head = self.state_shape, self.shapes.head
         jobs: dict = {}
-        for shape in self._fused():
-            jobs["step", shape] = step, self._arguments(shape), self._options(shape.tokens)
+        for shape in self._whole():
+            jobs["step", shape] = steps, self._arguments(shape), self._options(shape.tokens)
         for shape in self._apart():
             jobs["advance", shape] = advance, self._arguments(shape), self._options(shape.tokens)
-        for rows in sorted({shape.rows for shape in self._apart()}) if self.guided else ():
+        for rows in () if self.scores_only else sorted({shape.drawn for shape in self._apart()}):
             left = self._hidden(rows), self._struct((rows, ROW_WIDTH))
             mask, options = self._struct((rows, self.mask_words)), self._options(rows)
             jobs["draw", rows] = draw, (self.cfg, head, state.newest, state.tables, *left, mask), options
-            if not self.sizes.fused:
-                jobs["pick", rows] = pick, (self.cfg, head, state.newest, *left), options
+            jobs["pick", rows] = pick, (self.cfg, head, state.newest, *left), options
         for tokens in self.sizes.scored:
             known = self._hidden(tokens), self._struct((tokens,)), self._struct((), bool)
             jobs["score", tokens] = score, (self.cfg, head, *known), self._options(BLOCK)
@@ -152,23 +92,23 @@ class Runner:
             return None
         return {"xla_gpu_enable_triton_gemm": False}
 
-    def _fused(self):
+    def _whole(self):
         """Shapes of steps that are one program."""
         sizes = self.sizes
-        for pages in sizes.pages if sizes.fused and not self.scores_only else ():
-            for full in (False, True):
-                yield from (Shape(rows, rows, pages, full) for rows in sizes.rows)
-                # One row more than tokens can never be: T == R means one token a row (cache.Spans).
-                yield from (Shape(tokens, self.rows_of(tokens), pages, full) for tokens in sizes.tokens)
+        for pages in () if self.scores_only else sizes.pages:
+            yield from (Shape(rows, rows, pages) for rows in sizes.whole)
+            yield from (Shape(rows, rows, pages, full, sizes.steps) for rows in sizes.bursts for full in (False, True))
 
     def _apart(self):
-        """Shapes of steps that are two programs; without guided decoding these only score."""
+        """Shapes of steps that are two programs, of which scoring takes the first only."""
         sizes = self.sizes
-        for pages in sizes.apart_pages:
-            if self.guided:
-                yield from (Shape(rows, rows, pages) for rows in sizes.apart_rows)
-            for tokens in sizes.apart_tokens if self.guided else sizes.scored:
-                yield Shape(tokens, self.rows_of(tokens), pages)
+        if self.scores_only:
+            yield from (Shape(tokens, self.rows_of(tokens), sizes.pages[-1]) for tokens in sizes.scored)
+            return
+        for pages in sizes.pages:
+            yield from (Shape(rows, rows, pages) for rows in sizes.rows)
+            # One row more than tokens can never be: T == R means one token a row (cache.Spans).
+            yield from (Shape(tokens, self.rows_of(tokens), pages) for tokens in sizes.tokens)
 
     def rows_of(self, tokens):
         """Rows of a step with prompts."""
@@ -223,14 +163,14 @@ class Runner:
         if self.on_cpu and self.scores_only:
             self.score([Piece([0], [], 0, 1, [])])
         elif self.on_cpu:
-            fused = self.sizes.fused
-            self.dispatch(self._empty(next(self._fused() if fused else self._apart()), False, fused))
+            self.dispatch(self._empty(next(self._apart())))
         else:
             for _ in range(2):  # the second run records the CUDA graph
-                for shape in self._fused():
-                    self.dispatch(self._empty(shape, shape.full, True))
-                for shape in self._apart() if self.guided else ():
-                    self.draw(self.advance(self._empty(shape, True, False)), None)
+                for shape in self._whole():
+                    self.dispatch(self._empty(shape, shape.full, whole=True))
+                for shape in self._apart():
+                    for full in () if self.scores_only else (False, True):
+                        self.dispatch(self._empty(shape, full))
                 scored = [self.score([Piece([0] * n, [], 0, n, [])])[-1] for n in self.sizes.scored]
                 self.logits(scored[0], 0)
             self._sit([(0, (), table_rows(None, self.vocab, self.plan.session_len))])
@@ -248,26 +188,31 @@ class Runner:
         guided: (row, request) of rows that take a mask; with any, the plan is for `advance`, not `dispatch`.
         """
         seats = [seat for c in chunks if c.grew and (seat := self._seat(c.request))]
-        tokens, rows, sizes = sum(c.stop - c.start for c in chunks), len(chunks), self.sizes
-        full = any(c.emits and not c.request.params.plain for c in chunks)
-        fused = sizes.fused and not guided
-        all_rows, all_tokens = (sizes.rows, sizes.tokens) if fused else (sizes.apart_rows, sizes.apart_tokens)
-        held = max(len(c.request.pages) for c in chunks)
-        pages = bucket(held, sizes.pages if fused else sizes.apart_pages)
-        if tokens == rows and rows <= all_rows[-1]:
-            size = count = bucket(rows, all_rows)
-        else:
-            size = next(t for t in all_tokens if t >= tokens and self.rows_of(t) >= rows)
-            count = self.rows_of(size)
-        shape = Shape(size, count, pages, fused and full)
-        return Packed(chunks, shape, full or bool(guided), fused, self._words(chunks, shape), seats, guided)
+        full = bool(guided) or any(c.emits and not c.request.params.plain for c in chunks)
+        shape, whole = self._shape(chunks, full)
+        return Packed(chunks, shape, full, whole, self._words(chunks, shape), seats, guided)
 
-    def _empty(self, shape, full, fused):
-        return Packed([], shape, full, fused, self._words([], shape), [])
+    def _shape(self, chunks, full):
+        """The smallest compiled shape that holds a plan, and whether one program does it."""
+        sizes, rows, steps = self.sizes, len(chunks), max(c.emits for c in chunks)
+        pages = bucket(max(len(c.request.pages) for c in chunks), sizes.pages)
+        if steps > 1:
+            size = bucket(rows, sizes.bursts)
+            return Shape(size, size, pages, full, sizes.steps), True
+        tokens = sum(c.stop - c.start for c in chunks)
+        if tokens == rows:
+            whole = bool(sizes.whole) and not full
+            size = bucket(rows, sizes.whole if whole else sizes.rows)
+            return Shape(size, size, pages), whole
+        size = next(t for t in sizes.tokens if t >= tokens and self.rows_of(t) >= rows)
+        return Shape(size, self.rows_of(size), pages), False
+
+    def _empty(self, shape, full=False, whole=False):
+        return Packed([], shape, full, whole, self._words([], shape), [])
 
     def dispatch(self, packed):
         """Starts a step and returns an InFlight at once."""
-        if packed.fused:
+        if packed.whole:
             self._sit(packed.seats)
             self.state, drawn = self._call(("step", packed.shape), self.params, self.state, self._put(packed.words))
             return InFlight(packed, drawn)
@@ -283,10 +228,10 @@ class Runner:
     def draw(self, half, allowed):
         """Starts the other half and returns an InFlight at once.
 
-        allowed: int32[R, mask_words], R the rows of packed.shape; a row whose bits are all set is free.  None: all are.
+        allowed: int32[R, mask_words], R = packed.shape.drawn; a row whose bits are all set is free.  None: all are.
         """
         packed, left = half
-        rows, state, head = packed.shape.rows, self.state, self.params.head
+        rows, state, head = packed.shape.drawn, self.state, self.params.head
         if not packed.full:
             newest, drawn = self._call(("pick", rows), head, state.newest, left.last, left.rows)
             self.state = state.replace(newest=newest)
@@ -308,7 +253,7 @@ class Runner:
         the likeliest tokens and their log-probabilities [T, 20], zeros unless asked for; hidden states [T, D].
         """
         size = bucket(sum(len(p.tokens) for p in pieces), self.sizes.scored)
-        shape = Shape(size, self.rows_of(size), self.sizes.apart_pages[-1])
+        shape = Shape(size, self.rows_of(size), self.sizes.pages[-1])
         words, token, rows, pages = self._blank(shape)
         target, at = np.zeros(size, np.int32), 0
         for row, table, piece in zip(rows, pages, pieces, strict=False):
@@ -385,7 +330,7 @@ class Runner:
         at = 0
         for chunk in chunks:
             known = chunk.request.tokens[chunk.start : chunk.stop]
-            stop = at + chunk.stop - chunk.start
+            stop = at + (chunk.stop - chunk.start if shape.steps == 1 else 1)
             token[at : at + len(known)] = known
             token[at + len(known) : stop] = -1  # still on the device
             at = stop

@@ -23,13 +23,13 @@ from jaxserve.engine.request import Output, Request
 
 @dataclass(slots=True)  # made for every row of every step: frozen would take five times as long
 class Chunk:
-    """Positions start..stop of one request."""
+    """Positions start..stop of one request: a piece of its prompt, or one or more tokens of its answer."""
 
     request: Request
     start: int
     stop: int
-    emits: bool  # reaches the end of what there is, so its last position is sampled
-    unknown: bool  # the token of its last position is still in flight: the newest of the lane
+    emits: int  # tokens that are sampled: none before the end of what there is, one there; of an answer, one a position
+    unknown: bool  # the token of its first position, if it is of an answer, is still in flight: the newest of the lane
     grew: bool  # request.pages is longer than at its last chunk, or all new
 
 
@@ -127,14 +127,17 @@ class Scheduler:
             request.in_flight = 0  # preempted with a token on the device; it will be sampled again
         self.pool.forget(list(self.pool.entry_of))
 
-    def plan(self) -> list[Chunk]:
-        """One chunk for each request that gets any: first all of one position that emit, then the prompts.
+    def plan(self, steps: int = 1) -> list[Chunk]:
+        """One chunk for each request that gets any: first those of answers, then the prompts.
 
-        Running requests come first, then as much of the queue as fits.
+        Running requests come first, then as much of the queue as fits.  steps: tokens that answers may get at once, one
+        after the other; they get one where anybody is better off with that.
         """
         chunks: list[Chunk] = []
         preemptions = self.preemptions
         size = self.pool.size
+        if steps > 1 and not self._burst(steps):
+            steps = 1
         reading = None  # in the middle of its prompt
         for request in list(self.running):
             start, known = request.computed, len(request.tokens)
@@ -146,12 +149,14 @@ class Scheduler:
             if stop - start > 1:
                 reading = request
                 break
-            grew = start % size == 0
-            if grew and not self._grow(request):
+            if steps > 1:
+                stop = min(start + steps, request.limit)
+            grew = stop > len(request.pages) * size
+            if grew and not self._grow(request, stop):
                 continue
             request.computed = stop
-            request.in_flight += 1
-            chunks.append(Chunk(request, start, stop, True, stop > known, grew))
+            request.in_flight += stop - start
+            chunks.append(Chunk(request, start, stop, stop - start, start >= known, grew))
         left = self.budget - len(chunks)
         if reading and (chunk := self._read(reading, left)):  # cut short, it leaves no tokens or no pages for others
             chunks.append(chunk)
@@ -166,14 +171,18 @@ class Scheduler:
         tokens: Sequence[int],
         logprobs: Sequence[float | None] | None = None,
         tops: Sequence[tuple[tuple[int, float], ...]] | None = None,
+        step: int = 0,
     ) -> None:
-        """Records what a step produced: one token for each chunk, of which those of chunks that emit count."""
+        """Records what a step produced, the first of a plan or a later one: a token for each chunk.
+
+        Those of chunks that emit so many count.
+        """
         assert len(chunks) == len(tokens)
         for chunk, token, logprob, top in zip(
             chunks, tokens, logprobs or repeat(None), tops or repeat(()), strict=False
         ):
             request = chunk.request
-            if request.finish or not chunk.emits:
+            if request.finish or chunk.emits <= step:
                 continue  # ended while this was on its way, or in the middle of a prompt
             request.tokens.append(token)
             request.in_flight -= 1
@@ -194,9 +203,31 @@ class Scheduler:
         left = request.max_new_tokens if self.session_len is None else self.session_len - request.prompt_len
         return max(0, min(request.max_new_tokens, left))
 
-    def _grow(self, request: Request) -> bool:
-        """One more page for a stream, at the cost of the youngest.  False if it is the youngest: it waits a step."""
-        while not self.pool.free:
+    def _burst(self, steps: int) -> bool:
+        """Whether all answers may get so many tokens at once.
+
+        Not while a prompt is read or could be, where a grammar needs to see each token, where pages are short, or where
+        answers are so near their ends that half of the work would be for nothing.
+        """
+        if self.waiting and self.lanes:
+            return False
+        pages = tokens = most = 0
+        for request in self.running:
+            start = request.computed
+            if start >= request.limit:
+                continue
+            if request.grammar is not None or len(request.tokens) + request.in_flight - start > 1:
+                return False
+            count = min(steps, request.limit - start)
+            pages += -(-(start + count) // self.pool.size) - len(request.pages)
+            tokens += count
+            most += steps
+        return pages <= self.pool.free and 2 * tokens >= most
+
+    def _grow(self, request: Request, stop: int) -> bool:
+        """Pages for an answer, at the cost of the youngest.  False if it is the youngest: it waits a step."""
+        count = -(-stop // self.pool.size) - len(request.pages)
+        while self.pool.free < count:
             victim = next(reversed(self.running))
             if victim is request:
                 return False
@@ -205,8 +236,7 @@ class Scheduler:
             self.preemptions += 1
             self.waiting[victim] = None
             self.waiting.move_to_end(victim, last=False)
-        assert request.computed == len(request.pages) * self.pool.size
-        request.pages += self.pool.take(1)
+        request.pages += self.pool.take(count)
         return True
 
     def _read(self, request: Request, left: int) -> Chunk | None:

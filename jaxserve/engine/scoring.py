@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.engine.runner import BLOCK, Piece
+from jaxserve.engine.launch import Piece
+from jaxserve.engine.runner import BLOCK
 
 WANTS = ("logprobs", "alternatives", "logits", "hidden", "last")
 JOBS = 64  # at most at once

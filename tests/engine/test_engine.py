@@ -88,7 +88,7 @@ def test_fused_as_on_a_gpu(folder, engine, expected, monkeypatch):
     sampled = build.run(engine, random_requests(), params)
     build.like_a_gpu(monkeypatch)
     with build.engine(folder, guide=build.table, num_tokens_per_iter=400) as fused:
-        assert fused.runner.sizes.fused and len(fused.runner.sizes.scored) == 2
+        assert fused.runner.sizes.whole and len(fused.runner.sizes.scored) == 2
         fused.runner.on_cpu = False
         fused.runner.warm_up()  # all programs, as there
         assert build.run(fused, random_requests()) == expected

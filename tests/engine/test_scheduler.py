@@ -50,26 +50,35 @@ class Device:
         self.size, self.slots, self.newest, self.drawn = size, {}, {}, {}
 
     def run(self, chunks):
-        """Writes all positions of the step, then looks at what each row would attend to."""
+        """All steps of a plan; the tokens that each sampled."""
+        return [self.step(chunks, i) for i in range(max(1, *(chunk.emits for chunk in chunks)))]
+
+    def step(self, chunks, i):
+        """Writes all positions of the i-th step, then looks at what each row would attend to."""
         rows = []
         for chunk in chunks:
-            request = chunk.request
-            tokens = request.tokens[: chunk.stop]
-            assert chunk.unknown == (len(tokens) < chunk.stop)
-            if chunk.unknown:
-                tokens += self.drawn[request][len(tokens) - chunk.stop :]  # what the host has not seen
+            request, start, stop = chunk.request, chunk.start, chunk.stop
+            assert chunk.unknown == (len(request.tokens) <= start)
+            if chunk.emits > 1:
+                start, stop = start + i, start + i + 1
+            if i >= max(1, chunk.emits):
+                rows.append(None)
+                continue
+            tokens = request.tokens[:stop]
+            if len(tokens) < stop:
+                tokens += self.drawn[request][len(tokens) - stop :]  # what the host has not seen
                 assert tokens[-1] == self.newest[request.lane]
             values = prefix(request, tokens)
-            places = [(request.pages[at // self.size], at % self.size) for at in range(chunk.stop)]
-            assert len(values) == chunk.stop and (0, 0) not in places
-            for at in range(chunk.start, chunk.stop):
+            places = [(request.pages[at // self.size], at % self.size) for at in range(stop)]
+            assert len(values) == stop and (0, 0) not in places
+            for at in range(start, stop):
                 self.slots[places[at]] = values[at]
             rows.append((places, values))
-        for places, values in rows:
+        for places, values in filter(None, rows):
             assert [self.slots.get(place) for place in places] == values
-        sampled = [draw(chunk.request, values[-1]) for chunk, (_, values) in zip(chunks, rows, strict=True)]
+        sampled = [draw(chunk.request, row[1][-1]) if row else -1 for chunk, row in zip(chunks, rows, strict=True)]
         for chunk, token in zip(chunks, sampled, strict=True):
-            if chunk.emits:
+            if chunk.emits > i:
                 self.newest[chunk.request.lane] = token
                 self.drawn.setdefault(chunk.request, []).append(token)
         return sampled
@@ -78,10 +87,11 @@ class Device:
 class Bench:
     """The engine's loop, one step ahead or more, checking after every turn what must always hold."""
 
-    def __init__(self, pages=32, size=4, lanes=4, budget=16, ahead=1, **options):
+    def __init__(self, pages=32, size=4, lanes=4, budget=16, ahead=1, steps=1, **options):
+        self.steps = steps
         self.scheduler = Scheduler(PagePool(pages, size), lanes, budget, **options)
         self.lanes, self.device = lanes, Device(size)
-        self.ahead, self.flight = ahead, deque()  # (chunks, tokens) of the steps in flight, oldest first
+        self.ahead, self.flight = ahead, deque()  # (chunks, tokens of each step) of the plans in flight, oldest first
         self.prompts = {}  # request -> its prompt and the tokens it may get, in the order of arrival
         self.tables = {}  # request -> pages at its last chunk
 
@@ -93,7 +103,7 @@ class Bench:
         return request
 
     def turn(self):
-        chunks = self.scheduler.plan()
+        chunks = self.scheduler.plan(self.steps)
         self.check_plan(chunks)
         if chunks:
             self.flight.append((chunks, self.device.run(chunks)))
@@ -104,7 +114,10 @@ class Bench:
 
     def commit(self):
         if self.flight:
-            self.scheduler.commit(*self.flight.popleft())
+            chunks, told = self.flight.popleft()
+            for i, tokens in enumerate(told):
+                self.scheduler.commit(chunks, tokens, step=i)
+                self.check_state()
         self.check_state()
 
     @property
@@ -129,11 +142,14 @@ class Bench:
         raise AssertionError(f"not done after {most} steps: {self.scheduler.stats()}")
 
     def check_plan(self, chunks):
-        assert sum(chunk.stop - chunk.start for chunk in chunks) <= self.scheduler.budget
+        assert sum(chunk.stop - chunk.start - max(0, chunk.emits - 1) for chunk in chunks) <= self.scheduler.budget
         assert len({chunk.request.lane for chunk in chunks}) == len(chunks) <= self.lanes
-        streams = [chunk.emits and chunk.stop - chunk.start == 1 for chunk in chunks]
-        for chunk in chunks[(*streams, False).index(False) :]:
+        assert all(chunk.emits <= self.steps for chunk in chunks)
+        streams = [chunk.emits and chunk.stop - chunk.start == chunk.emits for chunk in chunks]
+        prompts = chunks[(*streams, False).index(False) :]
+        for chunk in prompts:
             assert not chunk.unknown, "a stream after a prompt"
+        assert not prompts or all(chunk.emits <= 1 for chunk in chunks), "several steps beside a prompt"
         for chunk in chunks:
             request = chunk.request
             assert 0 <= chunk.start < chunk.stop <= request.limit
@@ -502,6 +518,60 @@ def test_logprobs_go_out_with_their_tokens():
     assert list(second.outbox) == [Output(6)]
 
 
+def test_several_steps_at_once():
+    bench = Bench(steps=4, lanes=2)
+    first, second = bench.add([0] * 5, 11), bench.add([1] * 3, 7)
+    assert spans(bench.turn()) == [(0, 5, 1), (0, 3, 1)]
+    assert spans(bench.turn()) == [(5, 9, 4), (3, 7, 4)]
+    third = bench.add([2] * 3, 6)  # no lane is free, so it would not start earlier after one step
+    assert spans(bench.turn()) == [(9, 13, 4), (7, 9, 2)]
+    assert spans(bench.turn()) == [(13, 15, 2)]  # all tokens of the second are in flight
+    assert second.finish == "length" and third.lane < 0
+    assert spans(bench.turn()) == [(0, 3, 1)] and first.finish == "length"
+    bench.run()
+
+
+def test_one_step_at_a_time_beside_prompts():
+    bench = Bench(steps=4, budget=8)
+    bench.add([0] * 5, 20)
+    assert [spans(bench.turn()) for _ in range(2)] == [[(0, 5, 1)], [(5, 9, 4)]]
+    bench.add([1] * 12, 20)
+    assert spans(bench.turn()) == [(9, 10, 1), (0, 7, 0)]
+    assert spans(bench.turn()) == [(10, 11, 1), (7, 12, 1)]
+    assert spans(bench.turn()) == [(11, 15, 4), (12, 16, 4)]
+    bench.run()
+
+
+def test_one_step_at_a_time_where_grammars_pages_or_lengths_ask_for_it():
+    bench = Bench(steps=4)
+    guided = bench.add([0] * 5, 8, grammar="{}")
+    bench.turn()
+    assert spans(bench.turn()) == [(5, 6, 1)]
+    bench.scheduler.abort(guided)
+    assert bench.turn() == []
+    bench = Bench(steps=4, pages=5, size=2)  # eight tokens
+    bench.scheduler.watermark = 0
+    bench.add([0] * 3, 4)
+    bench.add([1] * 3, 4)
+    bench.turn()
+    assert spans(bench.turn()) == [(3, 4, 1), (3, 4, 1)]  # more would need pages of each other
+    bench.run()
+    bench = Bench(steps=4)
+    bench.add([0] * 3, 2)
+    bench.turn()
+    assert spans(bench.turn()) == [(3, 4, 1)]  # three of four steps would be for nothing
+    bench.run()
+
+
+def test_a_stop_among_several_steps_drops_the_rest():
+    bench = Bench(steps=4)
+    request = bench.add([0, 1, 2], 50, stop_ids=frozenset([1]))
+    answer, _ = oracle(request, [0, 1, 2], 50)
+    bench.run()
+    assert request.output == answer and request.outbox[-1] == Output(1, "stop")
+    assert bench.scheduler.stats()["generated_tokens"] == len(answer) < 50
+
+
 def test_a_step_may_be_read_before_the_next_is_planned():
     bench = Bench()
     bench.add([0] * 5, 9)
@@ -516,6 +586,7 @@ def traces(draw):
     """A small machine, and what happens to it between turns."""
     options = {
         "ahead": draw(st.sampled_from([1, 1, 2, 3])),
+        "steps": draw(st.sampled_from([1, 1, 2, 4, 7])),
         "pages": draw(st.integers(3, 24)),
         "size": draw(st.integers(1, 4)),
         "lanes": draw(st.integers(1, 5)),
@@ -603,6 +674,7 @@ def test_long_random_traces(seed):
         lanes=8,
         budget=random.choice([8, 12, 40]),
         ahead=1 + seed % 2,
+        steps=(1, 4, 3)[seed % 3],
         sizes=(4, 8, 24, 40),
     )
     for _ in range(150):

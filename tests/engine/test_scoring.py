@@ -69,8 +69,6 @@ def test_like_a_gpu(folder, monkeypatch):
     with build.engine(folder) as engine:
         want = logprobs(folder, tokens)
         np.testing.assert_allclose(engine.score(tokens), want[np.arange(len(want)), tokens[1:]], atol=1e-4)
-        assert not [key for key in engine.runner.programs if key[0] == "draw"]  # nor anything else of guided decoding
-        assert len([key for key in engine.runner.programs if key[0] == "advance"]) == 1
 
 
 def test_refusals(engine):
