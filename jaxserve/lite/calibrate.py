@@ -33,8 +33,8 @@ EXPERT_ARRANGES = ("experts", "experts_gate_up")
 class Block:
     """A layer, and the hidden states that come to it.
 
-    hidden: a list of [B, T, D], computed by the layers before as `follow` left them; exact: by the unquantized ones
-    (the same list as long as nobody called `follow`).
+    hidden: a list of [B, T, D], computed by the layers before as `follow` left them; exact: by the unquantized ones,
+    where `layers` was asked for both, else the same list.
     """
 
     index: int
@@ -77,11 +77,12 @@ class Block:
         }
 
 
-def layers(model, windows, progress: Callable | None = None, batch: int = 1, start: int = 0) -> Iterator[Block]:
+def layers(model, windows, progress: Callable | None = None, batch: int = 1, both: bool = False) -> Iterator[Block]:
     """The Blocks of a model, in order; only one is on the device.
 
     model: of `engine.loading.open_model`, unquantized.  windows: int32[N, T] token ids.  progress(done, total) counts
-    layers.  ValueError names the layer behind which a hidden state is no number, or overflows.
+    layers.  both: keep what the unquantized layers make of the windows, too, as `exact`.  ValueError names the layer
+    behind which a hidden state is no number, or overflows.
     """
     cfg, found = model.cfg, weights.check(model.source, model.cfg, model.mesh)
     rows = {row.path.split(".{}.")[1]: row for row in family(cfg.family).weights(cfg) if "{}" in row.path}
@@ -90,13 +91,15 @@ def layers(model, windows, progress: Callable | None = None, batch: int = 1, sta
         mine = {path: row for path, row in rows.items() if row.layers is None or index in row.layers}
         block = Block(index, read_layer(model, found, index), hidden, exact, mine, cfg, model.mesh)
         yield block
-        same = block.exact is block.hidden
-        exact = _sound(block.outputs(exact=True), index, "")
-        hidden = exact if same else hidden
-        if block._followed is not None:
-            hidden = _sound(block.outputs(block._followed), index, " after quantization")
-        elif not same:
-            hidden = _sound(block.outputs(), index, "")
+        quantized = block._followed is not None and block._followed is not block.layer
+        if both:
+            exact = _sound(block.outputs(exact=True), index, "")
+        if both and block.exact is block.hidden and not quantized:
+            hidden = exact
+        else:
+            hidden = _sound(block.outputs(block._followed), index, " after quantization" if quantized else "")
+        if not both:
+            exact = hidden
         progress and progress(index + 1, cfg.layers)
 
 
