@@ -105,3 +105,106 @@ def evaluate(models, quant_policy, json_file, **given):
         if json_file:
             report = {"protocol": protocol(**text), "rows": rows}
             Path(json_file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+# ---- folders of quantized models
+
+
+GPTQ = (
+    option("Weights", "--w-bits", type=click.Choice(["4", "8"]), default="4", help="bits of a weight"),
+    option("Weights", "--w-sym/--no-w-sym", default=True, help="ranges around 0, which every engine reads"),
+    option("Weights", "--w-group-size", type=click.IntRange(1), help="inputs that share a scale (default: 128, or the "
+           "largest power of two below that divides the model's)"),
+    option("Weights", "--act-order/--no-act-order", default=True, help="round inputs from the largest down; the layout "
+           "stays the same"),
+    option("Weights", "--desc-act/--no-desc-act", default=False, help="make groups of inputs of like size: a layout "
+           "that some engines read slowly or not at all"),
+    option("Weights", "--damping", type=click.FloatRange(0, 1), default=0.01, help="of the Hessian, a share of its "
+           "mean diagonal"),
+)  # fmt: skip
+
+
+@lite.command("auto-gptq")
+@click.argument("model", required=False)
+@add(CALIBRATION)
+@add(GPTQ)
+@add(ENGINE)
+def auto_gptq(model, w_bits, w_sym, w_group_size, act_order, desc_act, damping, **given):
+    """Write MODEL with weights of 4 or 8 bits: a GPTQ folder.
+
+    Frantar et al., 2022: weights that are rounded later make up for the errors of those before.
+    """
+    with mistakes():
+        from jaxserve.lite import gptq_folder as gptq
+
+        def run(held, windows, folder, batch, progress):
+            gptq.quantize(held, windows, folder, settings(held), batch=batch, progress=progress)
+
+        def settings(held):
+            group = gptq.group_of(held.cfg, w_group_size)
+            return gptq.Settings(group, int(w_bits), w_sym, act_order, desc_act, damping)
+
+        make(model, given, lambda held: settings(held).in_config(), run)
+
+
+@lite.command("smooth-quant")
+@click.argument("model", required=False)
+@add(CALIBRATION)
+@add((
+    option("Weights", "--quant-dtype", default="int8", metavar="int8|fp8", help="type of weights and activations "
+           "(fp8: float8_e4m3fn)"),
+    option("Weights", "--alpha", type=click.FloatRange(0, 1), default=0.5, help="how much of the activations' outliers "
+           "goes into the weights"),
+))  # fmt: skip
+@add(ENGINE)
+def smooth_quant(model, quant_dtype, alpha, **given):
+    """Write MODEL with weights of 8 bits, for activations of 8 bits: LMDeploy's smooth_quant folder.
+
+    Xiao et al., 2022: outliers of the activations are moved into the weights.
+    """
+    with mistakes():
+        from jaxserve.lite import smooth_quant as smooth
+
+        if (dtype := smooth.SPELLINGS.get(quant_dtype)) is None:
+            raise ValueError(f"--quant-dtype is {', '.join(smooth.SPELLINGS)}, not {quant_dtype!r}")
+
+        def run(held, windows, folder, batch, progress):
+            smooth.quantize(held, windows, folder, dtype, alpha=alpha, batch=batch, progress=progress)
+
+        make(model, given, lambda held: smooth.in_config(dtype), run, {"alpha": alpha})
+
+
+def make(model: str | None, given: dict, in_config: Callable, run: Callable, settings: dict | None = None) -> None:
+    """Writes a quantized folder: what the commands that make one have in common.
+
+    given: the options of CALIBRATION and ENGINE.  in_config(held) is the folder's quantization_config for an
+    `engine.loading.Model`; run(held, windows, folder, batch, progress) writes its layers.
+    """
+    names = ("work_dir", "calib_dataset", "calib_samples", "calib_seqlen", "batch_size")
+    work_dir, dataset, samples, length, batch = (given.pop(name) for name in names)
+    config = engine_config(given)
+    with mistakes(), interruptible():
+        from jaxserve.engine.loading import open_model
+        from jaxserve.lite import writing
+        from jaxserve.lite.evaluate import resolve
+        from jaxserve.lite.folder import Folder
+        from jaxserve.progress import bar, stages
+
+        path = str(resolve(model, config))
+        held = open_model(path, config)
+        if method := getattr(held.source, "method", None):
+            raise ValueError(f"{path}: its weights are quantized already ({method}); take the unquantized model")
+        known = {"dataset": dataset, "samples": samples, "length": length, **(settings or {})}
+        folder = Folder(work_dir, held.source, in_config(held), known)
+        if folder.resumed:
+            click.echo(f"{work_dir}: an unfinished run goes on", err=True)
+        windows = writing.windows(
+            path, config, dataset, samples, length, report=lambda line: click.echo(line, err=True)
+        )
+        with bar(held.cfg.layers, desc="layers", unit=" layers") as shown:
+            run(held, windows, folder, batch, lambda done, total: shown.update(done - shown.n))
+        with stages() as progress:
+            made = folder.finish(
+                "float16" if config.dtype == "auto" else config.dtype, lambda *counts: progress("saving", *counts)
+            )
+        click.echo(f"{made}: written")
