@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -104,14 +105,15 @@ class Completion:
         self._printed: dict[int, int] = {}  # choice -> characters that its tokens have printed so far
         self._echoes: list[tuple[str, Scores | None]] = []
 
-    def echo(self, score: Callable[[list[int], int], Scores]) -> None:
-        """Prepares what is repeated of the prompts, if anything; score(tokens, alternatives) is asked if needed."""
+    def echo(self, score: Callable[[list[list[int]], int], list[Scores]]) -> None:
+        """Prepares what is repeated of the prompts, if anything; score(prompts, alternatives) is asked if needed."""
         if not self.ask.echo:
             return
-        for prompt, tokens in zip(self.ask.prompts, self.prompts, strict=True):
+        alternatives = self.ask.config.logprobs
+        known = itertools.repeat(None) if alternatives is None else score(self.prompts, alternatives)
+        for prompt, chances in zip(self.ask.prompts, known):
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, skip_special=False)
-            alternatives = self.ask.config.logprobs
-            self._echoes.append((text, None if alternatives is None else score(tokens, alternatives)))
+            self._echoes.append((text, chances))
 
     def choice(self, index: int, message: Message) -> dict:
         return self._piece(index, message, message.content, message.finish)

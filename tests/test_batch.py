@@ -227,6 +227,9 @@ def test_echo_and_best_of():
     (answer,) = run([completion("ab", echo=True, logprobs=1, max_tokens=1)])
     (choice,) = answer["response"]["body"]["choices"]
     assert choice["text"] == "aba" and choice["logprobs"]["token_logprobs"] == [None, -98.0, -0.5]
+    (answer,) = run([completion(["ab", "c", "de"], echo=True, logprobs=1, max_tokens=1)])
+    told = [choice["logprobs"]["token_logprobs"] for choice in answer["response"]["body"]["choices"]]
+    assert told == [[None, -98.0, -0.5], [None, -0.5], [None, -101.0, -0.5]]
     (answer,) = run([completion("ab", best_of=3, max_tokens=1)])
     assert texts([answer]) == ["a"] and answer["response"]["body"]["usage"]["completion_tokens"] == 3
 

@@ -283,6 +283,7 @@ class Batch:
             ),
         } | form.beside
 
-    def _scores(self, tokens: list[int], alternatives: int):
-        scored = self.pipe.engine.score(tokens, want="alternatives") if len(tokens) > 1 else None
-        return scores(tokens, scored, alternatives)
+    def _scores(self, prompts: list[list[int]], alternatives: int):
+        score = self.pipe.engine.score_async
+        jobs = [score(tokens, "alternatives") if len(tokens) > 1 else None for tokens in prompts]
+        return [scores(tokens, job and job.result(), alternatives) for tokens, job in zip(prompts, jobs, strict=True)]

@@ -1,8 +1,6 @@
 """Routes of other servers that tools ask for: embeddings, vLLM's tokenizer routes, LMDeploy's own, health."""
 
 import base64
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -17,7 +15,6 @@ from jaxserve.serve.openapi import Operation
 from jaxserve.serve.service import Service
 
 MOST_INPUTS = 2048  # of one request for embeddings
-AT_ONCE = 16  # sequences of one body that are with the engine at the same time
 
 
 class EmbeddingsBody(Struct):
@@ -157,7 +154,7 @@ def _embeddings(service: Service, given: EmbeddingsBody) -> dict:
         raise ParamError("dimensions", f"dimensions: the vectors of this model have {width}, not {given.dimensions}")
     sequences = [_sequence(service, "input", one) for one in _inputs(given.input)]
     made = []
-    for index, state in enumerate(scores(service, sequences, "last")):
+    for index, state in enumerate(service.known(sequences, "last")):
         vector = unit(state[: given.dimensions])
         told = base64.b64encode(vector.tobytes()).decode() if given.encoding_format == "base64" else vector.tolist()
         made.append({"object": "embedding", "index": index, "embedding": told})
@@ -200,19 +197,6 @@ def _known(service: Service, name: str, ids: list[int]) -> list[int]:
         if not 0 <= token < service.vocab:
             raise ParamError(name, f"{name}: token ids of this model are 0 to {service.vocab - 1}, not {token}")
     return ids
-
-
-def scores(service: Service, sequences: Sequence[list[int]], want: str) -> list:
-    """What the engine makes of known sequences, several at once, in their order."""
-    if len(sequences) == 1:
-        return [service.engine.score(sequences[0], want)]
-    with ThreadPoolExecutor(min(AT_ONCE, len(sequences))) as pool:
-        jobs = [pool.submit(service.engine.score, ids, want) for ids in sequences]
-        try:
-            return [job.result() for job in jobs]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def unit(vector: np.ndarray) -> np.ndarray:

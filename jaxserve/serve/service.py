@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from jaxserve import answers, protocol
 from jaxserve.protocol import Ask, ParamError
@@ -18,6 +19,7 @@ from jaxserve.voice import Formats
 
 TOO_LONG = "context_length_exceeded"  # the code by which clients know that they must send less
 MANY = 1000  # messages, or token ids, that are looked through where they are; more in the thread pool
+AT_ONCE = 16  # known sequences of one body that are with the engine at the same time
 QUICK = 4000  # characters that are tokenized where they are; more go to the thread pool
 
 
@@ -144,13 +146,25 @@ class Service:
                 TOO_LONG,
             )
 
-    def scores(self, tokens: list[int], alternatives: int) -> answers.Scores:
-        """Each token of a prompt with its log-probability given those before it, and so many alternatives.  Waits."""
+    def known(self, sequences: Sequence[list[int]], want: str) -> list:
+        """What the engine makes of known sequences (`Engine.score`), several at once, in their order.  Waits."""
+        if len(sequences) < 2:
+            return [self.engine.score(tokens, want) for tokens in sequences]
+        with ThreadPoolExecutor(min(AT_ONCE, len(sequences))) as pool:
+            jobs = [pool.submit(self.engine.score, tokens, want) for tokens in sequences]
+            try:
+                return [job.result() for job in jobs]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def scores(self, prompts: Sequence[list[int]], alternatives: int) -> list[answers.Scores]:
+        """Each token of each prompt with its log-probability given those before it, and so many others.  Waits."""
         try:
-            scored = self.engine.score(tokens, want="alternatives") if len(tokens) > 1 else None
+            scored = iter(self.known([tokens for tokens in prompts if len(tokens) > 1], "alternatives"))
         except ValueError as error:
             raise ApiError(400, str(error)) from None
-        return answers.scores(tokens, scored, alternatives)
+        return [answers.scores(tokens, next(scored) if len(tokens) > 1 else None, alternatives) for tokens in prompts]
 
     def _check_size(self, name: str, characters: int) -> None:
         """Refuses, without tokenizing it, a text that cannot fit whatever its tokens are."""

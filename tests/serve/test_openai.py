@@ -1,5 +1,6 @@
 """OpenAI's chat completions, completions and models: answers, streams, parameters."""
 
+import threading
 import time
 
 import pytest
@@ -280,6 +281,20 @@ def test_echo_with_logprobs(server):
     assert same == choice
     chunks = server.chunks(COMPLETION, {"prompt": "ab", "echo": True, "logprobs": 1, "max_tokens": 1})
     assert [chunk["choices"][0] for chunk in chunks] == [choice]
+
+
+def test_echoes_of_several_prompts_are_scored_together(server, monkeypatch):
+    both, score = threading.Barrier(2), server.engine.score
+
+    def scored(tokens, want):
+        both.wait(20)
+        return score(tokens, want)
+
+    monkeypatch.setattr(server.engine, "score", scored)
+    choices = server.complete(["ab", "c", "de"], echo=True, logprobs=1, max_tokens=1)["choices"]
+    assert [choice["text"] for choice in choices] == ["aba", "ca", "dea"]
+    told = [choice["logprobs"]["token_logprobs"] for choice in choices]
+    assert told == [[None, -98.0, -0.5], [None, -0.5], [None, -101.0, -0.5]]
 
 
 def test_echo_alone(server):
