@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxserve import mesh as meshes
+from jaxserve import ops, weights
 from jaxserve.config import EngineConfig
 from jaxserve.engine import loading
 from jaxserve.quant.dense import Dense
@@ -14,6 +15,7 @@ from jaxserve.quant.int8 import Int8
 from scripts import tiny_checkpoint
 from tests import oracle
 from tests.engine import build
+from tests.models.test_families import engine_logits
 from tests.quant import folders
 
 NODES = {"awq": Int4, "gptq": Int4, "compressed": Int4, "act-order": Int4}
@@ -38,8 +40,10 @@ def linear(layer):
     return {"qkv": layer.mixer.qkv, "o": layer.mixer.o, "gate_up": layer.ffn.gate_up, "down": layer.ffn.down}
 
 
-@pytest.mark.parametrize("tp", [1, 4])
-@pytest.mark.parametrize("kind", NODES)
+SPLIT = ("awq", "act-order", "gptq8-asym", "w8a8", "fp8-static", "fp8-block")
+
+
+@pytest.mark.parametrize("kind, tp", [*((kind, 1) for kind in NODES), *((kind, 4) for kind in SPLIT)])
 def test_maps(tmp_path, as_stored, kind, tp):
     """Every linear map of a layer against what its format's numbers mean."""
     _, values = model(tmp_path, kind, num_hidden_layers=1)
@@ -69,21 +73,8 @@ def test_maps(tmp_path, as_stored, kind, tp):
         assert error < ROUGH.get(kind, 1e-3), name
 
 
-def check(engine, kind, values, hf):
-    """Logits of a prompt; and tokens, where nothing but weights is rounded."""
-    prompt = list(range(3, 33))
-    want, found = oracle.logits(values, hf, prompt), engine.score(prompt, "logits")
-    assert np.linalg.norm(found - want) / np.linalg.norm(want) < 3 * ROUGH.get(kind, 1e-3)
-    if kind not in ROUGH:
-        expected = oracle.greedy(values, hf, prompt[:5], 10)
-        end = expected.index(build.EOS) if build.EOS in expected else 10
-        assert build.run(engine, [(prompt[:5], 10)])[0][:end] == expected[:end]
-
-
 WHOLE = [
     ("InternLM2ForCausalLM", "compressed", 2),
-    ("Qwen2ForCausalLM", "gptq", 1),
-    ("Qwen3ForCausalLM", "fp8-block", 1),
     ("MixtralForCausalLM", "awq", 2),
     ("MixtralForCausalLM", "w8a8", 1),
     ("Qwen3MoeForCausalLM", "act-order", 1),
@@ -92,14 +83,26 @@ WHOLE = [
 
 
 @pytest.mark.parametrize("architecture, kind, tp", WHOLE)
-def test_answers(tmp_path, as_stored, architecture, kind, tp):
-    hf, values = model(tmp_path, kind, architecture, moe_intermediate_size=64)
-    engine = build.engine(tmp_path, tp=tp)
-    try:
-        assert {type(map_) for map_ in linear(engine.runner.params.layers[0]).values()} == {NODES[kind]}
-        check(engine, kind, values, hf)
-    finally:
-        engine.close()
+def test_logits(tmp_path, as_stored, architecture, kind, tp):
+    hf, values = model(tmp_path, kind, architecture, moe_intermediate_size=64, num_hidden_layers=1)
+    held = loading.open_model(str(tmp_path), EngineConfig(tp=tp))
+    params, prompt = held.read(), list(range(3, 19))
+    assert {type(map_) for map_ in linear(params.layers[0]).values()} == {NODES[kind]}
+    found = engine_logits(weights.padded(held.cfg, tp), params, held.mesh, prompt)
+    want = oracle.logits(values, hf, prompt)
+    assert np.linalg.norm(found - want) / np.linalg.norm(want) < 3 * ROUGH.get(kind, 1e-3)
+
+
+def test_answers(tmp_path, as_stored):
+    """Tokens, through the whole engine."""
+    hf, values = model(tmp_path, "awq")
+    requests = [(list(range(3, 3 + n)), 12) for n in (1, 5, 20)]
+    with build.engine(tmp_path) as engine:
+        found = build.run(engine, requests)
+    for (prompt, count), tokens in zip(requests, found):
+        want = oracle.greedy(values, hf, prompt, count)
+        end = want.index(build.EOS) if build.EOS in want else count
+        assert tokens[:end] == want[:end]
 
 
 @pytest.mark.parametrize("kind", ["awq", "fp8-block", "w8a8"])
@@ -141,3 +144,32 @@ def test_the_format_asked_for_must_be_there(tmp_path, stored, asked):
 def test_the_format_may_be_said(tmp_path, kind, asked):
     model(tmp_path, kind)
     loading.open_model(str(tmp_path), EngineConfig(model_format=asked))
+
+
+@pytest.mark.parametrize("kind, tp", [("awq", 2), ("fp8-static", 1), ("act-order8", 1), (None, 1)])
+def test_converted(tmp_path, as_stored, kind, tp):
+    """`convert` keeps weights as the engine holds them; what is read back is the same, bit by bit."""
+    if kind:
+        model(tmp_path / "stored", kind, num_hidden_layers=1)
+    else:
+        tiny_checkpoint.write(tmp_path / "stored", build.HF)
+    config, said = EngineConfig(tp=tp), []
+    loading.convert(str(tmp_path / "stored"), tmp_path / "converted", config, said.append)
+    before = loading.open_model(str(tmp_path / "stored"), config)
+    after = loading.open_model(str(tmp_path / "converted"), config)
+    assert after.held == before.held and after.holds() == before.holds() and (not kind or before.holds() in said)
+    want, found = before.read(), after.read()
+    assert jax.tree.structure(found) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
+        assert (a.dtype, a.sharding) == (b.dtype, b.sharding)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_converted_for_another_kind_of_device(tmp_path, as_stored, monkeypatch):
+    model(tmp_path / "stored", "awq", num_hidden_layers=1)
+    loading.convert(str(tmp_path / "stored"), tmp_path / "converted", EngineConfig())
+    with pytest.raises(ValueError, match="model_format=gptq, and the checkpoint has awq weights"):
+        loading.open_model(str(tmp_path / "converted"), EngineConfig(model_format="gptq"))
+    monkeypatch.setattr(ops, "layout", lambda: "the kernels of a GPU")
+    with pytest.raises(ValueError, match="converted for the CPU.*convert the original folder again"):
+        loading.open_model(str(tmp_path / "converted"), EngineConfig())
