@@ -622,7 +622,7 @@ gevent.joinall([gevent.spawn(client, number) for number in range(100)], raise_er
 leaver = gevent.spawn(link.score, [1, 2], "logprobs")
 gevent.kill(leaver)
 assert link.score([1, 2, 3], "logprobs").tolist() == [-1, -1]
-assert not lost and len(ticks) > 20, (lost, len(ticks))
+assert not lost and len(ticks) > 3, (lost, len(ticks))  # had the clients kept the thread, the clock would not have run
 assert link.stats()["running"] == 0
 link.close()
 print("fine")

@@ -266,7 +266,7 @@ def test_a_killed_engine_comes_back(server):
     stream = server.stream(1000)
     stream.read(3)
     server.processes("engine")[0].kill()
-    until(lambda: server.health() == 503 or "is back" in server.said)
+    until(lambda: server.health() == 503 or "is back" in server.said, 50)
     pieces = stream.rest()
     assert "the engine" in json.loads(pieces[-1])["error"]["message"]
     until(lambda: server.complete()[0] == 200)  # each web process connects by itself

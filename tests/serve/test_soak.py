@@ -9,7 +9,7 @@ from tests.serve.test_load import script
 def test_the_server_is_afterwards_what_it_was():
     soak = script("soak")
     with processes.served(processes.stub(rate=50, lanes=16)) as server:
-        report = soak.soak(server, 45, warm_up=10, clients=16, seed=0, pause=0.1)
+        report = soak.soak(server, 50, warm_up=10, clients=16, seed=0, pause=0.1)
     assert not report["faults"], soak.table(report)
     assert min(report["counts"][kind] for kind in ("good", "abort", "bad")) > 10
 
