@@ -45,7 +45,8 @@ class Rounded(NamedTuple):
 def round_to_nearest(weight, group: int, symmetric: bool = False) -> Rounded:
     """What needs no calibration: a group's whole range is cut into 15 steps."""
     if symmetric:
-        scale, zero = _grid(*_range(_grouped(weight, group)), True)
+        low, high = _range(_grouped(weight, group))
+        scale, zero = _grid(low, high, True)
         return Rounded(_nearest(weight, scale, zero), scale, zero)
     q, scale, zero = nearest(weight, group)
     return Rounded(q.astype(jnp.float32), _half(scale), zero.astype(jnp.float32))
