@@ -1,11 +1,12 @@
 """Compiles an engine's programs for an H200, without a GPU, and counts what a step launches.
 
-    python scripts/count_kernels.py [--tokens 16 --rows 16]
+    python scripts/count_kernels.py [--tokens 16 --rows 16 [--steps 4] [--full]]
 
 Needs jax's CUDA plugin (`pip install jax[cuda13]`), triton and jax-triton, on any machine.  The model is a Llama of
 1.8B shapes; a program of two and one of four layers tell what a layer costs.  A line of JSON for each program: command
 buffers (CUDA graphs: one is what we want), launches outside of them, launches that are there once, launches of a layer,
 copies among them by kind, and the bytes that the program needs beside its arguments (a copied pool would show there).
+Of a program of several steps these are one step's, as often as the loop turns, and `before` is launched ahead of it.
 """
 
 import argparse
@@ -15,14 +16,28 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[1]
 TARGET = PROJECT / "tests" / "data" / "h200.txtpb"
 THUNK = re.compile(r"^( *)\d+: (k\w+)", re.M)  # what is in another one is indented
+LOOP = re.compile(r"^\d+: kWhile.*\n(?:.*\n)*?  body:\n((?:    .*\n)*)", re.M)
+TURNS = re.compile(r'known_trip_count":\{"n":"(\d+)"')  # unknown to XLA, the host would ask the device in each turn
 COPIES = ("kCopy", "kMemcpy", "kDeviceToDeviceCopy", "kMemzero", "kMemset32BitValue")
-PROGRAMS = ((16, 16), (256, 256), (640, 256), (4096, 256))  # tokens, rows: decoding, prompts among it, prompts alone
+# Tokens, rows, steps, whether by the full sampler: decoding, the same several steps at a time, prompts among it,
+# prompts alone, and what draws for these.
+PROGRAMS = (
+    (16, 16, 1, False),
+    (256, 256, 1, False),
+    (16, 16, 4, False),
+    (16, 16, 4, True),
+    (640, 256, 1, False),
+    (4096, 256, 1, False),
+    (0, 256, 1, False),
+    (0, 256, 1, True),
+)
 LAYERS = (2, 4)
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -65,51 +80,74 @@ def runner(mesh, layers):
     return Runner(cfg, mesh, plan, jnp.dtype("bfloat16"), weights.shapes(cfg, mesh, set(), jnp.bfloat16))
 
 
-def thunks(mesh, layers, tokens, rows, folder):
-    """([kinds of what a step launches within a command buffer], [kinds outside], bytes beside the arguments)."""
+def job(made, tokens, rows, steps, full):
+    """(key, jitted function, arguments, compiler options) of one program; without tokens, of one that draws."""
+    from jaxserve.step import Shape, advance, step
+
+    if not tokens:
+        key = ("draw" if full else "pick"), rows
+        return key, *made._jobs()[key]
+    shape, function = Shape(tokens, rows, 64, full, steps), step if tokens == rows else advance
+    return (function.__name__, shape), function, made._arguments(shape), made._options(tokens)
+
+
+def parts(text):
+    """([kinds of what is launched within a command buffer], [kinds outside])."""
+    found = [(len(indent), kind) for indent, kind in THUNK.findall(text)]
+    # Between a command buffer and a launch there may be a wrapper that says where in an array its argument begins.
+    leaves = [a for a, b in zip(found, [*found[1:], (0, "")], strict=True) if b[0] <= a[0]]
+    return [kind for depth, kind in leaves if depth], [kind for depth, kind in found if depth == 0]
+
+
+def thunks(mesh, layers, program, folder):
+    """(name, `parts` of what a step launches, launches before a loop, turns of it, bytes beside the arguments)."""
     import jax
 
-    from jaxserve.step import Shape, step
-
-    made = runner(mesh, layers)
-    shape = Shape(tokens, rows, 64, False)
     for path in glob.glob(f"{folder}/*"):
         os.unlink(path)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = step.lower(*made._arguments(shape)).compile(compiler_options=made._options(tokens))
-    (path,) = glob.glob(f"{folder}/*jit_step*thunk_sequence_after_thunk_passes.txt")
-    found = [(len(indent), kind) for indent, kind in THUNK.findall(Path(path).read_text())]
-    # Between a command buffer and a launch there may be a wrapper that says where in an array its argument begins.
-    leaves = [a for a, b in zip(found, [*found[1:], (0, "")], strict=True) if b[0] <= a[0]]
-    outside = [kind for depth, kind in found if depth == 0]
-    return [kind for depth, kind in leaves if depth], outside, compiled.memory_analysis().temp_size_in_bytes
+        (name, *_), function, arguments, options = job(runner(mesh, layers), *program)
+        compiled = function.lower(*arguments).compile(compiler_options=options)
+    (path,) = glob.glob(f"{folder}/*jit_{name}*thunk_sequence_after_thunk_passes.txt")
+    text, before, turns = Path(path).read_text(), 0, 1
+    if loop := LOOP.search(text):
+        inside, outside = parts(text[: loop.start()])
+        before, turns = len(inside) + len(outside) - outside.count("kCommandBuffer"), TURNS.search(compiled.as_text())
+        text, turns = textwrap.dedent(loop[1]), turns and int(turns[1])
+    return name, parts(text), before, turns, compiled.memory_analysis().temp_size_in_bytes
 
 
-def count(mesh, tokens, rows, folder):
+def count(mesh, program, folder):
     """The figures of one program."""
-    few, many = (thunks(mesh, layers, tokens, rows, folder) for layers in LAYERS)
+    _, few, *_ = thunks(mesh, LAYERS[0], program, folder)
+    name, many, before, turns, size = thunks(mesh, LAYERS[1], program, folder)
     once, all_, outside = Counter(few[0]), Counter(many[0]), Counter(many[1])
     more = LAYERS[1] - LAYERS[0]
     layer = (all_.total() - once.total()) / more
     return {
-        "tokens": tokens,
-        "rows": rows,
+        "program": name,
+        **dict(zip(("tokens", "rows", "steps", "full"), program, strict=True)),
+        "turns": turns,
+        "before": before,
         "command_buffers": outside.pop("kCommandBuffer", 0),
         "outside": dict(outside),
         "once": once.total() - LAYERS[0] * layer,
         "layer": layer,
         "layer_kinds": {kind: n / more for kind, n in (all_ - once).items()},
         "copies": {kind: n for kind, n in all_.items() if kind in COPIES},
-        "temp_bytes": many[2],
+        "temp_bytes": size,
     }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, help="of one program; as many as rows: a decode step")
+    parser.add_argument("--tokens", type=int, help="of one program; as many as rows: a decode step; 0: of what draws")
     parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=1, help="of decoding in one launch [1]")
+    parser.add_argument("--full", action="store_true", help="by the full sampler, of several steps or of what draws")
     options = parser.parse_args()
-    programs = PROGRAMS if options.tokens is None else ((options.tokens, min(options.rows, options.tokens)),)
+    one = (options.tokens, options.rows, options.steps, options.full)
+    programs = PROGRAMS if options.tokens is None else (one,)
     with tempfile.TemporaryDirectory() as folder:
         # Read when XLA starts, so before jax is imported.
         flags = os.environ.get("XLA_FLAGS", "")
@@ -119,8 +157,8 @@ def main():
         os.environ["TRITON_INTERPRET"] = "0"
         sys.path.insert(0, str(PROJECT))
         mesh = h200()
-        for tokens, rows in programs:
-            print(json.dumps(count(mesh, tokens, rows, folder)), flush=True)
+        for program in programs:
+            print(json.dumps(count(mesh, program, folder)), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("tokens, rows, layer", [(16, 16, 12), (640, 256, 10)])
-def test_a_step_is_one_graph(tokens, rows, layer):
-    """A decode step, and one with prompts among 256 rows: one command buffer, few launches, and no pool is copied."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--tokens", str(tokens), "--rows", str(rows)], capture_output=True, text=True
-    )
+@pytest.mark.parametrize("tokens, rows, steps, layer", [(16, 16, 1, 12), (640, 256, 1, 10), (16, 16, 4, 13)])
+def test_a_step_is_one_graph(tokens, rows, steps, layer):
+    """A decode step, one with prompts among 256 rows, several steps: one command buffer each, and no pool is copied.
+
+    Several steps are a loop whose turns XLA has counted.
+    """
+    command = [sys.executable, SCRIPT, "--tokens", tokens, "--rows", rows, "--steps", steps]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert (found["command_buffers"], found["outside"], found["copies"]) == (1, {}, {})
+    assert (found["command_buffers"], found["outside"], found["turns"]) == (1, {}, steps)
+    assert sum(found["copies"].values()) == (tokens != rows)  # the rows' words, for the program that draws
     assert found["layer"] <= layer
     assert found["temp_bytes"] < 256 << 20  # a pool of the model is 4 GB
