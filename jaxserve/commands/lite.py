@@ -4,6 +4,7 @@ What the commands do is in `jaxserve.lite`, imported when they run.
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import click
 
 from jaxserve.config import EngineConfig
-from jaxserve.options import Group, Option, Value, engine_config, from_field, interruptible, mistakes
+from jaxserve.options import Command, Group, Option, Value, engine_config, from_field, interruptible, mistakes
 
 PARTS = ("all", "first-half", "second-half")
 
@@ -55,8 +56,9 @@ CALIBRATION = (
     option("Calibration", "--calib-dataset", metavar="FILE|NAME", default="self", help="text to look at: a .txt, "
            ".jsonl or .parquet file; wikitext2, ptb, c4 or pileval (needs the extra `calib`); self: the model writes "
            "its own"),
-    option("Calibration", "--calib-samples", type=click.IntRange(1), default=128, help="windows of text"),
-    option("Calibration", "--calib-seqlen", type=click.IntRange(2), default=2048, help="tokens of a window"),
+    option("Calibration", "--calib-samples", type=click.IntRange(1), help="windows of text (default: 128, on a CPU 16)"),
+    option("Calibration", "--calib-seqlen", type=click.IntRange(2), help="tokens of a window (default: 2048, on a CPU "
+           "512)"),
     option("Calibration", "--batch-size", type=click.IntRange(1), default=1, help="windows that are computed at once"),
 )  # fmt: skip
 
@@ -119,8 +121,8 @@ GPTQ = (
            "stays the same"),
     option("Weights", "--desc-act/--no-desc-act", default=False, help="make groups of inputs of like size: a layout "
            "that some engines read slowly or not at all"),
-    option("Weights", "--damping", type=click.FloatRange(0, 1), default=0.01, help="of the Hessian, a share of its "
-           "mean diagonal"),
+    option("Weights", "--damping", type=click.FloatRange(0, 1), help="of the Hessian, a share of its mean diagonal "
+           "(default: 0.01, or more where there is little text)"),
 )  # fmt: skip
 
 
@@ -174,37 +176,98 @@ def smooth_quant(model, quant_dtype, alpha, **given):
         make(model, given, lambda held: smooth.in_config(dtype), run, {"alpha": alpha})
 
 
+class Awq(Command):
+    """A command whose --search-scale may stand alone, as a flag, or have a value after it."""
+
+    def parse_args(self, ctx, args):
+        spelled = []
+        for number, word in enumerate(args):
+            spelled.append(word)
+            after = args[number + 1] if number + 1 < len(args) else ""
+            if word.replace("_", "-") == "--search-scale" and after.lower() not in BOOLEANS:
+                spelled.append("true")
+        return super().parse_args(ctx, spelled)
+
+
+BOOLEANS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "1", "0")
+
+
+@lite.command("auto-awq", cls=Awq)
+@click.argument("model", required=False)
+@add(CALIBRATION)
+@add((
+    option("Weights", "--w-bits", type=click.Choice(["4"]), default="4", help="bits of a weight"),
+    option("Weights", "--w-sym/--no-w-sym", default=False, help="ranges around 0: every zero is 8"),
+    option("Weights", "--w-group-size", type=click.IntRange(1), help="inputs that share a scale (default: 128, or the "
+           "largest power of two below that divides the model's)"),
+    option("Weights", "--search-scale", type=click.BOOL, metavar="[BOOL]", help="scales of the inputs of every map; "
+           "False: of none (default: of the two maps of a layer that come after a norm)"),
+))  # fmt: skip
+@add(ENGINE)
+def auto_awq(model, w_bits, w_sym, w_group_size, search_scale, **given):
+    """Write MODEL with weights of 4 bits: an AWQ folder.
+
+    Lin et al., 2023: inputs that matter are scaled up before rounding, and ranges are cut; then integers are chosen
+    that make up for what the rounding before them left behind.
+    """
+    with mistakes():
+        from jaxserve.lite import awq
+
+        def settings(held):
+            search = {None: "norms", True: "all", False: "none"}[search_scale]
+            return awq.Settings(awq.choose_group(held.cfg, w_group_size), w_sym, search)
+
+        def run(held, windows, folder, batch, progress):
+            awq.quantize(held, windows, folder, settings(held), batch=batch, progress=progress)
+
+        make(
+            model,
+            given,
+            lambda held: settings(held).in_config(awq.skipped(held.cfg)),
+            run,
+            {"search_scale": search_scale, "version": awq.VERSION},
+        )
+
+
+@lite.command("calibrate")
+@click.argument("model", required=False)
+@add(CALIBRATION)
+@add(ENGINE)
+def calibrate(model, **given):
+    """Write what comes into every linear map of MODEL: the largest and the mean size of each input.
+
+    The file is activations.safetensors in --work-dir: float32[inputs] under NAME.absmax and NAME.absmean.
+    """
+    config, calibration = calibration_of(given)
+    with mistakes(), interruptible():
+        from jaxserve.lite.making import observe
+
+        observe(model, config, calibration, tell=lambda line: click.echo(line, err=True))
+
+
 def make(model: str | None, given: dict, in_config: Callable, run: Callable, settings: dict | None = None) -> None:
     """Writes a quantized folder: what the commands that make one have in common.
 
-    given: the options of CALIBRATION and ENGINE.  in_config(held) is the folder's quantization_config for an
-    `engine.loading.Model`; run(held, windows, folder, batch, progress) writes its layers.
+    given: the options of CALIBRATION and ENGINE; in_config, run, settings: of a `making.Scheme`.
     """
-    names = ("work_dir", "calib_dataset", "calib_samples", "calib_seqlen", "batch_size")
-    work_dir, dataset, samples, length, batch = (given.pop(name) for name in names)
-    config = engine_config(given)
+    config, calibration = calibration_of(given)
     with mistakes(), interruptible():
-        from jaxserve.engine.loading import open_model
-        from jaxserve.lite import writing
-        from jaxserve.lite.evaluate import resolve
-        from jaxserve.lite.folder import Folder
-        from jaxserve.progress import bar, stages
+        from jaxserve.lite import making
 
-        path = str(resolve(model, config))
-        held = open_model(path, config)
-        if method := getattr(held.source, "method", None):
-            raise ValueError(f"{path}: its weights are quantized already ({method}); take the unquantized model")
-        known = {"dataset": dataset, "samples": samples, "length": length, **(settings or {})}
-        folder = Folder(work_dir, held.source, in_config(held), known)
-        if folder.resumed:
-            click.echo(f"{work_dir}: an unfinished run goes on", err=True)
-        windows = writing.windows(
-            path, config, dataset, samples, length, report=lambda line: click.echo(line, err=True)
-        )
-        with bar(held.cfg.layers, desc="layers", unit=" layers") as shown:
-            run(held, windows, folder, batch, lambda done, total: shown.update(done - shown.n))
-        with stages() as progress:
-            made = folder.finish(
-                "float16" if config.dtype == "auto" else config.dtype, lambda *counts: progress("saving", *counts)
-            )
-        click.echo(f"{made}: written")
+        scheme = making.Scheme(in_config, run, settings or {})
+        making.make(model, config, calibration, scheme, tell=lambda line: click.echo(line, err=True))
+
+
+def calibration_of(given: dict):
+    """The EngineConfig and the `making.Calibration` of the options of CALIBRATION and ENGINE."""
+    device, names = given.pop("device", None), ("work_dir", "calib_dataset", "calib_samples", "calib_seqlen")
+    if device not in (None, "cuda", "cpu"):
+        raise click.UsageError(f"--device is cuda or cpu, not {device}")
+    if device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is imported
+    values, batch = [given.pop(name) for name in names], given.pop("batch_size")
+    config = engine_config(given)
+    with mistakes():
+        from jaxserve.lite.making import Calibration
+
+        return config, Calibration(*values, batch)

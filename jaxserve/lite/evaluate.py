@@ -119,7 +119,7 @@ def compare(
     models: as for `score`; policies: values of EngineConfig.quant_policy; text: see `text_windows`.  The first row is
     what the others are compared with.  Of a row: model, weights and kv in words, windows, tokens, perplexity, change
     (0.01 is one percent more than the first row's) and its error, agreement (a share; None for the first row), bytes of
-    the weights and of a token in the cache, seconds.
+    the weights' files, of the weights in memory and of a token in the cache, seconds.
     """
     names = [hub.DEFAULT_NAME if model is None else str(model) for model in models]
     windows = text_windows(models[0], config, **text)
@@ -141,6 +141,7 @@ def compare(
                 plan = engine.plan
             first = (nll, top) if first is None else first
             row |= figures(nll, top, *first) | {
+                "file_bytes": file_bytes(engine.path),
                 "weight_bytes": plan.weights,
                 "kv_bytes_per_token": plan.cache // (plan.pages * plan.page_size),
                 "seconds": seconds,
@@ -168,6 +169,13 @@ def figures(nll, top, first_nll, first_top) -> dict:
     }
 
 
+def file_bytes(path) -> int:
+    """Bytes of a model's weights on the disk."""
+    path = Path(path)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix not in (".json", ".jinja")]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def weights_in_words(engine) -> str:
     """How a model's weights are stored."""
     found = engine.checkpoint_config.get("quantization_config")
@@ -185,7 +193,7 @@ def protocol(**text) -> dict:
 
 def table(rows: list[dict]) -> str:
     """The rows for people."""
-    head = ("model", "weights", "KV cache", "perplexity", "change", "+-", "same top-1", "weights GiB", "KV B/token")
+    head = ("model", "weights", "KV cache", "perplexity", "change", "+-", "same top-1", "files GiB", "KV B/token")
     lines = [head]
     for row in rows:
         first, error = row["agreement"] is None, row["change_error"]
@@ -197,7 +205,7 @@ def table(rows: list[dict]) -> str:
             "" if first else f"{row['change']:+.2%}",
             "" if first or error is None else f"{error:.2%}",
             "" if first else f"{row['agreement']:.2%}",
-            f"{row['weight_bytes'] / 2**30:.2f}",
+            f"{row['file_bytes'] / 2**30:.2f}",
             f"{row['kv_bytes_per_token']:,}",
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines)]

@@ -25,7 +25,7 @@ class Settings(NamedTuple):
     symmetric: bool = True
     act_order: bool = True  # inputs from the largest down; does not show in the result
     desc_act: bool = False  # groups of inputs of like size, which then are no neighbours
-    damping: float = gptq.DAMPING
+    damping: float | None = None  # None: as `damping_of` has it
 
     def in_config(self) -> dict:
         """quantization_config of config.json, as AutoGPTQ and its successors have it."""
@@ -37,10 +37,9 @@ class Settings(NamedTuple):
             "sym": self.symmetric,
             "desc_act": self.desc_act,
             "static_groups": self.act_order and not self.desc_act,
-            "damp_percent": self.damping,
             "true_sequential": True,
             "lm_head": False,
-        }
+        } | ({} if self.damping is None else {"damp_percent": self.damping})
 
 
 def quantize(model, windows, folder: Folder, settings: Settings, *, batch: int = 1, progress: Callable | None = None):
@@ -63,7 +62,7 @@ def quantize(model, windows, folder: Folder, settings: Settings, *, batch: int =
             weight = calibrate.at(layer, path).weight
             try:
                 between = gptq.hessian(taken[path] for taken in block.inputs(path, layer=layer))
-                q, scale, zero, groups = rounded(weight, between, settings)
+                q, scale, zero, groups = rounded(weight, between, settings, windows.size)
             except ValueError as error:
                 raise ValueError(f"layer {block.index}, {path}: {error}") from None
             value = spread(q, scale, zero, groups)
@@ -101,10 +100,16 @@ def maps(block) -> list[str]:
     return [path for path in calibrate.MAPS if path in block.rows]
 
 
-def rounded(weight, between, settings: Settings):
+def damping_of(inputs: int, tokens: int) -> float:
+    """A share of the Hessian's mean diagonal as large as what so few tokens leave open, and at least GPTQ's usual."""
+    return max(gptq.DAMPING, min(0.5, math.sqrt(inputs / tokens)))
+
+
+def rounded(weight, between, settings: Settings, tokens: int):
     """(q, scale, zero, group of each input) of a weight [inputs, *outputs], as GPTQ's files can hold it."""
+    damping = damping_of(len(weight), tokens) if settings.damping is None else settings.damping
     # A zero is stored less one: 0 would become 2^bits - 1, which readers take for 2^bits.
-    ways = {"bits": settings.bits, "symmetric": settings.symmetric, "damping": settings.damping, "least_zero": 1}
+    ways = {"bits": settings.bits, "symmetric": settings.symmetric, "damping": damping, "least_zero": 1}
     groups = np.arange(weight.shape[0]) // settings.group
     if not settings.desc_act:
         return *gptq.solve(weight, between, settings.group, act_order=settings.act_order, **ways), groups

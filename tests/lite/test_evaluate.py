@@ -71,7 +71,7 @@ def test_numbers_are_the_oracles(models, text):
     assert second["agreement"] == pytest.approx((other_top == want_top).mean(), abs=0.01)
     assert first["agreement"] is None and first["change"] == 0 and first["tokens"] == 5 * 99
     assert first["weights"] == "float32" and second["weights"] == "awq 4 bits g32"
-    assert second["weight_bytes"] <= first["weight_bytes"]
+    assert second["file_bytes"] < first["file_bytes"] and second["weight_bytes"] <= first["weight_bytes"]
     shown = evaluate.table([first, second]).splitlines()
     assert len({line.index("float32") if "float32" in line else line.index("awq 4") for line in shown[1:]}) == 1
     assert told[0] == "5 windows of 100 tokens" and len(told) == 3
