@@ -14,7 +14,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from pallas_kernels.triton_call import interpreted, jit, tl
 
 BITS = {"int8": 8, "int4": 4, "fp8": 8}
 PARAMETERS = 4  # bytes of a scale and a zero
@@ -43,18 +46,52 @@ def pool_shapes(shape, kind):
     return ((L, N, K, S, H * BITS[kind] // 8), jnp.uint8), ((L, N, K, S), jnp.int32)
 
 
+def spread(x):
+    """x [..., H] times a Hadamard matrix, float32: the same for queries and keys, it leaves their products as they are.
+
+    A few elements of keys are much larger than the rest, and 16 codes for all leave the others little; spread over the
+    head they do no harm (QuaRot, Ashkboos et al., 2024).  Each half of a head is multiplied in blocks of the largest
+    power of two that divides it, and the halves are then added and subtracted.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    half = first.shape[-1]
+    signs = jnp.asarray(spread_signs(half, half), jnp.float32)
+    first, second = (jnp.einsum("...i,ij->...j", x, signs, precision="highest") for x in (first, second))
+    return jnp.concatenate([first + second, first - second], -1) * (2 * spread_block(half)) ** -0.5
+
+
+def spread_block(half):
+    """The largest power of two that divides half a head."""
+    return half & -half
+
+
+def spread_signs(half, size):
+    """What `spread` multiplies half a head with, 1, -1 and 0, as the corner of a matrix [size, size]."""
+    block = np.ones((1, 1))
+    while len(block) < spread_block(half):
+        block = np.block([[block, block], [block, -block]])
+    signs = np.zeros((size, size))
+    signs[:half, :half] = np.kron(np.eye(half // len(block)), block)
+    return signs
+
+
+def top_code(kind):
+    """The largest value that a code has: of fp8 on both sides of 0, of the others from 0 on."""
+    return E4M3_MAX if kind == "fp8" else 2.0 ** BITS[kind] - 1
+
+
 def quantize(x, kind):
     """Codes uint8[..., C] and parameters int32[...] of x [..., H]."""
     x = x.astype(jnp.float32)
     low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
-    top = E4M3_MAX if kind == "fp8" else 2.0 ** BITS[kind] - 1
+    top = top_code(kind)
     if kind == "fp8":
         scale, zero = jnp.maximum(high, -low) / top, jnp.zeros_like(low)
     else:
         scale, zero = (high - low) / top, low
     parameters = jnp.concatenate([scale, zero], -1).astype(jnp.float16)
     scale, zero = _scale_and_zero(parameters)
-    steps = (x - zero) / jnp.where(scale > 0, scale, 1.0)
+    steps = (x - zero) * (1.0 / jnp.where(scale > 0, scale, 1.0))
     if kind == "fp8":
         codes = lax.bitcast_convert_type(jnp.clip(steps, -top, top).astype(jnp.float8_e4m3fn), jnp.uint8)
     else:
@@ -79,3 +116,98 @@ def _scale_and_zero(parameters):
     """float32[..., 1] each, of float16[..., 2]."""
     wide = parameters.astype(jnp.float32)
     return wide[..., :1], wide[..., 1:]
+
+
+# ---- For the kernels.  They read codes as words of 16 bits, each with VALUES values of a head: as shared memory can
+# turn matrices of 16-bit elements and of no smaller ones, keys and values then go to the tensor cores as codes, and
+# become bfloat16 or float16 in the registers from which they are multiplied, two at once.  What such a value is more
+# than its code (OFFSET), the scales and the zeros do not touch the single element: they are applied to sums over it.
+
+
+# What `values` gives is more than the code by so much: integers become floats in the low bits of a larger number.
+OFFSET = {("int4", "bfloat16"): 128, ("int4", "float16"): 1024, ("int8", "bfloat16"): -128, ("int8", "float16"): 1024}
+
+
+def kernel_constants(kind, dtype):
+    """What kernels must know of the codes that queries of `dtype` meet."""
+    name = jnp.dtype(dtype).name
+    return {
+        "KIND": kind,
+        "VALUES": 16 // BITS[kind],  # of a word
+        "OFFSET": OFFSET.get((kind, name), 0),
+        "BOOST": 1024 if name == "float16" else 1,  # keeps weights times scales away from denormals
+        "ASM": not interpreted(),
+    }
+
+
+def kernel_arguments(pool):
+    return pool.codes, pool.parameters
+
+
+@jit
+def column(word, J: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr):
+    """Which element of a head value J of a word is."""
+    if KIND == "int4":
+        return 2 * word + J // 2 + (J % 2) * (H // 2)
+    else:
+        return 2 * word + J
+
+
+@jit
+def scale_and_zero(parameters):
+    """float32 each."""
+    scale = (parameters & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    zero = (parameters >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return scale.to(tl.float32), zero.to(tl.float32)
+
+
+@jit
+def values(words, J: tl.constexpr, KIND: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
+    """Value J of each word plus OFFSET, exactly, as dtype.  Without ASM in plain operations, five times as many."""
+    if ASM and dtype != tl.float32:
+        return _packed_values(words, J, KIND, dtype)
+    if KIND == "fp8":
+        code = words >> (8 * J)
+        half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)  # the same number, but for the bias of the exponent
+        return (half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(dtype)
+    if KIND == "int4":
+        code = (words >> (4 * J)) & 0xF
+    else:
+        code = (words >> (8 * J)) & 0xFF
+    if dtype == tl.float32:
+        return code.to(tl.float32)
+    elif dtype == tl.float16:
+        return (code | 0x6400).to(tl.uint16).to(tl.float16, bitcast=True)
+    elif KIND == "int4":
+        return (code | 0x4300).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return (code.to(tl.float32) - 128.0).to(tl.bfloat16)
+
+
+@jit
+def _packed_values(words, J: tl.constexpr, KIND: tl.constexpr, dtype: tl.constexpr):
+    """`values` of two words at once."""
+    WIDE: tl.constexpr = dtype == tl.bfloat16
+    if KIND == "int4":
+        MAGIC: tl.constexpr = "0x43004300" if WIDE else "0x64006400"
+        CODE: tl.constexpr = f"shr.b32 t, $1, {4 * J}; lop3.b32 $0, t, 0x000F000F, {MAGIC}, 0xEA;"
+    elif KIND == "int8" and WIDE:  # 7 bits have room below the exponent: 128 + those, less 256, or 128 with the eighth
+        CODE: tl.constexpr = (
+            f"shr.b32 t, $1, {8 * J}; lop3.b32 u, t, 0x00800080, 0x43004300, 0xAE; "
+            "lop3.b32 t, t, 0x007F007F, 0x43004300, 0xEA; mov.b32 v, 0xBF80BF80; fma.rn.bf16x2 $0, u, v, t;"
+        )
+    elif KIND == "int8":
+        CODE: tl.constexpr = f"shr.b32 t, $1, {8 * J}; lop3.b32 $0, t, 0x00FF00FF, 0x64006400, 0xEA;"
+    else:  # bits of e4m3 where those of the wider type are, then the exponent put right
+        SHIFT: tl.constexpr = "4" if WIDE else "1"
+        MASK: tl.constexpr = "0x07F007F0" if WIDE else "0x3F803F80"
+        BIAS: tl.constexpr = "0x7B807B80" if WIDE else "0x5C005C00"
+        NAME: tl.constexpr = "bf16x2" if WIDE else "f16x2"
+        CODE: tl.constexpr = (
+            f"shl.b32 t, $1, {8 - 8 * J}; shr.b32 u, t, {SHIFT}; and.b32 u, u, {MASK}; "
+            f"lop3.b32 t, t, 0x80008000, u, 0xEA; mov.b32 u, {BIAS}; mov.b32 v, 0x80008000; fma.rn.{NAME} $0, t, u, v;"
+        )
+    if WIDE:
+        return tl.inline_asm_elementwise("{ .reg .b32 t, u, v; " + CODE + " }", "=r,r", [words], tl.bfloat16, True, 2)
+    else:
+        return tl.inline_asm_elementwise("{ .reg .b32 t, u, v; " + CODE + " }", "=r,r", [words], tl.float16, True, 2)

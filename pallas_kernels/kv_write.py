@@ -55,7 +55,7 @@ def _write(
 
 
 def kv_write(k_pool, v_pool, k, v, layer: int, slot):
-    """`kv_write_reference` as one Triton kernel for keys and values."""
+    """`kv_write_reference` as one Triton kernel for keys and values; for QuantizedPools there is `rope_kv_write`."""
     N, S, K, H = k_pool.shape[1:]
     first = jnp.full(1, layer * (N * S), jnp.int32)
     return triton_call(

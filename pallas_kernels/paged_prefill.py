@@ -15,16 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tuning
-from pallas_kernels.paged_decode import (
-    BLOCK,
-    MASKED,
-    cdiv_,
-    gather_pages,
-    listed,
-    paged_decode,
-    paged_decode_reference,
-    pages_of,
-)
+from pallas_kernels.paged_decode import BLOCK, MASKED, gather_pages, paged_decode, paged_decode_reference
+from pallas_kernels.pieces import cdiv_, listed, pages_of
 from pallas_kernels.triton_call import device, jit, power_of_two, tl, triton_call
 
 TILE = 64  # consecutive tokens of one row that the reference handles at once

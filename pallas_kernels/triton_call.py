@@ -27,6 +27,11 @@ except ImportError as error:
         return function
 
 
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which knows no inline assembly."""
+    return not MISSING and triton.knobs.runtime.interpret
+
+
 OLDEST_COMPUTE_CAPABILITY = 80  # Ampere
 # Devices that are compiled for without being there, by device kind.
 COMPUTE_CAPABILITY = {"NVIDIA H200": 90, "NVIDIA H100 80GB HBM3": 90, "NVIDIA A100-SXM4-80GB": 80, "NVIDIA L4": 89}

@@ -29,6 +29,11 @@ def lookup(kernel: str, dtype, head_dim: int) -> dict[str, Any]:
     raise ValueError(f"{kernel} has no block sizes for {key} (bits x head dim); see {TUNED / 'default.json'}")
 
 
+def of_kind(kernel: str, kind: str | None) -> str:
+    """The name in the tables of a kernel for codes of a kind (None: for plain numbers)."""
+    return kernel if kind is None else f"{kernel}_int{4 if kind == 'int4' else 8}"
+
+
 def path(kind: str) -> pathlib.Path:
     """The file of a device kind: NVIDIA H200 -> tuned/nvidia_h200.json."""
     return TUNED / (re.sub("[^a-z0-9]+", "_", kind.lower()).strip("_") + ".json")

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.kv_quant import QuantizedPool, quantize
+
 
 class Case:
     """Rows with `new` tokens each, the last ones of `lengths` cached tokens (0 and 0: an unused row), then padding.
@@ -59,3 +61,15 @@ class Case:
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             out[token] = np.einsum("kgs,skh->kgh", weights / weights.sum(-1, keepdims=True), v)
         return out
+
+
+def quantized(case, kind):
+    """The pools of a case as QuantizedPools; what is NaN there is junk in these, its scales and zeros NaN."""
+    out = []
+    for pool in (case.k, case.v):
+        x = jnp.swapaxes(jnp.asarray(pool), 2, 3)
+        codes, parameters = quantize(x, kind)
+        junk = jnp.isnan(x.astype(jnp.float32)).any(-1)
+        codes = jnp.where(junk[..., None], jnp.uint8(171), codes)
+        out.append(QuantizedPool(codes, jnp.where(junk, 0x7E007E00, parameters), kind))
+    return out

@@ -35,7 +35,7 @@ class Memory:
 
     def __init__(self, array):
         self.array = array
-        self.dtype = {"float16": "fp16", "float32": "fp32", "int32": "i32"}[array.dtype.name]
+        self.dtype = {"float16": "fp16", "float32": "fp32", "int32": "i32", "uint8": "u8"}[array.dtype.name]
 
     def data_ptr(self):
         return self.array.ctypes.data
@@ -45,7 +45,7 @@ def run(kernel, *inputs, out, grid, in_place=(), warps, stages, **constants):
     """`triton_call` by the interpreter; what a kernel leaves unwritten is NaN; what it does not return stays."""
     before = inputs
     inputs = [x if isinstance(x, int) else Memory(np.array(x)) for x in inputs]
-    junk = {"f": np.nan, "i": -(2**30)}
+    junk = {"f": np.nan, "i": -(2**30), "u": 171}
     outputs = [Memory(np.full(x.shape, junk[x.dtype.kind], x.dtype)) for x in out]
     kernel[grid](*inputs, *outputs, **constants)
     for i, (x, old) in enumerate(zip(inputs, before, strict=True)):
@@ -70,7 +70,8 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda self, *args: None)
     for function in (paged_decode, paged_prefill, kv_write, rope_kv_write):
         monkeypatch.setitem(function.__globals__, "triton_call", run)
-    monkeypatch.setattr("pallas_kernels.hopper_prefill.triton_call", run)
+    for module in ("hopper_prefill", "pieces"):
+        monkeypatch.setattr(f"pallas_kernels.{module}.triton_call", run)
     monkeypatch.setattr(tuning, "lookup", lambda *_: SIZES)
     monkeypatch.setitem(paged_prefill.__globals__, "hopper", lambda *_: False)
     with jax.numpy_dtype_promotion("strict"):
