@@ -56,7 +56,8 @@ CALIBRATION = (
     option("Calibration", "--calib-dataset", metavar="FILE|NAME", default="self", help="text to look at: a .txt, "
            ".jsonl or .parquet file; wikitext2, ptb, c4 or pileval (needs the extra `calib`); self: the model writes "
            "its own"),
-    option("Calibration", "--calib-samples", type=click.IntRange(1), help="windows of text (default: 128, on a CPU 16)"),
+    option("Calibration", "--calib-samples", type=click.IntRange(1), help="windows of text (default: 128, on a "
+           "CPU 16)"),
     option("Calibration", "--calib-seqlen", type=click.IntRange(2), help="tokens of a window (default: 2048, on a CPU "
            "512)"),
     option("Calibration", "--batch-size", type=click.IntRange(1), default=1, help="windows that are computed at once"),
@@ -173,7 +174,7 @@ def smooth_quant(model, quant_dtype, alpha, **given):
         def run(held, windows, folder, batch, progress):
             smooth.quantize(held, windows, folder, dtype, alpha=alpha, batch=batch, progress=progress)
 
-        make(model, given, lambda held: smooth.in_config(dtype), run, {"alpha": alpha})
+        make(model, given, lambda held: smooth.in_config(held.cfg, dtype), run, {"alpha": alpha})
 
 
 class Awq(Command):
@@ -260,14 +261,15 @@ def make(model: str | None, given: dict, in_config: Callable, run: Callable, set
 
 def calibration_of(given: dict):
     """The EngineConfig and the `making.Calibration` of the options of CALIBRATION and ENGINE."""
-    device, names = given.pop("device", None), ("work_dir", "calib_dataset", "calib_samples", "calib_seqlen")
+    names = {"calib_dataset": "dataset", "calib_samples": "samples", "calib_seqlen": "length", "batch_size": "batch"}
+    device, known = given.pop("device", None), {field: given.pop(name) for name, field in names.items()}
+    known["work_dir"] = given.pop("work_dir")
     if device not in (None, "cuda", "cpu"):
         raise click.UsageError(f"--device is cuda or cpu, not {device}")
     if device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is imported
-    values, batch = [given.pop(name) for name in names], given.pop("batch_size")
     config = engine_config(given)
     with mistakes():
         from jaxserve.lite.making import Calibration
 
-        return config, Calibration(*values, batch)
+        return config, Calibration(**known)

@@ -25,6 +25,7 @@ from jaxserve.models import family
 from jaxserve.models.layers import GatedMLP
 
 GROUPS = (128, 64, 32, 16, 8)
+VERSION = 1  # of what is done to the layers: a run that another one began is not gone on with
 SEARCHES = {"none": (), "norms": ("mixer.qkv", "ffn.gate_up"), "all": calibrate.MAPS}
 POWERS = tuple((a / 20, b) for a in range(2, 15, 2) for b in (0.0, a / 20))  # (a, b) that are tried beside (0, 0)
 OUTPUTS = 1024  # of a map that a scale is judged by
@@ -119,12 +120,11 @@ def quantized(block, settings: Settings, tokens: int) -> tuple[dict, dict]:
         weight = at(layer, path).weight
         flat = weight.reshape(len(weight), -1)
         moments = rounding.damped(seen.moments, tokens)
-        found = rounding.solved(
-            _target(flat, seen, moments), moments, settings.group, settings.symmetric, settings.rounds
-        )
+        target = _target(flat, seen, moments)
+        found = rounding.solved(target, moments, settings.group, settings.symmetric, settings.rounds)
         _must_be_finite(found, block, path, "scales")
         nearest = rounding.round_to_nearest(flat, settings.group, settings.symmetric)
-        errors[path] = _errors(flat, seen.moments, found=found, nearest=nearest)
+        errors[path] = _errors(target, seen.moments, found=found, nearest=nearest)
         tensors |= layout.packed(block, path, found, weight.shape)
         layer = placed(layer, path, found.values().reshape(weight.shape))
         tensors |= layout.biases(block, path, layer)
@@ -144,7 +144,8 @@ class Seen(NamedTuple):
     def scaled(self, scale):
         """The same for x / scale."""
         owed = None if self.owed is None else self.owed / scale[:, None]
-        return Seen(self.moments / scale / scale[:, None], self.apart / scale / scale[:, None], owed)
+        pairs = scale[:, None] * scale[None]
+        return Seen(self.moments / pairs, self.apart / pairs, owed)
 
 
 class Middle:
@@ -311,9 +312,10 @@ def fold(layer, path, scale):
     if path == "mixer.o":
         _, heads, rows, width = node.weight.shape
         scale = scale.reshape(heads, rows - 2, width)[:, 0]  # the same for all queries of a head
-    new = {"weight": node.weight.at[..., which, :].divide(scale)}
+    share = jnp.ones(node.weight.shape[1:]).at[..., which, :].set(1 / scale)
+    new = {"weight": node.weight * share[None]}
     if node.bias is not None:
-        new["bias"] = node.bias.at[..., which, :].divide(scale)
+        new["bias"] = node.bias * share
     part, name = before.split(".")
     return layer.replace(**{part: getattr(layer, part).replace(**{name: node.replace(**new)})})
 

@@ -85,10 +85,11 @@ def layers(model, windows, progress: Callable | None = None, batch: int = 1, bot
     behind which a hidden state is no number, or overflows.
     """
     cfg, found = model.cfg, weights.check(model.source, model.cfg, model.mesh)
-    rows = {row.path.split(".{}.")[1]: row for row in family(cfg.family).weights(cfg) if "{}" in row.path}
+    rows = [row for row in family(cfg.family).weights(cfg) if "{}" in row.path]
     hidden = exact = embedded(model, found, windows, batch)
     for index in range(cfg.layers):
-        mine = {path: row for path, row in rows.items() if row.layers is None or index in row.layers}
+        here = [row for row in rows if row.layers is None or index in row.layers]
+        mine = {row.path.split(".{}.")[1]: row for row in here}
         block = Block(index, read_layer(model, found, index), hidden, exact, mine, cfg, model.mesh)
         yield block
         quantized = block._followed is not None and block._followed is not block.layer
@@ -215,6 +216,12 @@ def attend(cfg, window, mixer, qkv):
 def _rotate(x, cos, sin):
     a, b = jnp.split(x, 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def must_be_dense(cfg: ModelConfig) -> None:
+    """ValueError for a mixture of experts, whose experts each see a part of the text."""
+    if any(row.arrange in EXPERT_ARRANGES for row in family(cfg.family).weights(cfg)):
+        raise ValueError("a mixture of experts: only `jaxserve lite auto_awq` takes it")
 
 
 def at(layer, path: str):

@@ -23,7 +23,8 @@ from jaxserve.text.tokenizer import Tokenizer
 SHARD = 2 << 30  # bytes of a safetensors file, which are in memory while it is written
 OWN = ("config.json", "generation_config.json", "tokenizer_data.json", "jaxserve.json", INDEX)  # made, not copied
 PACKED = (".qweight", ".weight_packed")  # a map with such a tensor has no ".weight"
-DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {name: np.dtype(kind) for name, kind in
+          (("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16), ("float32", np.float32))}  # fmt: skip
 
 
 class Folder:

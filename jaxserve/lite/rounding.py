@@ -99,7 +99,7 @@ def compensated(weight, moments, group: int, symmetric: bool = False) -> Rounded
             integer = _pick(rows[i], scale, zero)
             error = (rows[i] - (integer - zero) * scale) / own[i, i]
             later = jnp.where(jnp.arange(group) > i, own[i], 0)
-            return rows - later[:, None] * error, lost.at[i].set(error), picked.at[i].set(integer)
+            return rows - later[:, None] * error[None], lost.at[i].set(error), picked.at[i].set(integer)
 
         empty = jnp.zeros_like(rows)
         _, lost, picked = jax.lax.fori_loop(0, group, one_input, (rows, empty, empty))
@@ -129,14 +129,14 @@ def _better_scales(weight, found, moments, group):
         values, scales = state
         rows, own = _rows(moments, index, group)
         scale, zero = scales[index], found.zero[index]
-        steps = jax.lax.dynamic_slice_in_dim(found.q, index * group, group) - zero
+        steps = jax.lax.dynamic_slice_in_dim(found.q, index * group, group) - zero[None]
         slope = jnp.sum(steps * (rows @ (weight - values)), 0)
         bend = jnp.sum(steps * (own @ steps), 0)
         better = _half(scale + jnp.where(bend > 0, slope / jnp.maximum(bend, 1e-30), 0))
         moved = better - scale
         gains = moved * slope - 0.5 * moved * moved * bend > 0  # rounded to float16 it may not
         better = jnp.where((better > 0) & jnp.isfinite(better) & gains, better, scale)
-        values = jax.lax.dynamic_update_slice_in_dim(values, steps * better, index * group, 0)
+        values = jax.lax.dynamic_update_slice_in_dim(values, steps * better[None], index * group, 0)
         return values, scales.at[index].set(better)
 
     _, scales = jax.lax.fori_loop(0, len(found.scale), one_group, (found.values(), found.scale))
@@ -157,12 +157,12 @@ def _better_integers(weight, found, moments, group):
             now = (q[i] - zero) * scale
             integer = _pick(now + pull[i] / own[i, i], scale, zero)
             moved = (integer - q[i]) * scale
-            return q.at[i].set(integer), pull - own[:, i, None] * moved
+            return q.at[i].set(integer), pull - own[:, i, None] * moved[None]
 
         part = jax.lax.dynamic_slice_in_dim(q, index * group, group)
         part, _ = jax.lax.fori_loop(0, group, one_input, (part, pull))
         q = jax.lax.dynamic_update_slice_in_dim(q, part, index * group, 0)
-        return jax.lax.dynamic_update_slice_in_dim(values, (part - zero) * scale, index * group, 0), q
+        return jax.lax.dynamic_update_slice_in_dim(values, (part - zero[None]) * scale[None], index * group, 0), q
 
     _, q = jax.lax.fori_loop(0, len(found.scale), one_group, (found.values(), found.q))
     return found._replace(q=q)

@@ -1,0 +1,171 @@
+"""A quantized folder from beginning to end: calibration text, layers, the folder, and what it cost.
+
+What is done to the layers is up to a `Scheme`.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.loading import open_model
+from jaxserve.lite import calibrate, report, writing
+from jaxserve.lite.evaluate import resolve
+from jaxserve.lite.folder import Folder
+from jaxserve.progress import bar, stages
+
+HELD_OUT = 8  # windows at most that are measured with, and not calibrated with
+SMALL = (16, 512)  # windows, and their tokens, on a CPU where nobody says how many
+
+log = logging.getLogger("jaxserve")
+
+
+class Calibration(NamedTuple):
+    """What is looked at, and where the result goes."""
+
+    work_dir: str
+    dataset: str = "self"
+    samples: int | None = None  # windows; None: 128, on a CPU fewer (`settled`)
+    length: int | None = None  # tokens of a window; None: 2048, on a CPU fewer
+    batch: int = 1  # windows computed at once
+
+    def settled(self, platform: str) -> "Calibration":
+        """The same with numbers for what was left open."""
+        samples, length = SMALL if platform == "cpu" else (128, 2048)
+        return self._replace(samples=self.samples or samples, length=self.length or length)
+
+
+class Scheme(NamedTuple):
+    """How a model is quantized.
+
+    in_config(held): the quantization_config for an `engine.loading.Model`, ValueError where it cannot be done;
+    run(held, windows, folder, batch, progress): writes the layers into a `Folder`; settings: what else the result
+    depends on, for a run that goes on.
+    """
+
+    in_config: Callable
+    run: Callable
+    settings: dict
+
+
+def make(
+    model: str | None,
+    config: EngineConfig,
+    calibration: Calibration,
+    scheme: Scheme,
+    tell: Callable[[str], object] = log.info,
+    show: bool | None = None,
+    measured: bool = True,
+):
+    """Writes the folder, and returns its path.  tell(line): what people are told; measured: with a report in the end.
+
+    ValueError says what is wrong with the model, the text or the options, and names the layer that fails.
+    """
+    began, path = time.perf_counter(), str(resolve(model, config))
+    held = open_model(path, config)
+    with closing(held.source):
+        folder, calibration = begun(held, calibration, scheme)
+        if folder.resumed:
+            tell(f"{calibration.work_dir}: an unfinished run goes on")
+        windows, kept = texts(path, config, calibration, folder, tell, show)
+        with bar(held.cfg.layers, show, desc="layers", unit=" layers") as shown:
+            scheme.run(held, windows, folder, calibration.batch, lambda done, _: shown.update(done - shown.n))
+        errors = [folder.about(layer).get("errors", {}) for layer in range(held.cfg.layers)]
+        with stages(show) as progress:
+            dtype = "float16" if config.dtype == "auto" else config.dtype
+            made = folder.finish(dtype, lambda *counts: progress("saving", *counts))
+        tell(f"{made}: written after {time.perf_counter() - began:.0f} s")
+    if measured:
+        report.write(path, made, config, kept, errors, tell, show)
+    return made
+
+
+def begun(held, calibration: Calibration, scheme: Scheme) -> tuple[Folder, Calibration]:
+    """The folder that is to be written, and the calibration without open numbers."""
+    if hasattr(held.source, "restore"):
+        raise ValueError(f"{held.source.path}: was made by `jaxserve convert`; give the model it was made from")
+    if method := getattr(held.source, "method", None):
+        raise ValueError(
+            f"{held.source.path}: its weights are quantized already ({method}); take the unquantized model"
+        )
+    calibration = calibration.settled(held.mesh.devices.flat[0].platform)
+    if calibration.length > held.cfg.max_position:
+        raise ValueError(f"--calib-seqlen {calibration.length} is more than the model's {held.cfg.max_position}")
+    known = calibration._asdict() | scheme.settings
+    known.pop("work_dir")
+    return Folder(calibration.work_dir, held.source, scheme.in_config(held), known), calibration
+
+
+def _must_have_values(source) -> None:
+    if hasattr(source, "restore"):
+        raise ValueError(f"{source.path}: was made by `jaxserve convert`; give the model it was made from")
+    if method := getattr(source, "method", None):
+        raise ValueError(f"{source.path}: its weights are quantized already ({method}); take the unquantized model")
+
+
+def texts(path, config, calibration, folder, tell, show) -> tuple[np.ndarray, np.ndarray]:
+    """Windows to calibrate with, and others to measure with; those of an unfinished run are kept in its folder."""
+    count, stored = calibration.samples + held_out(calibration.samples), folder.partial / "windows.npy"
+    if not stored.exists():
+        found = writing.windows(path, config, calibration.dataset, count, calibration.length, tell, show)
+        new = stored.with_suffix(".new.npy")
+        np.save(new, found)
+        os.replace(new, stored)
+    windows = np.load(stored)
+    if len(windows) < 2:
+        raise ValueError(
+            f"{calibration.dataset}: fills one window of {calibration.length} tokens; one more is needed to measure "
+            "with; give more text, or a smaller --calib-seqlen"
+        )
+    calibrated = len(windows) - held_out(len(windows))
+    return windows[:calibrated], windows[calibrated:]
+
+
+def observe(model, config, calibration: Calibration, tell=log.info, show: bool | None = None) -> Path:
+    """Writes activations.safetensors into the work dir: of each input of every map the mean and the largest size."""
+    path = str(resolve(model, config))
+    held = open_model(path, config)
+    target = Path(calibration.work_dir).expanduser() / "activations.safetensors"
+    with closing(held.source):
+        _must_have_values(held.source)
+        calibration = calibration.settled(held.mesh.devices.flat[0].platform)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        windows = writing.windows(
+            path, config, calibration.dataset, calibration.samples, calibration.length, tell, show
+        )
+        out = {}
+        with bar(held.cfg.layers, show, desc="layers", unit=" layers") as shown:
+            for block in calibrate.layers(held, windows, lambda *_: shown.update(), calibration.batch):
+                for path, sizes in _sizes(block).items():
+                    for name in block.tensors(path, np.zeros((1, *calibrate.at(block.layer, path).weight.shape[1:]))):
+                        out |= {f"{name}.{what}": np.asarray(size) for what, size in sizes.items()}
+    new = target.with_suffix(".new")
+    save_file(out, new)
+    new.replace(target)
+    tell(f"{target}: written; the largest input is {max(float(size.max()) for size in out.values()):.4g}")
+    return target
+
+
+def _sizes(block) -> dict[str, dict]:
+    """For each map of a layer absmax and absmean float32[inputs]; experts and their router are left out."""
+    paths = [path for path in calibrate.MAPS if block.rows[path].arrange not in calibrate.EXPERT_ARRANGES]
+    found: dict[str, dict] = {}
+    for taken in block.inputs(*paths):
+        for path, x in taken.items():
+            size, of = jnp.abs(x), found.setdefault(path, {"absmax": 0.0, "absmean": 0.0})
+            of["absmax"] = jnp.maximum(of["absmax"], size.max(0))
+            of["absmean"] = of["absmean"] + size.mean(0) / len(block.hidden)
+    return found
+
+
+def held_out(count: int) -> int:
+    """How many of so many windows are not calibrated with."""
+    return min(HELD_OUT, max(1, count // 3))

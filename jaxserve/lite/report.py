@@ -1,0 +1,100 @@
+"""What a quantized folder is, beside the model it was made from: size, memory, perplexity, and where it errs.
+
+Perplexity is measured through the engine, on text that was not calibrated with.
+"""
+
+import json
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from jaxserve.lite import evaluate
+
+FILE, PLOT = "quantization_report.json", "quantization_error.png"
+
+
+def write(model, made: Path, config, windows: np.ndarray, errors: list[dict], tell, show: bool | None = None) -> dict:
+    """Tells a table, and writes it into the folder `made`, with a plot where matplotlib is there.
+
+    windows: int32[n, length] token ids; errors: for each layer {map: its error, or {way: error}}.
+    """
+    rows = measured([(model, "before"), (made, "after")], config, windows, show)
+    for line in table(rows):
+        tell(line)
+    found = {"tokens": int(windows.size), "rows": rows, "errors": errors}
+    (made / FILE).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    try:
+        draw(made / PLOT, errors)
+        tell(f"the error of every layer: {made / PLOT}")
+    except ImportError:
+        tell(f"the error of every layer: {made / FILE} (a plot needs matplotlib: pip install 'jaxserve[bench]')")
+    return found
+
+
+def measured(models, config, windows, show) -> list[dict]:
+    """A dict for each (model, name): bytes on the disk, of the weights in memory and of all arrays, and perplexity."""
+    rows: list[dict] = []
+    first = None
+    for model, name in models:
+        with closing(evaluate.opened(model, config, windows.shape[1], show)) as engine:
+            nll, top = evaluate.measure(engine, windows, show, name)
+            first = first or (nll, top)
+            rows.append(
+                {
+                    "name": name,
+                    "disk": disk(model),
+                    "weights": engine.plan.weights,
+                    **evaluate.figures(nll, top, *first),
+                }
+            )
+            del engine
+    return rows
+
+
+def disk(model) -> int:
+    """Bytes of a model's weights as they are stored."""
+    path = Path(model)
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Lines for people."""
+    before, after = rows
+    mib = 1 << 20
+    lines = [f"{'':<32}{'before':>12}{'after':>12}"]
+    for words, key in (("weights on the disk, MiB", "disk"), ("weights in memory, MiB", "weights")):
+        lines.append(f"{words:<32}{before[key] / mib:>12,.1f}{after[key] / mib:>12,.1f}")
+    lines.append(f"{'perplexity':<32}{before['perplexity']:>12.4f}{after['perplexity']:>12.4f}  {after['change']:+.2%}")
+    lines.append(f"{'the same likeliest token':<32}{'':>12}{after['agreement']:>12.1%}")
+    lines.append(f"measured on {after['tokens']:,} tokens that were not calibrated with")
+    return lines
+
+
+def draw(file: Path, errors: list[dict]) -> None:
+    """A plot of every map's error over the layers; ImportError without matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, path in enumerate(dict.fromkeys(path for layer in errors for path in layer)):
+        for way, style in (("nearest", ":"), ("found", "-")):
+            points = [_of(layer.get(path), way) for layer in errors]
+            if any(point is not None for point in points):
+                values = [np.nan if point is None else point for point in points]
+                label = path if way == "found" else None
+                axes.plot(values, style, color=f"C{number}", label=label, marker=".")
+    axes.set(xlabel="layer", ylabel="error of the outputs, a share of their power", yscale="log")
+    axes.set_title("dotted: rounded to nearest", fontsize="small")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def _of(error, way):
+    if isinstance(error, dict):
+        return error.get(way)
+    return error if way == "found" else None
