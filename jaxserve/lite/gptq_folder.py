@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.lite import calibrate, gptq
+from jaxserve.lite.awq import choose_group
 from jaxserve.lite.folder import Folder
-from jaxserve.models import family
 
 WORD = 32  # bits of an element of the stored tensors
 
@@ -74,25 +74,9 @@ def quantize(model, windows, folder: Folder, settings: Settings, *, batch: int =
 
 
 def group_of(cfg, asked: int | None = None) -> int:
-    """The group for a model's linear maps: as asked for, or the largest power of two up to 128 that divides all inputs.
-
-    ValueError where the one that was asked for does not fit, with the largest that does; or for a model whose maps
-    cannot be packed.
-    """
-    rows = [
-        row for row in family(cfg.family).weights(cfg) if row.arrange and "{}" in row.path and "router" not in row.path
-    ]
-    if any(row.arrange in calibrate.EXPERT_ARRANGES for row in rows):
-        raise ValueError("models with a mixture of experts are not quantized yet; take a published quantized version")
-    shapes = [shape for row in rows for shape in row.shapes]
-    common = math.gcd(*(shape[1] for shape in shapes))
-    fits = next(size for size in (128, 64, 32, 16, 8, 4, 2, 1) if common % size == 0)
-    if fits < 8 or any(shape[0] % 8 for shape in shapes):
-        raise ValueError(f"maps with {sorted(set(shapes))} outputs and inputs cannot be packed: 8 has to divide them")
-    if asked is not None and (asked < 1 or asked % 8 or any(shape[1] % asked for shape in shapes)):
-        inputs = ", ".join(map(str, sorted({shape[1] for shape in shapes})))
-        raise ValueError(f"groups of {asked} do not divide the maps' inputs ({inputs}); the largest that do are {fits}")
-    return asked or fits
+    """The inputs that share a scale, as `awq.choose_group`; ValueError for a mixture of experts, too."""
+    calibrate.must_be_dense(cfg)
+    return choose_group(cfg, asked)
 
 
 def maps(block) -> list[str]:

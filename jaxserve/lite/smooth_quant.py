@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxserve.lite import calibrate
 from jaxserve.lite.folder import Folder
+from jaxserve.models.config import ModelConfig
 
 ALPHA = 0.5  # 0: the weights keep their ranges, 1: the activations lose theirs
 DTYPES = {"int8": np.dtype(np.int8), "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn)}
@@ -26,8 +27,9 @@ NORMS = {"mixer.qkv": "norm1", "ffn.gate_up": "norm2"}  # what comes from a norm
 LEAST = 1e-5
 
 
-def in_config(dtype: str) -> dict:
-    """quantization_config of config.json."""
+def in_config(cfg: ModelConfig, dtype: str) -> dict:
+    """quantization_config of config.json; ValueError for models that cannot be done."""
+    calibrate.must_be_dense(cfg)
     return {"quant_method": "smooth_quant", "quant_dtype": dtype}
 
 

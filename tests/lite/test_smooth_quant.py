@@ -10,7 +10,7 @@ import pytest
 from jaxserve import checkpoint
 from jaxserve.config import EngineConfig
 from jaxserve.engine.loading import open_model
-from jaxserve.lite import calibrate, smooth_quant
+from jaxserve.lite import calibrate, gptq_folder, smooth_quant
 from jaxserve.lite.folder import Folder
 from scripts import tiny_checkpoint
 from tests.serve import tiny
@@ -39,10 +39,12 @@ def test_smoothing_changes_nothing(tmp_path, windows, architecture):
 
 @pytest.mark.parametrize("dtype", smooth_quant.DTYPES)
 def test_read_back(tmp_path, windows, dtype):
-    plain = tiny.write(tmp_path / "plain") if (tmp_path / "plain").mkdir() is None else None
+    (plain := tmp_path / "plain").mkdir()
+    tiny.write(plain)
     with checkpoint.open(plain) as source:
-        folder = Folder(tmp_path / "out", source, smooth_quant.in_config(dtype))
-        smooth_quant.quantize(open_model(str(plain), EngineConfig()), windows, folder, dtype, batch=2)
+        model = open_model(str(plain), EngineConfig())
+        folder = Folder(tmp_path / "out", source, smooth_quant.in_config(model.cfg, dtype))
+        smooth_quant.quantize(model, windows, folder, dtype, batch=2)
         path = folder.finish("float16")
     config = json.loads((path / "config.json").read_text())["quantization_config"]
     assert config == {"quant_method": "smooth_quant", "quant_dtype": dtype}
@@ -91,3 +93,11 @@ def test_outliers_cost_less():
         return float(jnp.linalg.norm((np.rint(x / each) * each) @ (q * scale) - x @ weight))
 
     assert error(x / by, weight * by[:, None]) < 0.3 * error(x, weight)
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path):
+    tiny_checkpoint.write(tmp_path, tiny_checkpoint.config("Qwen3MoeForCausalLM"))
+    cfg = open_model(str(tmp_path), EngineConfig()).cfg
+    for refuse in (lambda: smooth_quant.in_config(cfg, "int8"), lambda: gptq_folder.group_of(cfg)):
+        with pytest.raises(ValueError, match="only `jaxserve lite auto_awq` takes it"):
+            refuse()
