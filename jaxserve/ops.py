@@ -144,6 +144,11 @@ def int4_axes(axes):
     return (*axes[1:], axes[0], None) if kernels() else tuple(axes)
 
 
+def int4_scratch(packed):
+    """Bytes that a product with a map of so many packed bytes may take for the map's values, while it lasts."""
+    return min(4 * packed, pk.INT4_PIECE) if kernels() else 0
+
+
 def int4_refuses(inputs, columns, group):
     """Why `int4_matmul` can't take a matrix of which a device has so many inputs and columns (of the last axis)."""
     if kernels() and (inputs % 64 or columns % 16 or group % 32):

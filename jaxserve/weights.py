@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
+from jaxserve import ops
 from jaxserve.checkpoint import CheckpointError
 from jaxserve.leaf import Leaf, padded, parts_of
 from jaxserve.models import family
@@ -24,7 +25,7 @@ from jaxserve.quant.fp8 import Fp8
 from jaxserve.quant.int4 import Int4
 from jaxserve.quant.int8 import Int8
 
-__all__ = ["assemble", "check", "hold", "leaves", "load", "nbytes", "padded", "shapes"]
+__all__ = ["assemble", "check", "hold", "leaves", "load", "nbytes", "padded", "scratch", "shapes"]
 READERS = 4  # threads that read ahead of the device
 AHEAD_BYTES = 1 << 30  # host memory that they may fill
 LEAST_GROUP = 32  # of inputs that share a scale, for the kernels of 8 bits
@@ -136,6 +137,12 @@ def nbytes(params):
     """Bytes of a pytree of arrays or ShapeDtypeStructs on the fullest device; arrays that appear twice count once."""
     one = {id(x): x for x in jax.tree.leaves(params)}.values()
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in one)
+
+
+def scratch(params):
+    """Bytes that the values of a map take on a device, where a product with it writes them out."""
+    maps = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Int4))
+    return max((ops.int4_scratch(nbytes(x.packed)) for x in maps if isinstance(x, Int4)), default=0)
 
 
 def check(checkpoint, cfg, mesh, held=None):

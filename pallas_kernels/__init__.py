@@ -12,6 +12,9 @@ from pallas_kernels.eight_bit_matmul import (
 )
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference
 from pallas_kernels.int4_matmul import (
+    PIECE as INT4_PIECE,
+)
+from pallas_kernels.int4_matmul import (
     int4_dequantize,
     int4_grouped,
     int4_grouped_reference,
@@ -28,6 +31,7 @@ from pallas_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
 from pallas_kernels.triton_call import available
 
 __all__ = [
+    "INT4_PIECE",
     "QuantizedPool",
     "available",
     "eight_bit_matmul",

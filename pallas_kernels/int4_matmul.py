@@ -23,9 +23,8 @@ NIBBLES = 8  # of an int32
 SKINNY = 8  # most tokens for which loads are all that counts
 SKINNY_ELSEWHERE = 32  # the same where there is no wgmma
 WGMMA = 256  # most tokens for which writing out the values costs more than it brings
-PIECE = 64 << 20  # bytes of values at a time
+PIECE = 256 << 20  # bytes of values at a time: the results of several pieces have to be put side by side afterwards
 EXPERTS_SKINNY = 24  # most tokens of an expert, on average, for which its weights are read as they are
-EXPERTS_PIECE = 256 << 20  # bytes of experts' values at a time
 
 
 def int4_pack(q, *, group):
@@ -101,7 +100,7 @@ def int4_grouped(x, tiles, scale, zero, sizes, *, group):
     flat = [tiles.reshape(-1, *tiles.shape[2:]), *(a.reshape(a.shape[0], -1) for a in (scale, zero))]
     if M <= EXPERTS_SKINNY * E:
         return int4_skinny(x, *flat, sizes, group=group)
-    at_once = max(1, EXPERTS_PIECE // (F * D * x.dtype.itemsize))
+    at_once = max(1, PIECE // (F * D * x.dtype.itemsize))
     out = None if at_once >= E else jnp.zeros((M, F), x.dtype)
     for first in range(0, E, at_once):
         count = min(at_once, E - first)

@@ -112,7 +112,8 @@ def load(model, config, report=_quiet, progress=_quiet, guide=None, scores_only=
     began = time.perf_counter()
     held = open_model(model, config)
     run_as = weights.padded(held.cfg, config.tp)
-    plan = make_plan(run_as, config, list(held.mesh.devices.flat), weights.nbytes(held.shapes), held.dtype)
+    size, values = weights.nbytes(held.shapes), weights.scratch(held.shapes)
+    plan = make_plan(run_as, config, list(held.mesh.devices.flat), size, held.dtype, values)
     report(str(plan))
     if holds := held.holds():
         report(holds)

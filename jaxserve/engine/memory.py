@@ -89,18 +89,20 @@ def _free_on_gpu(device):
     return min(own, free) if own else free
 
 
-def workspace_bytes(cfg, devices, dtype, tokens, rows):
+def workspace_bytes(cfg, devices, dtype, tokens, rows, values=0):
     """An upper bound of what steps of `tokens` tokens and `rows` requests take on a device besides weights and cache.
 
     Scratch memory of the largest program, as XLA compiles it; the sampler's tables; what the runtime itself takes.
+    values: bytes of the values of one quantized map, where they are written out for a product.
     """
     tp, cpu = len(devices), devices[0].platform == "cpu"
     size, logits = jnp.dtype(dtype).itemsize, cfg.vocab * 4
     heads = (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim
     wide = max(cfg.ffn, cfg.expert_ffn * cfg.experts_per_token, heads)
     forward = tokens * size * (3 * wide // tp + 4 * cfg.width)
-    # XLA writes the rows of a ragged product once for each expert.
-    forward += tokens * size * cfg.experts_per_token * cfg.experts * max(cfg.width, cfg.expert_ffn // tp)
+    forward += values + tokens * size * cfg.experts_per_token * 2 * cfg.width
+    if not ops.kernels():  # XLA writes the rows of a ragged product once for each expert
+        forward += tokens * size * cfg.experts_per_token * cfg.experts * max(cfg.width, cfg.expert_ffn // tp)
     if cpu:  # where steps of different layers do not share scratch memory, and ragged products copy their weights
         forward += cfg.layers * tokens * size * cfg.width * 4 // 3
         forward += cfg.layers * cfg.experts * 3 * cfg.width * cfg.expert_ffn * size // tp
@@ -111,17 +113,17 @@ def workspace_bytes(cfg, devices, dtype, tokens, rows):
     return scratch + BLOCK * logits + tables + (CPU_RUNTIME if cpu else GPU_RUNTIME)
 
 
-def make_plan(cfg, config, devices, weights, dtype):
+def make_plan(cfg, config, devices, weights, dtype, values=0):
     """A MemoryPlan.
 
-    cfg: the (padded) model; config: EngineConfig; weights: bytes on a device.  ValueError when the model cannot fit,
-    with what would help.
+    cfg: the (padded) model; config: EngineConfig; weights: bytes on a device; values: as in `workspace_bytes`.
+    ValueError when the model cannot fit, with what would help.
     """
     tp, cpu = len(devices), devices[0].platform == "cpu"
     free = free_bytes(devices)
     notes: list[str] = []
     left = free - weights
-    needs = partial(workspace_bytes, cfg, devices, dtype)
+    needs = partial(workspace_bytes, cfg, devices, dtype, values=values)
     lanes, budget, workspace = _steps(config, cpu, left, needs, notes)
     page_size = config.cache_block_seq_len
     kind = KINDS[config.quant_policy]

@@ -238,6 +238,6 @@ def test_gpu_experts_of_four_bits(D, F, group, dtype, sizes, monkeypatch):
     close(int4_grouped(x, tiles, scale, zero, sizes, group=group), want, 1e-2)
     flat = [tiles.reshape(-1, *tiles.shape[2:]), *(a.reshape(len(a), -1) for a in (scale, zero))]
     close(int4_skinny(x, *flat, sizes, group=group), want, 1e-2)
-    for name, value in (("EXPERTS_SKINNY", 0), ("EXPERTS_PIECE", 2 * D * F * 2)):  # through values, two experts at once
+    for name, value in (("EXPERTS_SKINNY", 0), ("PIECE", 2 * D * F * 2)):  # through values, two experts at once
         monkeypatch.setitem(int4_matmul.__globals__, name, value)
     close(int4_grouped(x, tiles, scale, zero, sizes, group=group), want, 1e-2)
