@@ -12,7 +12,7 @@ from jax import lax
 from pallas_kernels import tuning
 from pallas_kernels.kv_quant import QuantizedPool, dequantize, kernel_arguments, kernel_constants
 from pallas_kernels.pieces import combine, cut, pages_of
-from pallas_kernels.quantized_decode import attend_codes
+from pallas_kernels.quantized_attention import attend_codes
 from pallas_kernels.triton_call import cdiv, jit, power_of_two, tl, triton_call
 
 MASKED = -1e30  # finite, so that a block without a single visible key gives no NaN

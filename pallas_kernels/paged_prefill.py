@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tuning
+from pallas_kernels.kv_quant import QuantizedPool, kernel_arguments, kernel_constants
 from pallas_kernels.paged_decode import BLOCK, MASKED, gather_pages, paged_decode, paged_decode_reference
 from pallas_kernels.pieces import cdiv_, listed, pages_of
+from pallas_kernels.quantized_attention import attend_tile_codes
 from pallas_kernels.triton_call import device, jit, power_of_two, tl, triton_call
 
 TILE = 64  # consecutive tokens of one row that the reference handles at once
@@ -247,7 +249,7 @@ def paged_prefill(
 
     The rows' tokens must fill q from its start; padding comes after them.
     """
-    if k_pool.dtype != q.dtype:
+    if not isinstance(k_pool, QuantizedPool) and k_pool.dtype != q.dtype:
         raise ValueError(f"the kernel needs queries and cache of one dtype, not {q.dtype} and {k_pool.dtype}")
     rows = (pages, first, count, start)
     if hopper(q, k_pool, window):
@@ -266,7 +268,14 @@ def paged_prefill(
 def hopper(q, k_pool, window) -> bool:
     """Whether the kernel of hopper_prefill.py takes the rows of several tokens on the device compiled for."""
     (T, _, _, H), S = q.shape, k_pool.shape[2]
-    if window or device()[1] != 90 or q.dtype.itemsize != 2 or H not in (64, 128) or S not in (16, 32, 64, 128):
+    if (
+        isinstance(k_pool, QuantizedPool)
+        or window
+        or device()[1] != 90
+        or q.dtype.itemsize != 2
+        or H not in (64, 128)
+        or S not in (16, 32, 64, 128)
+    ):
         return False
     size = tuning.lookup("hopper_prefill", q.dtype, H)
     return size["tokens"] <= T and size["block"] % S == 0 and _lowers(q.shape[1:], q.dtype, S)
@@ -312,14 +321,18 @@ def _prefill_tiles(q, k_pool, v_pool, layer, pages, first, count, start, *, scal
     T, K, G, H = q.shape
     N, S = k_pool.shape[1:3]
     P = pages.shape[1]
-    size = tuning.lookup("paged_prefill", q.dtype, H)
+    kind = k_pool.kind if isinstance(k_pool, QuantizedPool) else None
+    pools = (k_pool, v_pool) if kind is None else (*kernel_arguments(k_pool), *kernel_arguments(v_pool))
+    constants = kernel_constants(kind, q.dtype) if kind else {}
+    size = tuning.lookup(tuning.of_kind("paged_prefill", kind), q.dtype, H)
     tile = max(1, size["rows"] // G)
     found = tiles(first, count, start, T, tile)
     (out,) = triton_call(
-        _attend_tile, q, k_pool, v_pool, pages, found, jnp.full(1, layer * N, jnp.int32), P,
+        attend_tile_codes if kind else _attend_tile, q, *pools, pages, found, jnp.full(1, layer * N, jnp.int32), P,
         out=[jax.ShapeDtypeStruct(q.shape, q.dtype)], grid=(K, found.shape[0]),
         warps=size["warps"], stages=size["stages"],
-        SCALE=scale * 1.4426950408889634, WINDOW=window or 0, S=S, K=K, G=G, H=H, HP=power_of_two(H), ROWS=size["rows"],
-        BLOCK=size["block"], STAGES=size["stages"], PRECISION="ieee" if q.dtype == jnp.float32 else "tf32",
+        SCALE=scale * 1.4426950408889634, WINDOW=window or 0, S=S, K=K, G=G, H=H,
+        HP=max(power_of_two(H), 16 * constants.get("VALUES", 1)), ROWS=size["rows"], BLOCK=size["block"],
+        STAGES=size["stages"], PRECISION="ieee" if q.dtype == jnp.float32 else "tf32", **constants,
     )  # fmt: skip
     return out

@@ -4,12 +4,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import QuantizedPool, paged_decode, paged_decode_reference, rope_kv_write, rope_kv_write_reference
+from pallas_kernels import (
+    QuantizedPool,
+    paged_decode,
+    paged_decode_reference,
+    paged_prefill,
+    paged_prefill_reference,
+    rope_kv_write,
+    rope_kv_write_reference,
+)
 from tests.kernels.cases import Case, quantized
 from tests.kernels.test_interpreted import interpreter, tuning  # noqa: F401  the whole module is skipped with it
 
 KINDS = ("int8", "int4", "fp8")
-SIZES = {"block": 32, "warps": 4, "stages": 1, "smallest": 64, "programs": 12, "rows": 16}
 
 
 def close(got, expected, dtype):
@@ -19,18 +26,29 @@ def close(got, expected, dtype):
     np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "heads, window, page_size", [((1, 1, 64), None, 16), ((2, 3, 80), 50, 64), ((2, 20, 16), None, 64)]
+    "heads, window, page_size, dtype", [((1, 1, 64), None, 16, np.float32), ((2, 3, 80), 30, 64, np.float16)]
 )
-def test_decode(heads, window, page_size, kind, dtype):
+def test_decode(heads, window, page_size, dtype, kind):
     kv_heads, group, head_dim = heads
-    lengths = [5, 300, 0, 128, 1, 65]
+    lengths = [5, 150, 0, 64, 1]
     case = Case(lengths, [min(n, 1) for n in lengths], page_size=page_size, kv_heads=kv_heads, group=group,
                 head_dim=head_dim, dtype=dtype, padding=1, window=window)  # fmt: skip
     args = (case.q, *quantized(case, kind), 1, *map(jnp.asarray, (case.pages, case.length)))
     close(paged_decode(*args, scale=0.2, window=window), paged_decode_reference(*args, scale=0.2, window=window), dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads, window, dtype", [((1, 3, 80), None, np.float16), ((1, 2, 16), 20, np.float32)])
+def test_prefill(heads, window, dtype, kind):
+    kv_heads, group, head_dim = heads
+    case = Case([5, 60, 0, 33, 40], [5, 9, 0, 1, 6], page_size=16, kv_heads=kv_heads, group=group,
+                head_dim=head_dim, dtype=dtype, padding=7, window=window)  # fmt: skip
+    args = (jnp.asarray(case.q), *quantized(case, kind), 1, *case.rows())
+    close(
+        paged_prefill(*args, scale=0.2, window=window), paged_prefill_reference(*args, scale=0.2, window=window), dtype
+    )
 
 
 @pytest.mark.parametrize("norms", [False, True])
