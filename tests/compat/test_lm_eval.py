@@ -3,6 +3,7 @@
 The tasks are tests/data/lm_eval, small and local.
 """
 
+import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxserve import EngineConfig, pipeline
-from tests.compat.conftest import MODEL
+from tests.compat.conftest import MODEL, OPTIONS
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: scripts/compat installs it")
 TASKS = Path(__file__).parents[1] / "data" / "lm_eval"
@@ -44,7 +45,9 @@ def evaluate(url, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe():
-    with pipeline(None, EngineConfig(session_len=256, max_batch_size=1, num_tokens_per_iter=64)) as made:
+    names = (field.name for field in dataclasses.fields(EngineConfig))
+    same = {name: OPTIONS[option] for name in names if (option := name.replace("_", "-")) in OPTIONS}
+    with pipeline(None, EngineConfig(**same)) as made:  # the server's own programs, which are in the cache
         yield made
 
 
