@@ -5,6 +5,7 @@ What is done to the layers is up to a `Scheme`.
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -115,7 +116,11 @@ def texts(path, config, calibration, folder, tell, show) -> tuple[np.ndarray, np
     """Windows to calibrate with, and others to measure with; those of an unfinished run are kept in its folder."""
     count, stored = calibration.samples + held_out(calibration.samples), folder.partial / "windows.npy"
     if not stored.exists():
-        found = writing.windows(path, config, calibration.dataset, count, calibration.length, tell, show)
+        try:
+            found = writing.windows(path, config, calibration.dataset, count, calibration.length, tell, show)
+        except BaseException:  # nothing has been done that could be gone on with
+            shutil.rmtree(folder.partial, ignore_errors=True)
+            raise
         new = stored.with_suffix(".new.npy")
         np.save(new, found)
         os.replace(new, stored)
