@@ -12,30 +12,30 @@ from pathlib import Path
 import numpy as np
 
 
-def logits(checkpoint, config, tokens, rope_len=None):
+def logits(checkpoint, config, tokens, rope_len=None, cached=None):
     """Logits float64[T, V] of a token sequence.
 
     `checkpoint` is {name: array} or a folder with safetensors files; `config` the config.json as a dict, or None for
     the folder's.  `rope_len` is the length that fixes the base of dynamic NTK (a request's prompt); None: that of
-    `tokens`.
+    `tokens`.  `cached(keys, values)`, [T, K, H], is what a cache would give back of them.
     """
     weights, config = load(checkpoint, config)
     x = weights["model.embed_tokens.weight"][np.asarray(tokens)]
     turns = angles(config, np.arange(len(tokens)), rope_len or len(tokens))
     for layer in range(config["num_hidden_layers"]):
         part = Part(weights, f"model.layers.{layer}.")
-        x = x + attention(part, config, layer, part.norm("input_layernorm", x, config), turns)
+        x = x + attention(part, config, layer, part.norm("input_layernorm", x, config), turns, cached)
         x = x + feed_forward(part, config, layer, part.norm("post_attention_layernorm", x, config))
     x = Part(weights, "model.").norm("norm", x, config)
     return x @ weights["model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"].T
 
 
-def greedy(checkpoint, config, prompt, n):
+def greedy(checkpoint, config, prompt, n, cached=None):
     """The n tokens that follow `prompt`, each the most likely one."""
     weights, config = load(checkpoint, config)
     tokens = list(prompt)
     for _ in range(n):
-        tokens.append(int(logits(weights, config, tokens, rope_len=len(prompt))[-1].argmax()))
+        tokens.append(int(logits(weights, config, tokens, len(prompt), cached)[-1].argmax()))
     return tokens[len(prompt) :]
 
 
@@ -107,7 +107,7 @@ class Part:
         return Part(self.weights, self.prefix + name)
 
 
-def attention(part, config, layer, x, turns):
+def attention(part, config, layer, x, turns, cached=None):
     count, heads = len(x), config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     part = part.below("self_attn.")
@@ -117,6 +117,8 @@ def attention(part, config, layer, x, turns):
     if part.has("q_norm"):
         q, k = part.norm("q_norm", q, config), part.norm("k_norm", k, config)
     q, k = rotate(q, *turns), rotate(k, *turns)
+    if cached:
+        k, v = cached(k, v)
     k, v = (np.repeat(a, heads // kv_heads, axis=1) for a in (k, v))
     scores = np.einsum("qnh,knh->nqk", q, k) / math.sqrt(q.shape[-1])
     back = np.arange(count)[:, None] - np.arange(count)[None]  # how far before the query a key is
