@@ -99,6 +99,7 @@ class Batch:
         )
 
 
+@jax.named_scope("head")
 def _logits(cfg, head, hidden):
     """float32[..., V]; columns that only pad the vocabulary can never win."""
     logits = head.dot(hidden, jnp.float32)
@@ -139,8 +140,7 @@ def step(cfg, shape, params, state, words):
 
     def one(state, batch):
         hidden, cache = _run(cfg, params, state, batch)
-        with jax.named_scope("head"):
-            logits = _logits(cfg, params.head, hidden)  # [R, V]
+        logits = _logits(cfg, params.head, hidden)  # [R, V]
         with jax.named_scope("sample"):
             if shape.full:
                 drawn, tables = sample(logits, batch.sampling, state.tables, batch.lane)
@@ -185,7 +185,9 @@ def advance(cfg, shape, params, state, words):
 @partial(jax.jit, static_argnames="cfg", donate_argnames="newest", compiler_options=OPTIONS)
 def pick(cfg, head, newest, last, rows):
     """The likeliest token of each row.  Returns State.newest anew and what was drawn."""
-    drawn = greedy(_logits(cfg, head, last))
+    logits = _logits(cfg, head, last)
+    with jax.named_scope("sample"):
+        drawn = greedy(logits)
     return newest.at[rows[:, LANE]].set(drawn.tokens, mode="drop"), _told(drawn)
 
 
@@ -195,8 +197,9 @@ def draw(cfg, head, newest, tables, last, rows, allowed):
 
     Returns State.newest and State.tables anew and what was drawn.
     """
-    lane = rows[:, LANE]
-    drawn, tables = sample(_logits(cfg, head, last), Sampling.unpack(rows[:, len(ROW) :]), tables, lane, allowed)
+    lane, logits = rows[:, LANE], _logits(cfg, head, last)
+    with jax.named_scope("sample"):
+        drawn, tables = sample(logits, Sampling.unpack(rows[:, len(ROW) :]), tables, lane, allowed)
     return newest.at[lane].set(drawn.tokens, mode="drop"), tables, _told(drawn)
 
 

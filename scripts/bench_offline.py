@@ -5,6 +5,9 @@
 Prints a line for people and one of JSON for each workload.  Greedy, end-of-sequence ignored, prefix cache off.  The
 check: every request has its number of tokens, and a sample of requests run alone gives the same ids (a difference
 counts only where the first two choices are further apart than the type computed in can tell).
+
+`--work host` reports what a step of decoding costs the host at 1, 16, 64 and 256 requests, in microseconds: to plan,
+pack, launch and commit it; and how many steps a launch has.
 """
 
 import argparse
@@ -17,7 +20,7 @@ import time
 import workloads
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine import loading
+from jaxserve.engine import launch, loading
 from jaxserve.engine.request import Request, SamplingParams
 
 SAMPLE = 4  # requests that are also run alone
@@ -26,6 +29,41 @@ TIE = {
     "bfloat16": 0.3,
     "float16": 0.1,
 }  # log-probability gap under which a different choice is excused
+
+
+HOST = (1, 16, 64, 256)  # requests at once while the host is timed
+TIMED = 100  # launches
+
+
+class Clock:
+    """Times methods of an engine from outside: what they take of the engine's own thread."""
+
+    def __init__(self, engine):
+        self.spent, self.undo = dict.fromkeys(("plan", "pack", "launch", "wait", "commit"), 0.0), []
+        scheduler, runner = engine.scheduler, engine.runner
+        parts = (scheduler, "plan", "plan"), (runner, "pack", "pack"), (runner, "dispatch", "launch")
+        for owner, method, name in (*parts, (launch.InFlight, "read", "wait"), (scheduler, "commit", "commit")):
+            self._wrap(owner, method, name)
+
+    def _wrap(self, owner, method, name):
+        real = getattr(owner, method)
+
+        def timed(*args):
+            began = time.perf_counter()
+            try:
+                return real(*args)
+            finally:
+                self.spent[name] += time.perf_counter() - began
+
+        setattr(owner, method, timed)
+        self.undo.append((owner, method, real if isinstance(owner, type) else None))
+
+    def close(self):
+        for owner, method, real in self.undo:
+            if real is None:
+                delattr(owner, method)
+            else:
+                setattr(owner, method, real)
 
 
 class Collector:
@@ -94,15 +132,46 @@ def bench(engine, name, runs, label, dtype):
         times = out[0].times
         figures["itl_ms"] = round((times[-1] - times[0]) / (len(times) - 1) * 1e3, 3)
         figures["ttft_ms"] = round((wall - (times[-1] - times[0])) * 1e3, 1)
-    figures |= dict(spread=round((max(walls) - min(walls)) / wall, 3), steps=(after["steps"] - before["steps"]) // runs,
+    steps, launches = ((after[key] - before[key]) // runs for key in ("steps", "launches"))
+    figures |= dict(spread=round((max(walls) - min(walls)) / wall, 3), steps=steps, launches=launches,
                     padding=round(padded / computed - 1, 3), wrong_counts=wrong, different_alone=different)  # fmt: skip
     return figures
+
+
+def host(engine, count):
+    """Microseconds of the host a step while `count` requests decode, as a dict; `wait` is time it had to spare."""
+    prompt, most = 64, engine.info["session_len"] - 64
+    ended, running = queue.SimpleQueue(), []
+    for i in range(count):
+        ids = [1000 + (i * 131 + j) % 9000 for j in range(prompt)]
+        running.append(Request(ids, most, SamplingParams(), outbox=Collector(ended)))
+        engine.submit(running[-1])
+    while not all(request.outbox.tokens for request in running):
+        time.sleep(0.01)
+    clock, before = Clock(engine), engine.stats()
+    while engine.stats()["launches"] - before["launches"] < TIMED and not any(r.finish for r in running):
+        time.sleep(0.001)
+    after, spent = engine.stats(), dict(clock.spent)
+    clock.close()
+    for request in running:
+        engine.abort(request)
+    for _ in running:
+        ended.get()
+    steps, launches, computed, padded = (
+        after[k] - before[k] for k in ("steps", "launches", "step_tokens", "step_tokens_padded")
+    )
+    figures = {name: round(seconds / steps * 1e6, 1) for name, seconds in spent.items()}
+    busy = sum(value for name, value in figures.items() if name != "wait")
+    return figures | {"busy": round(busy, 1), "steps_per_launch": round(steps / launches, 2),
+                      "padding": round(padded / computed - 1, 3)}  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the checkpoint")
-    parser.add_argument("--work", nargs="+", default=list(workloads.NAMES), help="workloads (default: all)")
+    parser.add_argument(
+        "--work", nargs="+", default=[*workloads.NAMES, "host"], help="workloads, or host (default: all)"
+    )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
@@ -124,6 +193,14 @@ def main():
     label = options.model.rstrip("/").split("/")[-1]
     run(engine, [(list(range(1000, 1100)), 16)], 1)
     for name in options.work:
+        if name == "host":
+            counts = [count for count in HOST if count <= engine.info["max_batch_size"]]
+            found = {str(count): host(engine, count) for count in counts}
+            for count, figures in found.items():
+                print(f"{label} host, {count} requests, us a step: {figures}", file=sys.stderr)
+            print("RESULT " + json.dumps({"engine": "jaxserve", "model": label, "work": name, "tp": options.tp,
+                                          "host_us": found}), flush=True)  # fmt: skip
+            continue
         figures = bench(engine, name, options.runs, label, engine.dtype) | {
             "ready_s": round(ready, 1),
             "tp": options.tp,

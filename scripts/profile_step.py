@@ -1,11 +1,11 @@
-"""Where the time of a step goes on a GPU: by part of the model, and by kernel.
+"""Where the time of a step goes: by part of the model, and by kernel; on the CPU, by operation.
 
     python scripts/profile_step.py --model DIR --rows 64 --prompt 512 [--steps 8] [--prefill] [--top 25]
 
 Decoding by default: --rows requests are begun, and --steps steps are traced when all of them have their first token.
 With --prefill their prompts are traced instead.  jax.profiler turns CUDA graphs off while it looks, so steps take
-longer than they do in service, and gaps between kernels mean nothing; the kernels' own times are right.  The last
-line is JSON.
+longer than they do in service, and gaps between kernels mean nothing; the kernels' own times are right.  On the CPU
+operations run beside each other, so their times add up to more than a step takes.  The last line is JSON.
 """
 
 import argparse
@@ -28,10 +28,29 @@ from jaxserve.engine.request import Request, SamplingParams
 
 SCOPES = ("mixer", "ffn", "head", "sample")  # named in models/decoder.py and step.py
 NUMBER = re.compile(r"[_.]?\d+")
+NAMED = re.compile(r'%?([\w.-]+) = .*metadata=\{[^}]*op_name="([^"]*)"')
 
 
-def kernels(folder):
-    """[(name, scope, microseconds)] of what ran on the GPU, from the trace under `folder`."""
+def scope_of(texts):
+    """The first of SCOPES that is a part of one of the paths."""
+    words = {word for text in texts for word in str(text).split("/")}
+    return next((scope for scope in SCOPES if scope in words), "rest")
+
+
+def outermost(events):
+    """Those events of the CPU that are in no other one of their thread."""
+    end = {}
+    for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
+        if event["ts"] >= end.get(event["tid"], 0):
+            end[event["tid"]] = event["ts"] + event["dur"]
+            yield event
+
+
+def kernels(folder, programs):
+    """[(name, scope, microseconds)] of what ran on the device, from the trace under `folder`.
+
+    programs: those that ran, as compiled: on the CPU a trace names operations, and only these know their scopes.
+    """
     (path,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
     with gzip.open(path) as file:
         events = json.load(file)["traceEvents"]
@@ -39,20 +58,27 @@ def kernels(folder):
     for event in events:
         if event.get("ph") == "M" and event["name"] in ("process_name", "thread_name"):
             names[event["pid"], event.get("tid") if event["name"] == "thread_name" else None] = event["args"]["name"]
+    if jax.default_backend() == "cpu":
+        of = {name: path for program in programs for name, path in NAMED.findall(program.as_text())}
+        ran = outermost(e for e in events if e.get("ph") == "X" and "hlo_op" in e.get("args", {}))
+        return [(NUMBER.sub("", e["name"])[:70], scope_of([of.get(e["args"]["hlo_op"], "")]), e["dur"]) for e in ran]
     found = []
     for event in events:
         on_gpu = "GPU" in names[event.get("pid"), None] and "Stream" in names[event.get("pid"), event.get("tid")]
         if event.get("ph") == "X" and on_gpu:
-            words = {word for text in event.get("args", {}).values() for word in str(text).split("/")}
-            scope = next((scope for scope in SCOPES if scope in words), "rest")
-            found.append((NUMBER.sub("", event["name"])[:70], scope, event["dur"]))
+            found.append((NUMBER.sub("", event["name"])[:70], scope_of(event.get("args", {}).values()), event["dur"]))
     return found
 
 
 def trace(engine, rows, prompt, steps, prefill):
     """(kernels as in `kernels`, steps traced)."""
     asked = [([1000 + (i * 131 + j) % 9000 for j in range(prompt)], 1 if prefill else 100_000) for i in range(rows)]
-    ended, running = bench_offline.queue.SimpleQueue(), []
+    ended, running, ran = bench_offline.queue.SimpleQueue(), [], set()
+    call = engine.runner._call
+
+    def note(key, *arguments):
+        ran.add(key)
+        return call(key, *arguments)
 
     def start():
         for ids, length in asked:
@@ -72,6 +98,7 @@ def trace(engine, rows, prompt, steps, prefill):
         start()
         wait(lambda: all(request.outbox.tokens for request in running))
     with tempfile.TemporaryDirectory() as folder:
+        engine.runner._call = note
         with jax.profiler.trace(folder):
             before = engine.stats()["steps"]
             if prefill:
@@ -82,7 +109,7 @@ def trace(engine, rows, prompt, steps, prefill):
             taken = engine.stats()["steps"] - before
         for request in running:
             engine.abort(request)
-        return kernels(folder), taken
+        return kernels(folder, [engine.runner.programs[key] for key in ran]), taken
 
 
 def table(rows, steps, column, most):
@@ -107,8 +134,6 @@ def main():
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--top", type=int, default=25, help="kernels to print [25]")
     options = parser.parse_args()
-    if jax.default_backend() != "gpu":
-        sys.exit(f"a GPU is needed; JAX runs on {jax.default_backend()}")
     config = EngineConfig(tp=options.tp, session_len=options.session_len, max_batch_size=max(256, options.rows),
                           enable_prefix_caching=False)  # fmt: skip
     engine = loading.load(options.model, config, report=lambda text: print(text, file=sys.stderr, flush=True))
@@ -116,7 +141,9 @@ def main():
     found, steps = trace(engine, options.rows, options.prompt, options.steps, options.prefill)
     engine.close()
     total = sum(row[2] for row in found) / steps
-    print(f"{steps:.0f} steps, {len(found) / steps:.0f} kernels and {total:.0f} us of them a step (CUDA graphs off)")
+    print(
+        f"{steps:.0f} steps, {len(found) / steps:.0f} kernels and {total:.0f} us of them a step (without CUDA graphs)"
+    )
     scopes = table(found, steps, 1, len(SCOPES) + 1)
     print()
     names = table(found, steps, 0, options.top)
