@@ -132,12 +132,13 @@ def compare(
     first = None
     for model, name in zip(models, names):
         for policy in policies:
-            engine = opened(model, replace(config, quant_policy=policy), windows.shape[1], show)
+            knobs = replace(config, quant_policy=policy)
+            engine = opened(model, knobs, windows.shape[1], show)
             with closing(engine):
                 began = time.perf_counter()
                 nll, top = measure(engine, windows, show, Path(name).name)
                 seconds = time.perf_counter() - began
-                row = {"model": name, "weights": weights_in_words(engine), "kv": KV[policy]}
+                row: dict = {"model": name, "weights": weights_in_words(engine), "kv": KV[knobs.quant_policy]}
                 plan = engine.plan
             first = (nll, top) if first is None else first
             row |= figures(nll, top, *first) | {

@@ -74,11 +74,12 @@ def _added(total, x):
 
 def hessian(batches: Iterable) -> jax.Array:
     """float32[inputs, inputs]: X'X of the inputs [tokens, inputs] that come in batches, a token's mean."""
-    total, count = 0.0, 0
+    total, count = None, 0
     for x in batches:
         x = jnp.asarray(x, jnp.float32)
-        total, count = _added(total if count else jnp.zeros((x.shape[1],) * 2, jnp.float32), x), count + len(x)
-    if not count:
+        total = _added(jnp.zeros((x.shape[1],) * 2, jnp.float32) if total is None else total, x)
+        count += len(x)
+    if total is None:
         raise ValueError("no calibration inputs came")
     return total / count
 

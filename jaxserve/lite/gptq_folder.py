@@ -51,7 +51,9 @@ def quantize(model, windows, folder: Folder, settings: Settings, *, batch: int =
     cannot be rounded.
     """
     for block in calibrate.layers(model, windows, progress, batch):
-        layer, tensors, losses = block.layer, {}, {}
+        layer = block.layer
+        tensors: dict = {}
+        losses: dict = {}
         if folder.done(block.index):
             held = folder.read(block.index)
             for path in maps(block):

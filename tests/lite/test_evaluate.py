@@ -93,11 +93,14 @@ def run():
 
 
 def test_the_command(run, models, text, tmp_path):
-    result = run("eval", models[0], "--text", text, "--seqlen", 64, "--samples", 2, "--json", tmp_path / "rows.json")
+    small = ("--text", text, "--seqlen", 64, "--samples", 2)
+    result = run("eval", models[0], *small, "--quant-policy", "none,int8", "--json", tmp_path / "rows.json")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "rows.json").read_text())
-    (row,) = report["rows"]
-    assert f"{row['perplexity']:.4f}" in result.output and report["protocol"]["seqlen"] == 64
+    first, second = report["rows"]
+    assert f"{second['perplexity']:.4f}" in result.output and report["protocol"]["seqlen"] == 64
+    assert (first["kv"], second["kv"]) == ("as computed", "int8") and 0 < abs(second["change"]) < 0.05
+    assert second["kv_bytes_per_token"] < first["kv_bytes_per_token"]
 
 
 @pytest.mark.parametrize(
