@@ -1,11 +1,17 @@
-"""Times generation with none and with all requests bound to a JSON schema: what guided decoding costs.
+"""Times generation with none, some and all requests bound to a JSON schema: what guided decoding costs, and where.
 
-    python scripts/bench_guided.py --model DIR [--clients 64] [--tokens 256]
+    python scripts/bench_guided.py --model DIR [--clients 64] [--bound 16 64] [--tokens 256] [--threads 8]
 
 Each round runs the same requests free, then bound; the figures are medians of the rounds, the last line is JSON.
-`masks` is the host's part of a step: following the tokens and filling the masks, most of it beside the forward pass.
 The check: every request has its number of tokens, and every bound answer follows its grammar.  A checkpoint without
 a tokenizer (random weights) gets words of random letters as its vocabulary.
+
+The pieces are milliseconds a step with bound rows, mean and 99th percentile.  On the guide's thread, one after the
+other: `token` (it waits for the device: as long as this is not next to nothing, the device sets the pace), `follow`
+(matchers are told the tokens), `fill` (llguidance, on --threads threads), `masks` (follow, fill, and ends of answers).
+On the engine's thread: `way` (until matchers have followed), `plan`, `pack`, `wait` (for the masks), `draw` (sends
+them, launches the drawing), `advance` (launches the next step's forward), `record` (tokens to their outboxes); `turn`
+is all of a turn.  What must fit into a step of the device is masks, draw and advance.
 """
 
 import argparse
@@ -18,7 +24,7 @@ import sys
 import time
 
 import bench_offline
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
 
 from jaxserve import checkpoint
 from jaxserve.config import EngineConfig
@@ -79,16 +85,84 @@ def table(model, vocab):
             return LLTokenizer(TokenizerWrapper(Words(vocab)))
 
 
-def run(engine, options, grammar):
-    """(seconds, a Collector for each request), all open at once."""
+class Pieces:
+    """Durations of methods, by name."""
+
+    def __init__(self):
+        self.seconds, self._inner = {}, 0.0
+
+    def time(self, owner, name, label, each=True):
+        """Times a method from now on; not `each`: a step's calls together, which `done` closes."""
+        method, found = getattr(owner, name), self.seconds.setdefault(label, [])
+
+        def timed(*arguments):
+            began = time.perf_counter()
+            try:
+                return method(*arguments)
+            finally:
+                took = time.perf_counter() - began
+                if each:
+                    found.append(took)
+                else:
+                    self._inner += took
+
+        setattr(owner, name, timed)
+
+    def watch(self, engine):
+        """Times an engine's guided steps."""
+        guide, runner = engine.guide, engine.runner
+        self.time(guide, "_follow", "follow", each=False)
+        for owner, name, label in (
+            (guide, "_fill", "fill"), (guide, "_masks", "masks"), (guide, "take", "wait"),
+            (guide, "make_way", "way"), (runner, "draw", "draw"),
+            (engine, "_read", "record"), (runner, "advance", "advance"), (engine.scheduler, "plan", "plan"),
+            (runner, "pack", "pack"), (engine, "_turn", "turn"),
+        ):  # fmt: skip
+            self.time(owner, name, label)
+        masks, start = guide._masks, guide.start
+
+        def together(*arguments):
+            self._inner = 0.0
+            found = masks(*arguments)
+            self.seconds["follow"].append(self._inner)
+            return found
+
+        def started(rows, count, read, *without):
+            def waits():
+                began = time.perf_counter()
+                drawn = read()
+                self.seconds.setdefault("token", []).append(time.perf_counter() - began)
+                return drawn
+
+            start(rows, count, waits, *without)
+
+        guide._masks, guide.start = together, started
+
+    def clear(self):
+        for found in self.seconds.values():
+            found.clear()
+
+    def summary(self):
+        """{name: (mean, 99th percentile)} in milliseconds."""
+        return {
+            label: (round(statistics.fmean(found) * 1e3, 3), round(sorted(found)[len(found) * 99 // 100] * 1e3, 3))
+            for label, found in self.seconds.items()
+            if found
+        }
+
+
+def run(engine, options, grammar, bound):
+    """(seconds, a Collector for each request), all open at once; `bound` of them, spread evenly, have the grammar."""
     ended, out = bench_offline.queue.SimpleQueue(), []
     draw = random.Random(1)
     began = time.perf_counter()
     for i in range(options.clients):
         prompt = [draw.randrange(engine.config.vocab) for _ in range(options.prompt)]
         out.append(bench_offline.Collector(ended))
+        out[-1].bound = (i + 1) * bound // options.clients > i * bound // options.clients
         params = SamplingParams(temperature=options.temperature, seed=i)
-        engine.submit(Request(prompt, options.tokens, params, outbox=out[-1], grammar=grammar))
+        own = grammar if out[-1].bound else None
+        engine.submit(Request(prompt, options.tokens, params, outbox=out[-1], grammar=own))
     for _ in out:
         ended.get()
     return time.perf_counter() - began, out
@@ -98,8 +172,9 @@ def wrong(collectors, grammar, vocabulary, tokens):
     """Answers that are short, or do not follow the grammar."""
     count = 0
     for collector in collectors:
-        matcher = LLMatcher(vocabulary, grammar)
-        follows = len(collector.tokens) == matcher.validate_tokens(collector.tokens)
+        follows = True
+        if collector.bound:
+            follows = len(collector.tokens) == LLMatcher(vocabulary, grammar).validate_tokens(collector.tokens)
         count += not follows or len(collector.tokens) != tokens
     return count
 
@@ -115,6 +190,8 @@ def main():
     parser.add_argument("--session-len", type=int, default=4096)
     parser.add_argument("--max-batch-size", type=int, default=256)
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--bound", type=int, nargs="+", help="requests that are bound; default a quarter, and all")
+    parser.add_argument("--threads", type=int, help="that fill masks (default: as the engine does)")
     options = parser.parse_args()
     config = EngineConfig(
         tp=options.tp,
@@ -127,44 +204,36 @@ def main():
     vocabulary, grammar = table(options.model, vocab), from_schema(ENDLESS)
     began = time.perf_counter()
     engine = loading.load(options.model, config, print_progress, guide=vocabulary)
-    ready = time.perf_counter() - began
-    masks, allow = [], engine.guide.allow
-
-    def timed(*rows):
-        started = time.perf_counter()
-        try:
-            return allow(*rows)
-        finally:
-            masks.append(time.perf_counter() - started)
-
-    engine.guide.allow = timed
-    walls = {None: [], grammar: []}
-    for way in walls:  # once, not counted
-        run(engine, options, way)
-    masks.clear()
-    mistakes = 0
-    for _ in range(options.rounds):
-        for way, seconds in walls.items():
-            wall, out = run(engine, options, way)
-            seconds.append(wall)
-            if way:
-                mistakes += wrong(out, grammar, vocabulary, options.tokens)
+    ready, name = time.perf_counter() - began, os.path.basename(options.model.rstrip("/"))
+    if options.threads:
+        engine.guide._executor = LLExecutor(options.threads)
+    pieces, ways = Pieces(), [0, *(options.bound or (max(1, options.clients // 4), options.clients))]
+    pieces.watch(engine)
+    for way in ways:  # once, not counted
+        run(engine, options, grammar, way)
+    free = None
+    for way in ways:
+        pieces.clear()
+        walls, mistakes = [], 0
+        for _ in range(options.rounds):
+            wall, out = run(engine, options, grammar, way)
+            walls.append(wall)
+            mistakes += wrong(out, grammar, vocabulary, options.tokens)
+        speed = options.clients * options.tokens / statistics.median(walls)
+        free = free or speed
+        figures = dict(
+            model=name, clients=options.clients, bound=way, vocab=vocab, tok_s=round(speed, 1),
+            cost=round(1 - speed / free, 4), wrong=mistakes, pieces=pieces.summary(), ready_s=round(ready, 1),
+            tp=options.tp, threads=options.threads, cores=os.cpu_count(),
+        )  # fmt: skip
+        print(
+            f"{name}, {way} of {options.clients} bound: {speed:,.0f} tokens/s ({figures['cost']:.1%} less), "
+            f"{mistakes} wrong; ms a step, mean and p99: "
+            + ", ".join(f"{label} {mean} {most}" for label, (mean, most) in figures["pieces"].items()),
+            file=sys.stderr,
+        )
+        print("RESULT " + json.dumps(figures), flush=True)
     engine.close()
-    free, bound = (options.clients * options.tokens / statistics.median(seconds) for seconds in walls.values())
-    masks.sort()
-    figures = dict(
-        model=os.path.basename(options.model.rstrip("/")), clients=options.clients, vocab=vocab,
-        free_tok_s=round(free, 1), bound_tok_s=round(bound, 1), cost=round(1 - bound / free, 4),
-        masks_ms_p50=round(masks[len(masks) // 2] * 1e3, 3), masks_ms_p99=round(masks[len(masks) * 99 // 100] * 1e3, 3),
-        wrong=mistakes, ready_s=round(ready, 1), tp=options.tp, cores=os.cpu_count(),
-    )  # fmt: skip
-    print(
-        f"{figures['model']}, {options.clients} requests: {free:,.0f} tokens/s free, {bound:,.0f} bound to a schema "
-        f"({figures['cost']:.1%} less); masks {figures['masks_ms_p50']} ms a step, p99 {figures['masks_ms_p99']}; "
-        f"{mistakes} wrong",
-        file=sys.stderr,
-    )
-    print("RESULT " + json.dumps(figures), flush=True)
 
 
 def print_progress(text):

@@ -232,14 +232,17 @@ class Engine:
 
     def _turn(self):
         """One turn.  The device works on the new step while the host reads the old one."""
+        if self._half is not None:
+            self.guide.make_way()
         self.scorer.admit()
         chunks = self.scheduler.plan(self._steps())
         packed = self._pack(chunks) if chunks else None
-        self._finish()
+        self._finish(packed)
         launched = packed is not None and self._launch(packed)
         # Steps that take the device less time than the host takes to launch one need a second on its way.
         newest = self.pending[-1] if self.pending else None
-        ahead = self.ahead if newest and newest.steps == 1 and newest.padded <= SHORT else 1
+        short = newest and newest.steps == 1 and newest.padded <= SHORT and self._half is None
+        ahead = self.ahead if short else 1
         # Without a plan one step is read all the same: it may be what the next plan waits for.
         for _ in range(max(0, len(self.pending) - ahead) if launched else min(1, len(self.pending))):
             self._read()
@@ -281,15 +284,13 @@ class Engine:
             self._undrawn.pop()
             return False
         if packed.guided:
-            if len(self.pending) == 1:  # with more, a row may wait for more than one token
-                self.guide.start(packed.guided, packed.shape.drawn, self.pending[0].drew)
             self._half = self.runner.advance(packed)
         else:
             self._launched(self.runner.dispatch(packed))
         return True
 
-    def _finish(self):
-        """The other half of a step with guided rows.
+    def _finish(self, following):
+        """The other half of a step with guided rows; `following`: the next one, packed, or None.
 
         What a grammar allows next depends on tokens that the host has yet to see.  The guide's thread waits for them
         and fills the masks while the device computes, and while this thread launches that and packs the next step.
@@ -297,21 +298,25 @@ class Engine:
         if self._half is None:
             return
         packed, _ = self._half
-        early = self.guide.take(packed.guided)
-        if early is not None:  # what the step before drew has been followed already; it is recorded when this one runs
-            masks, ended = early
-            self._launched(self.runner.draw(self._half, masks))
-            self._half = None
-            while len(self.pending) > 1:
+        if following is not None:
+            self.runner.send(following)
+        early, over = self.guide.take(packed.guided), ()
+        if early is not None:  # what the step before drew is read when this one is on its way, and the next
+            masks, over = early
+        else:
+            while self.pending:
                 self._read()
-            self._ended(ended)
-            return
-        while self.pending:
-            self._read()
+            masks = self._masks(packed.guided, packed.shape.drawn)
         if all(chunk.request.finish for chunk in packed.chunks):
             self._undrawn.pop(0)
         else:
-            self._launched(self.runner.draw(self._half, self._masks(packed.guided, packed.shape.drawn)))
+            step = self.runner.draw(self._half, masks)
+            step.over = over
+            self._launched(step)
+            if following is not None and following.guided:
+                steps = list(self.pending)
+                over = {request for each in steps for request, _ in each.over}
+                self.guide.start(following.guided, following.shape.drawn, lambda: [s.drew() for s in steps], over)
         self._half = None
 
     def _launched(self, step):
@@ -369,6 +374,8 @@ class Engine:
                         self.corrupted += token != NOTHING_LEFT
                         self._fail(chunk.request, NONE_LEFT if token == NOTHING_LEFT else NAN)
             recovery.commit(self.scheduler, step.chunks, tokens, logprobs, tops, i)
+        if self.pending:
+            self._ended(self.pending[0].over)
 
     def _fail(self, request, message):
         self._safely(self.scheduler.fail, request, message)

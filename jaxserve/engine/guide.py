@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -63,7 +63,8 @@ class _Job:
 
     def __init__(self, key, rows, count, read):
         self.key, self.rows, self.count, self.read = key, rows, count, read
-        self.done, self.found = threading.Event(), None
+        self.followed, self.done = threading.Event(), threading.Event()
+        self.found: tuple[np.ndarray, list[tuple[Request, str]]] | None = None
 
 
 class Guide:
@@ -150,30 +151,48 @@ class Guide:
         set bit allows a token, the lowest first; the other rows allow all.  And the requests that end here, whose rows
         are free: with "" where the answer is complete, with a message where it cannot go on.
         """
-        self.take(None)
-        return self._masks([(row, request, self._missed(request)) for row, request in rows], count)
+        self._wait()
+        return self._masks([(row, request, self._missed(request, len(request.tokens))) for row, request in rows], count)
 
-    def start(self, rows: Sequence[tuple[int, Request]], count: int, read: Callable[[], Mapping[Request, int]]) -> None:
-        """Begins `allow` on another thread for requests that are about to get a token; `take` returns what it found.
+    def start(
+        self,
+        rows: Sequence[tuple[int, Request]],
+        count: int,
+        read: Callable[[], Sequence[Mapping[Request, int]]],
+        without: Container[Request] = (),
+    ) -> None:
+        """Begins `allow` on another thread, for requests whose newest tokens are on their way; `take` ends it.
 
-        read: waits for the new tokens; a request that is not among them gets none.  One below 0 is no token: such a
-        row is left free, as are those whose request ends with its token.
+        read: waits for those tokens and returns them for each step in flight, the oldest first; one below 0 is no
+        token.  Rows stay free whose requests are `without`, or end with a token that comes.
         """
-        self.take(None)
+        self._wait()
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="jaxserve-guide", daemon=True)
             self._thread.start()
-        todo = [(row, request, self._missed(request)) for row, request in rows if not request.finish]
-        self._job = _Job(rows, todo, count, read)
+        going = [(row, request) for row, request in rows if not request.finish and request not in without]
+        self._job = _Job(rows, [(row, request, len(request.tokens)) for row, request in going], count, read)
         self._jobs.put(self._job)
 
-    def take(self, rows: Sequence | None) -> tuple[np.ndarray, list[tuple[Request, str]]] | None:
+    def make_way(self) -> None:
+        """Waits until what was started no longer needs the interpreter, only processors: until masks are being filled.
+
+        The thread that does it would else wait for whatever Python code runs when the tokens come.
+        """
+        if self._job is not None:
+            self._job.followed.wait()
+
+    def take(self, rows: Sequence) -> tuple[np.ndarray, list[tuple[Request, str]]] | None:
         """Waits for what was started.  None where that was not for these very `rows`, or failed."""
+        job = self._wait()
+        return job.found if job is not None and job.key is rows else None
+
+    def _wait(self) -> _Job | None:
+        """What was started, once it is done."""
         job, self._job = self._job, None
-        if job is None:
-            return None
-        job.done.wait()
-        return job.found if job.key is rows else None
+        if job is not None:
+            job.done.wait()
+        return job
 
     def close(self) -> None:
         """Ends the guide's thread."""
@@ -184,22 +203,37 @@ class Guide:
     def _work(self):
         while (job := self._jobs.get()) is not None:
             try:
-                drawn = job.read()
-                job.found = self._masks(list(_next(job.rows, drawn)), job.count)
+                job.found = self._masks(self._next(job.rows, job.read()), job.count, job.followed)
             except BaseException as error:  # whoever waits does it again, and meets it there
                 log.debug("masks were not made ahead: %s", _short(str(error)))
+            job.followed.set()
             job.done.set()
             del job
 
-    def _missed(self, request: Request) -> list[int]:
-        """The tokens that a matcher has yet to follow, after one that was lost with its step is taken back."""
-        state, tokens = request.matcher, request.tokens
-        if state.last is not None and (state.seen > len(tokens) or tokens[state.seen - 1] != state.last):
-            self._renew(request, tokens[request.prompt_len :])
-        return tokens[state.seen :]
+    def _next(self, rows, drawn):
+        """The rows that go on, each with what its matcher has yet to follow, when `drawn` have come."""
+        found = []
+        for row, request, known in rows:
+            came = [tokens[request] for tokens in drawn if request in tokens]
+            ends = any(token < 0 or token in request.stop_ids for token in came)
+            if not ends and known + len(came) <= request.limit:
+                found.append((row, request, self._missed(request, known, came)))
+        return found
 
-    def _masks(self, rows: Sequence[tuple[int, Request, list[int]]], count: int):
-        """`allow` for rows with the tokens that each has yet to follow."""
+    def _missed(self, request: Request, known: int, came: Sequence[int] = ()) -> list[int]:
+        """The tokens that a matcher has yet to follow, of the first `known` and those that came since.
+
+        One that was lost with its step, after the matcher had followed it, is taken back.
+        """
+        state = request.matcher
+        if state.last is not None:
+            last = request.tokens[state.seen - 1 : known] or [*came[state.seen - 1 - known :], None]
+            if last[0] != state.last:
+                self._renew(request, request.tokens[request.prompt_len : known])
+        return [*request.tokens[state.seen : known], *came[max(0, state.seen - known) :]]
+
+    def _masks(self, rows: Sequence[tuple[int, Request, list[int]]], count: int, followed=None):
+        """`allow` for rows with the tokens that each has yet to follow; followed: an event to set when they have."""
         ended, going = [], []
         for row, request, tokens in rows:
             why = self._follow(request, tokens)
@@ -207,6 +241,8 @@ class Guide:
                 going.append((row, request))
             else:
                 ended.append((request, why))
+        if followed is not None:
+            followed.set()
         masks, broken = self._fill(going, count)
         ended += broken
         if not going:
@@ -298,16 +334,6 @@ class Guide:
         state.matcher, state.alone = LLMatcher(self.prepare(), request.grammar, log_level=0, limits=LIMITS), True
         state.matcher.consume_tokens(tokens)
         state.seen, state.last = request.prompt_len + len(tokens), tokens[-1] if tokens else None
-
-
-def _next(rows, drawn):
-    """The rows that go on, with the tokens that they follow, when `drawn` have come."""
-    for row, request, missed in rows:
-        token = drawn.get(request)
-        if token is None:
-            yield row, request, missed
-        elif token >= 0 and token not in request.stop_ids and len(request.tokens) < request.limit:
-            yield row, request, [*missed, token]
 
 
 def _bit(token: int) -> np.int32:

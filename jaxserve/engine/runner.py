@@ -224,6 +224,10 @@ class Runner:
     def _empty(self, shape, full=False, whole=False):
         return Packed([], shape, full, whole, 0, self._blank(shape)[0], [])
 
+    def send(self, packed):
+        """Sends a step's array to the device, ahead of its launch and of the time when that is urgent."""
+        packed.words = self._put(packed.words)
+
     def dispatch(self, packed):
         """Starts a step and returns an InFlight at once."""
         if packed.whole:

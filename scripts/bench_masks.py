@@ -1,0 +1,308 @@
+"""What masks of guided decoding cost the host, without a model and without a GPU.
+
+    python scripts/bench_masks.py [--vocabulary DIR] [--rows 64] [--threads 1 2 4 8 12] [--work masks threads turns]
+
+masks: how long one mask takes a core, for several grammars: over all, and the longest of a step's --rows (which no
+number of threads makes shorter).  threads: filling the masks of a step, by threads, with a lexer for each answer and
+with one for all, as copies of one matcher have it.  turns: the engine's own loop over a device that only waits: a free
+step of --step-ms, as one of a 1.8B model on an H200, and launches of --launch-ms and --draw-ms that let other threads
+run; --fill-ms waits in the place of llguidance too, where this machine has fewer cores than the one in question.
+
+--vocabulary: a folder with a tokenizer; without it, words of random letters.  Answers are tokens drawn evenly from
+what the masks allow.  Milliseconds; the lines with RESULT are JSON.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import bench_guided
+import numpy as np
+import tiny_checkpoint
+from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine import loading
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.guide import LIMITS, Guide
+from jaxserve.engine.launch import InFlight
+from jaxserve.engine.memory import make_plan
+from jaxserve.engine.request import Request, SamplingParams
+from jaxserve.engine.runner import Runner
+from jaxserve.engine.sizes import Sizes
+from jaxserve.text.grammar import from_regex, from_schema, token_table
+from jaxserve.text.tokenizer import Tokenizer
+
+VOCAB = 92544
+ALONE = 0.2  # ms: the longest mask of a step, and waking the threads
+ANSWER = {
+    "type": "object",
+    "properties": {
+        "answer": {"type": "string"},
+        "reasons": {"type": "array", "items": {"type": "string"}},
+        "score": {"type": "number"},
+    },
+    "required": ["answer", "reasons", "score"],
+    "additionalProperties": False,
+}
+RECORD = {
+    "type": "object",
+    "properties": {
+        "when": {"type": "string", "format": "date-time"},
+        "id": {"type": "string", "format": "uuid"},
+        "ip": {"type": "string", "format": "ipv4"},
+        "code": {"type": "string", "pattern": "^[A-Z]{2}[0-9]{4}$"},
+        "note": {"type": "string", "minLength": 5, "maxLength": 200},
+    },
+    "required": ["when", "id", "ip", "code", "note"],
+    "additionalProperties": False,
+}
+GRAMMARS = {
+    "person": from_schema(bench_guided.ENDLESS),
+    "answer": from_schema({"type": "array", "items": ANSWER, "minItems": 10_000}),
+    "record": from_schema({"type": "array", "items": RECORD, "minItems": 10_000}),
+    "object": from_schema({"type": "object"}),
+    "words": from_regex("([A-Z][a-z]{2,12} ){2,400}END"),
+}
+
+
+def vocabulary(folder):
+    """The table of a folder's tokenizer, as wide as VOCAB."""
+    if folder is None:
+        return LLTokenizer(TokenizerWrapper(bench_guided.Words(VOCAB)))
+    return token_table(Tokenizer.load(folder), VOCAB)
+
+
+def matcher(table, grammar):
+    return LLMatcher(table, GRAMMARS[grammar], log_level=0, limits=LIMITS)
+
+
+def summary(seconds):
+    mean, (half, most) = float(np.mean(seconds)), np.quantile(seconds, [0.5, 0.99])
+    return {key: round(float(x) * 1e3, 3) for key, x in (("mean", mean), ("p50", half), ("p99", most))}
+
+
+def walk(matchers, steps, fill, seed=0):
+    """Calls fill(matchers, masks) and follows a token of each mask, `steps` times."""
+    draw, masks = np.random.default_rng(seed), np.full((len(matchers), -(-VOCAB // 32)), -1, np.int32)
+    fresh = [each.deep_copy() for each in matchers]
+    for _ in range(steps):
+        fill(matchers, masks)
+        for row, mask in enumerate(masks):
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+            if not len(allowed) or not matchers[row].consume_token(int(draw.choice(allowed))):
+                matchers[row] = fresh[row].deep_copy()
+
+
+def single(table, options):
+    """Times of single masks, in seconds of a processor."""
+    for grammar in GRAMMARS:
+        began = time.thread_time()
+        matcher(table, grammar)
+        compiled, times = time.thread_time() - began, []
+
+        def fill(matchers, masks, times=times):
+            step = []
+            for row, each in enumerate(matchers):
+                began = time.thread_time()
+                fill_next_token_bitmask(each, masks, row)
+                step.append(time.thread_time() - began)
+            times.append(step)
+
+        walk([matcher(table, grammar) for _ in range(options.rows)], options.steps, fill)
+        found = np.array(times)
+        print("RESULT " + json.dumps(dict(
+            work="masks", grammar=grammar, rows=options.rows, compile=round(compiled * 1e3, 2), one=summary(found),
+            step=summary(found.sum(1)), longest=summary(found.max(1)),
+        )), flush=True)  # fmt: skip
+
+
+def threads(table, options):
+    """Times of filling a step's masks, on the clock."""
+    for count in options.threads:
+        for shared in (False, True):
+            executor, times, used = LLExecutor(count), [], []
+
+            def fill(matchers, masks, executor=executor, times=times, used=used):
+                pairs = [(each, row) for row, each in enumerate(matchers)]
+                began, before = time.perf_counter(), time.process_time()
+                fill_next_token_bitmask_par(executor, pairs, masks)
+                times.append(time.perf_counter() - began)
+                used.append(time.process_time() - before)
+
+            first = matcher(table, "person")
+            made = [first.deep_copy() if shared else matcher(table, "person") for _ in range(options.rows)]
+            walk(made, options.steps, fill)
+            print("RESULT " + json.dumps(dict(
+                work="threads", threads=count, lexers=1 if shared else options.rows, fill=summary(times),
+                processor=summary(used), cores=os.cpu_count(),
+            )), flush=True)  # fmt: skip
+
+
+class Later:
+    """An array that is there at a given time."""
+
+    def __init__(self, tokens, when):
+        self.tokens, self.when = tokens, when
+
+    def copy_to_host_async(self):
+        pass
+
+    def __array__(self, dtype=None, copy=None):
+        pause(self.when - time.perf_counter())
+        return self.tokens
+
+
+class Waiting(Runner):
+    """A runner whose device takes its time and returns the tokens of scripts."""
+
+    def __init__(self, *arguments, options, scripts):
+        super().__init__(*arguments)
+        self.sizes, self.on_cpu = replace(Sizes.choose("gpu", self.plan), bursts=(), steps=1), False
+        self.options, self.scripts, self.free_at, self.state = options, scripts, 0.0, True
+
+    def _sit(self, seats):
+        for lane, who, _ in seats:
+            self.seated[lane] = who
+
+    def _launch(self, launching, milliseconds):
+        """Launches what the device takes so long for, and tells when that will be done.
+
+        Once launched it starts, even if this thread has to wait for the interpreter then.
+        """
+        launched = time.perf_counter() + launching / 1e3
+        self.free_at = max(self.free_at, launched) + milliseconds / 1e3
+        time.sleep(launching / 1e3)
+        return self.free_at
+
+    def _drawn(self, packed, when):
+        tokens = [self.scripts(c.request, c.stop - c.request.prompt_len) if c.emits else 0 for c in packed.chunks]
+        tokens = np.array([tokens + [0] * (packed.shape.rows - len(tokens))], np.int32)
+        return InFlight(packed, SimpleNamespace(tokens=Later(tokens, when)))
+
+    def _forward(self, packed):
+        more = max(0, packed.tokens - packed.shape.rows)
+        return self.options.step_ms - self.options.draws_ms + more / self.options.prompt_rate
+
+    def send(self, packed):
+        pass
+
+    def dispatch(self, packed):
+        self._sit(packed.seats)
+        whole = self._forward(packed) + self.options.draws_ms
+        return self._drawn(packed, self._launch(self.options.launch_ms, whole))
+
+    def advance(self, packed):
+        self._sit(packed.seats)
+        self._launch(self.options.launch_ms, self._forward(packed))
+        return packed, None
+
+    def draw(self, half, allowed):
+        return self._drawn(half[0], self._launch(self.options.draw_ms, self.options.draws_ms))
+
+    @property
+    def intact(self):
+        return True
+
+    def reset(self):
+        pass
+
+    def release(self):
+        pass
+
+
+def pause(seconds):
+    """Sleeps; other threads may run."""
+    if seconds > 0:
+        time.sleep(seconds)
+
+
+def scripts(table, options):
+    """A function (request, place) -> token: answers that follow the person schema, as many as there are rows."""
+    made, rows = [[] for _ in range(options.rows)], [matcher(table, "person") for _ in range(options.rows)]
+    draw, masks = np.random.default_rng(1), np.full((1, -(-VOCAB // 32)), -1, np.int32)
+    for answer, each in zip(made, rows):
+        for _ in range(options.tokens):
+            fill_next_token_bitmask(each, masks, 0)
+            answer.append(int(draw.choice(np.flatnonzero(np.unpackbits(masks.view(np.uint8)[0], bitorder="little")))))
+            assert each.consume_token(answer[-1])
+    return lambda request, place: made[int(request.id)][place]
+
+
+def turns(table, options):
+    """Tokens a second of the engine over the waiting device, free and bound."""
+    hf = tiny_checkpoint.config("LlamaForCausalLM", vocab_size=VOCAB, hidden_size=8, max_position_embeddings=4096)
+    config = EngineConfig(session_len=2048, max_batch_size=max(64, options.rows), enable_prefix_caching=False)
+    config = EngineConfig(**vars(config) | dict(cache_max_entry_count=8000))
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_checkpoint.write(folder, hf)
+        held = loading.open_model(folder, config)
+        plan = make_plan(held.cfg, config, list(held.mesh.devices.flat), 0, held.dtype)
+    runner = Waiting(
+        held.cfg, held.mesh, plan, held.dtype, held.shapes, options=options, scripts=scripts(table, options)
+    )
+    guide = Guide(table, VOCAB, options.threads[-1])
+    if options.fill_ms is not None:
+
+        def fill(rows, count):
+            time.sleep((ALONE + (options.fill_ms - ALONE) * len(rows) / options.rows) / 1e3)
+            return np.full((count, guide.words), 1, np.int32), []
+
+        guide._fill = fill
+    engine = Engine(runner, prefix_caching=False, guide=guide)
+    pieces = bench_guided.Pieces()
+    pieces.watch(engine)
+    free = None
+    for bound in [0, options.rows, 0, options.rows // 4, options.rows]:
+        pieces.clear()
+        rates = []
+        for _ in range(options.rounds):
+            ended = threading.Semaphore(0)
+            outbox = SimpleNamespace(put=lambda output, ended=ended: ended.release() if output.finish else None)
+            began = time.perf_counter()
+            for i in range(options.rows):
+                own = GRAMMARS["person"] if i * bound // options.rows < (i + 1) * bound // options.rows else None
+                params = SamplingParams(temperature=1.0)
+                engine.submit(Request([1 + i] * 128, options.tokens, params, outbox=outbox, id=str(i), grammar=own))
+            for _ in range(options.rows):
+                ended.acquire()
+            rates.append(options.rows * options.tokens / (time.perf_counter() - began))
+        rate = max(rates)
+        free = max(free or 0, rate) if not bound else free
+        print("RESULT " + json.dumps(dict(
+            work="turns", bound=bound, rows=options.rows, tok_s=round(rate), step=round(options.rows / rate * 1e3, 3),
+            cost=round(1 - rate / free, 3), rates=[round(r) for r in rates], pieces=pieces.summary(),
+        )), flush=True)  # fmt: skip
+    engine.close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", help="folder with a tokenizer")
+    works = dict(masks=single, threads=threads, turns=turns)
+    parser.add_argument("--work", nargs="+", choices=works, default=list(works))
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=100, help="tokens of an answer, for masks and threads")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of an answer, for turns")
+    parser.add_argument("--rounds", type=int, default=3, help="for turns; the best counts")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8, 12])
+    parser.add_argument("--step-ms", type=float, default=2.45, help="a step on the device")
+    parser.add_argument("--prompt-rate", type=float, default=180.0, help="prompt tokens that a step takes in a ms more")
+    parser.add_argument("--draws-ms", type=float, default=0.4, help="the part of it that draws")
+    parser.add_argument("--launch-ms", type=float, default=0.7, help="launching a forward, on the host")
+    parser.add_argument("--draw-ms", type=float, default=0.35, help="launching what draws, with its masks")
+    parser.add_argument("--fill-ms", type=float, help="instead of filling masks")
+    options = parser.parse_args()
+    table = vocabulary(options.vocabulary)
+    for name in options.work:
+        works[name](table, options)
+
+
+if __name__ == "__main__":
+    main()
