@@ -145,8 +145,11 @@ def int4_axes(axes):
 
 
 def int4_scratch(packed):
-    """Bytes that a product with a map of so many packed bytes may take for the map's values, while it lasts."""
-    return min(4 * packed, pk.INT4_PIECE) if kernels() else 0
+    """Bytes that a product with a map of so many packed bytes may take for the map's values, while it lasts.
+
+    A piece of them may be written while the one before is being read.
+    """
+    return min(4 * packed, 2 * pk.INT4_PIECE) if kernels() else 0
 
 
 def int4_refuses(inputs, columns, group):

@@ -119,18 +119,19 @@ def _grouped(x_ptr, w_ptr, sizes_ptr, scale_ptr, zero_ptr, x_scale_ptr, M, out_p
     tl.store(to, acc.to(out_ptr.dtype.element_ty), mask=here[:, None] & wanted[None, :])
 
 
-def blocks(tokens, experts, inputs, outputs, itemsize, group):
+def blocks(tokens, experts, inputs, outputs, x_itemsize, itemsize, group):
     """(BLOCK_M, BLOCK_F, BLOCK_D, warps, stages) for so many tokens in all; not measured yet.
 
     At most 96 KiB of shared memory, which every GPU from Ampere on has.
     """
     block_m = min(128, max(16, power_of_two(cdiv(tokens, experts))))
     block_f = 128 if block_m >= 64 else 64 if experts > 1 or outputs >= 8192 else 32
-    block_d = math.gcd(128 if itemsize == 1 or block_m < 64 else 64, group or 128)  # no group is cut
+    block_d = math.gcd(128 if x_itemsize == 1 or block_m < 64 else 64, group or 128)  # no group is cut
     if inputs % block_d:
         block_d = min(block_d, 64)
-    stage = block_m * block_d * 2 + block_f * block_d * itemsize
-    return block_m, block_f, block_d, 8 if block_m == 128 else 4, max(2, min(5, (96 << 10) // stage))
+    stage = block_m * block_d * x_itemsize + block_f * block_d * itemsize
+    wide = block_f * block_d * 2 if itemsize < x_itemsize else 0  # of one block, made as wide as the tokens
+    return block_m, block_f, block_d, 8 if block_m == 128 else 4, max(2, min(5, ((96 << 10) - wide) // stage))
 
 
 @functools.partial(jax.jit, static_argnames=("group", "transposed", "dtype", "first", "experts", "sizing"))
@@ -145,11 +146,11 @@ def grouped_matmul(x, weight, sizes=None, *, scale=None, zero=None, x_scale=None
     """
     (M, D), count, F = x.shape, weight.shape[0], weight.shape[1 if transposed else 2]
     experts = experts or count
-    group = 0 if group is None or group == D else group
+    group = 0 if group is None or (group == D and zero is None) else group
     bits = weight.dtype == FP8 and x.dtype != FP8
     if bits:
         weight = jax.lax.bitcast_convert_type(weight, jnp.uint8)
-    sizing = sizing or blocks(M, experts, D, F, weight.dtype.itemsize, group)
+    sizing = sizing or blocks(M, experts, D, F, x.dtype.itemsize, weight.dtype.itemsize, group)
     block_m, block_f, block_d, warps, stages = sizing
     tiles = cdiv(M, block_m) if experts == 1 else min(M, cdiv(M, block_m) + count)
     inputs = [x, weight, *(x if a is None else a for a in (sizes, scale, zero, x_scale)), M]

@@ -103,6 +103,8 @@ def _compressed(path, method, found):
     if inputs:
         if packed or inputs.get("num_bits") != 8 or inputs.get("type", "int") != of:
             raise _unread(path, f"{what} with activations of {inputs.get('num_bits')} bits, {inputs.get('type')}")
+        if not w.get("symmetric", True):
+            raise _unread(path, f"{what} with zero points and activations of 8 bits")
         activations = "dynamic" if inputs.get("dynamic") else "static"
         if activations == "static" and (inputs.get("strategy") != "tensor" or not inputs.get("symmetric", True)):
             raise _unread(path, f"{what} with static activations that are not symmetric by tensor")

@@ -96,6 +96,10 @@ def refused(folder, match, **changes):
             folders.group_of_layers("int-quantized", folders.BYTES, folders.STATIC | {"symmetric": False}),
             "static activations",
         ),
+        (
+            folders.group_of_layers("int-quantized", folders.BYTES | {"symmetric": False}, folders.DYNAMIC),
+            "zero points and activations",
+        ),
     ],
     ids=str,
 )

@@ -157,6 +157,7 @@ def test_some_experts(interpreter, first, count):
 
 EIGHT = [  # kind, group, zero, activations
     ("int8", 32, True, None),
+    ("int8", 64, True, None),
     ("int8", 64, False, None),
     ("int8", 32, False, "int8"),
     ("int8", 64, False, "int8"),
