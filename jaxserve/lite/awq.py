@@ -106,7 +106,7 @@ def quantize(model, windows, folder, settings: Settings, *, batch: int = 1, prog
 
 
 def quantized(block, settings: Settings, tokens: int) -> tuple[dict, dict]:
-    """A layer's tensors by their names in the folder, and what is told of it: {"errors": {path: {...}}}."""
+    """A layer's tensors by their names in the folder, and what is told of it: its maps' errors, the largest input."""
     plain = layer = block.layer  # scaled alike; one of them is rounded, map by map
     tensors: dict = {}
     errors, middle = {}, Middle(block)
@@ -131,7 +131,8 @@ def quantized(block, settings: Settings, tokens: int) -> tuple[dict, dict]:
     if sparse:
         tensors |= _experts(block, middle.power(layer, plain), settings)
     tensors |= layout.norms(block, layer)
-    return tensors, {"errors": errors}
+    largest = max(float(jnp.abs(x).max()) for x in block.exact)
+    return tensors, {"errors": errors, "largest": largest}
 
 
 class Seen(NamedTuple):
@@ -160,7 +161,7 @@ class Middle:
         """Seen of a map; ask for the maps in order."""
         both, total, count = (layer, plain), None, 0
         if path == "mixer.o":
-            self.inner = [self._each(_attended, both, pair) for pair in self.outer]
+            self.inner = [tuple(map(self.block.keep, self._each(_attended, both, pair))) for pair in self.outer]
         elif path == "ffn.gate_up":
             self._to_the_middle(both)
         for number, outer in enumerate(self.outer):
@@ -189,7 +190,7 @@ class Middle:
 
     def _to_the_middle(self, both):
         self.inner = [
-            tuple(_mixed(layer, x, attended) for layer, x, attended in zip(both, outer, pair))
+            tuple(self.block.keep(_mixed(layer, x, attended)) for layer, x, attended in zip(both, outer, pair))
             for outer, pair in zip(self.outer, self.inner)
         ]
 

@@ -26,6 +26,7 @@ from jaxserve.models.table import Row
 from jaxserve.quant.dense import Dense
 
 MAPS = ("mixer.qkv", "mixer.o", "ffn.gate_up", "ffn.down")  # a layer's linear maps, by their place in a Layer
+CROWDED = 1 / 24  # of the device's memory, that one copy of the hidden states may take; there are up to six
 EXPERT_ARRANGES = ("experts", "experts_gate_up")
 
 
@@ -44,6 +45,7 @@ class Block:
     rows: dict[str, Row]  # place in a Layer -> its row of the family's table
     cfg: ModelConfig
     mesh: object
+    on_host: bool = False  # hidden states are kept there, for they take much of the device
     _followed: Layer | None = field(default=None, repr=False)
 
     def inputs(self, *paths: str, layer: Layer | None = None, exact: bool = False) -> Iterator[dict[str, jax.Array]]:
@@ -61,6 +63,10 @@ class Block:
         for x in self.exact if exact else self.hidden:
             with meshes.on(self.mesh):
                 yield forward(self.cfg, self.cfg.window_at(self.index), (), layer or self.layer, jnp.asarray(x))[0]
+
+    def keep(self, x):
+        """A batch that is needed again later, where such batches are kept."""
+        return np.asarray(x) if self.on_host else x
 
     def follow(self, layer: Layer) -> None:
         """The layers behind this one shall see what `layer` makes of `hidden`."""
@@ -86,34 +92,41 @@ def layers(model, windows, progress: Callable | None = None, batch: int = 1, bot
     """
     cfg, found = model.cfg, weights.check(model.source, model.cfg, model.mesh)
     rows = [row for row in family(cfg.family).weights(cfg) if "{}" in row.path]
+    on_host = _crowded(model, windows)
     hidden = exact = embedded(model, found, windows, batch)
     for index in range(cfg.layers):
         here = [row for row in rows if row.layers is None or index in row.layers]
         mine = {row.path.split(".{}.")[1]: row for row in here}
-        block = Block(index, read_layer(model, found, index), hidden, exact, mine, cfg, model.mesh)
+        block = Block(index, read_layer(model, found, index), hidden, exact, mine, cfg, model.mesh, on_host)
         yield block
         quantized = block._followed is not None and block._followed is not block.layer
         if both:
-            exact = _sound(block.outputs(exact=True), index, "")
+            exact = _sound(block, block.outputs(exact=True), "")
         if both and block.exact is block.hidden and not quantized:
             hidden = exact
         else:
-            hidden = _sound(block.outputs(block._followed), index, " after quantization" if quantized else "")
+            hidden = _sound(block, block.outputs(block._followed), " after quantization" if quantized else "")
         if not both:
             exact = hidden
         progress and progress(index + 1, cfg.layers)
 
 
-def _sound(batches, index, when):
+def _crowded(model, windows) -> bool:
+    """Whether the hidden states of all windows are too many to stay on the device, beside all else that comes."""
+    limit = (model.mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    return limit is not None and 4 * windows.size * model.cfg.width > CROWDED * limit
+
+
+def _sound(block, batches, when):
     """The batches as a list; ValueError where one holds what is no number."""
     out = []
     for x in batches:
         if not bool(jnp.isfinite(x).all()):
             raise ValueError(
-                f"layer {index}{when}: its output has values that are no numbers, or too large; the weights of this "
-                "layer are damaged, or the calibration text is nothing that the model can read"
+                f"layer {block.index}{when}: its output has values that are no numbers, or too large; the weights of "
+                "this layer are damaged, or the calibration text is nothing that the model can read"
             )
-        out.append(x)
+        out.append(block.keep(x))
     return out
 
 

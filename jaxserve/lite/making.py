@@ -24,6 +24,7 @@ from jaxserve.lite.folder import Folder
 from jaxserve.progress import bar, stages
 
 HELD_OUT = 8  # windows at most that are measured with, and not calibrated with
+SAFE = 30000.0  # half of the largest number of float16
 SMALL = (16, 512)  # windows, and their tokens, on a CPU where nobody says how many
 
 log = logging.getLogger("jaxserve")
@@ -81,12 +82,18 @@ def make(
             scheme.run(held, windows, folder, calibration.batch, lambda done, _: shown.update(done - shown.n))
         errors = [folder.about(layer).get("errors", {}) for layer in range(held.cfg.layers)]
         with stages(show) as progress:
-            dtype = "float16" if config.dtype == "auto" else config.dtype
+            dtype = choose_dtype(held, folder) if config.dtype == "auto" else config.dtype
             made = folder.finish(dtype, lambda *counts: progress("saving", *counts))
         tell(f"{made}: written after {time.perf_counter() - began:.0f} s")
     if measured:
         report.write(path, made, config, kept, errors, tell, show)
     return made
+
+
+def choose_dtype(held, folder) -> str:
+    """float16, which every engine has kernels for, unless the hidden states come near what it can hold."""
+    largest = max(folder.about(layer).get("largest", 0.0) for layer in range(held.cfg.layers))
+    return "float16" if largest < SAFE else "bfloat16"
 
 
 def begun(held, calibration: Calibration, scheme: Scheme) -> tuple[Folder, Calibration]:
@@ -143,10 +150,9 @@ def observe(model, config, calibration: Calibration, tell=log.info, show: bool |
         _must_have_values(held.source)
         calibration = calibration.settled(held.mesh.devices.flat[0].platform)
         target.parent.mkdir(parents=True, exist_ok=True)
-        windows = writing.windows(
-            path, config, calibration.dataset, calibration.samples, calibration.length, tell, show
-        )
-        out = {}
+        count, length = calibration.samples or 0, calibration.length or 0
+        windows = writing.windows(path, config, calibration.dataset, count, length, tell, show)
+        out: dict[str, np.ndarray] = {}
         with bar(held.cfg.layers, show, desc="layers", unit=" layers") as shown:
             for block in calibrate.layers(held, windows, lambda *_: shown.update(), calibration.batch):
                 for path, sizes in _sizes(block).items():
