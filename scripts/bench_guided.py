@@ -92,7 +92,7 @@ class Pieces:
         self.seconds, self._inner = {}, 0.0
 
     def time(self, owner, name, label, each=True):
-        """Times a method from now on; not `each`: a step's calls together, which `done` closes."""
+        """Times a method from now on; not `each`: a step's calls together, which `watch` adds up."""
         method, found = getattr(owner, name), self.seconds.setdefault(label, [])
 
         def timed(*arguments):

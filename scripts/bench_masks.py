@@ -4,7 +4,8 @@
 
 masks: how long one mask takes a core, for several grammars: over all, and the longest of a step's --rows (which no
 number of threads makes shorter).  threads: filling the masks of a step, by threads, with a lexer for each answer and
-with one for all, as copies of one matcher have it.  turns: the engine's own loop over a device that only waits: a free
+with one for all, as copies of one matcher have it; `loop` and `together` are following a token each, by one thread
+and by all.  turns: the engine's own loop over a device that only waits: a free
 step of --step-ms, as one of a 1.8B model on an H200, and launches of --launch-ms and --draw-ms that let other threads
 run; --fill-ms waits in the place of llguidance too, where this machine has fewer cores than the one in question.
 
@@ -88,15 +89,22 @@ def summary(seconds):
     return {key: round(float(x) * 1e3, 3) for key, x in (("mean", mean), ("p50", half), ("p99", most))}
 
 
-def walk(matchers, steps, fill, seed=0):
+def follow(matchers, tokens):
+    return [each.consume_token(token) for each, token in zip(matchers, tokens)]
+
+
+def walk(matchers, steps, fill, follow=follow, seed=0):
     """Calls fill(matchers, masks) and follows a token of each mask, `steps` times."""
     draw, masks = np.random.default_rng(seed), np.full((len(matchers), -(-VOCAB // 32)), -1, np.int32)
     fresh = [each.deep_copy() for each in matchers]
     for _ in range(steps):
         fill(matchers, masks)
-        for row, mask in enumerate(masks):
+        tokens = []
+        for mask in masks:
             allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-            if not len(allowed) or not matchers[row].consume_token(int(draw.choice(allowed))):
+            tokens.append(int(draw.choice(allowed)) if len(allowed) else 0)
+        for row, goes_on in enumerate(follow(matchers, tokens)):
+            if not goes_on:
                 matchers[row] = fresh[row].deep_copy()
 
 
@@ -127,7 +135,7 @@ def threads(table, options):
     """Times of filling a step's masks, on the clock."""
     for count in options.threads:
         for shared in (False, True):
-            executor, times, used = LLExecutor(count), [], []
+            executor, times, used, told = LLExecutor(count), [], [], ([], [])
 
             def fill(matchers, masks, executor=executor, times=times, used=used):
                 pairs = [(each, row) for row, each in enumerate(matchers)]
@@ -136,12 +144,20 @@ def threads(table, options):
                 times.append(time.perf_counter() - began)
                 used.append(time.process_time() - before)
 
+            def tell(matchers, tokens, executor=executor, told=told):
+                began, together = time.perf_counter(), len(told[0]) > len(told[1])
+                found = (
+                    executor.consume_token_par(list(zip(matchers, tokens))) if together else follow(matchers, tokens)
+                )
+                told[together].append(time.perf_counter() - began)
+                return found
+
             first = matcher(table, "person")
             made = [first.deep_copy() if shared else matcher(table, "person") for _ in range(options.rows)]
-            walk(made, options.steps, fill)
+            walk(made, options.steps, fill, tell)
             print("RESULT " + json.dumps(dict(
                 work="threads", threads=count, lexers=1 if shared else options.rows, fill=summary(times),
-                processor=summary(used), cores=os.cpu_count(),
+                processor=summary(used), loop=summary(told[0]), together=summary(told[1]), cores=os.cpu_count(),
             )), flush=True)  # fmt: skip
 
 
