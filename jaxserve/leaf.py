@@ -28,6 +28,7 @@ PARTS = {
     "order": "order",
 }
 COLUMNS = 128  # feed-forward columns of a device are a multiple of this, so that no group of `down` is cut
+EXPERT_COLUMNS = 64  # those of an expert, which are few: a padded one costs more than smaller groups
 
 
 def pad(n, multiple):
@@ -65,7 +66,8 @@ class Leaf:
         tp = mesh.shape["tp"]
         spec = row.spec if part != "bias" else row.spec[1:]
         columns = row.arrange in ("gate_up", "experts_gate_up") or row.path.endswith("ffn.down")
-        multiple = tp * COLUMNS if quantized and tp > 1 and columns else tp
+        least = EXPERT_COLUMNS if self.experts else COLUMNS
+        multiple = tp * least if quantized and tp > 1 and columns else tp
         axes = self._input_last(spec)
         shape = [pad(n, multiple) if axis == "tp" else n for n, axis in zip(self._stored(cfg, tp), axes)]
         if how is not None and part != "bias":
