@@ -21,7 +21,7 @@ __all__ = ["Engine", "EngineDead", "Overloaded"]
 log = logging.getLogger("jaxserve")
 GIVE_UP = 3  # failed steps in a row after which the engine stops
 CAREFUL = 64  # steps of half the tokens after the device ran out of memory
-LONG = 0.006  # seconds of a launch of several steps after which SINGLE launches have one each
+LONG = 0.008  # seconds of a launch of several steps after which SINGLE launches have one each
 SINGLE = 64
 SHORT = 32  # tokens: steps so short that launching one takes longer than running it (a 1.8B model on an H200: 1.9 ms)
 NAN = "the model's logits were not numbers (NaN): the weights or the computation overflowed"
@@ -250,10 +250,9 @@ class Engine:
 
     def _steps(self):
         """Steps that the next launch may have."""
-        sizes = self.runner.sizes
-        if self._single or not sizes.bursts or len(self.scheduler.running) > sizes.bursts[-1] or self.scorer.busy:
+        if self._single or self.scorer.busy:
             return 1
-        return sizes.steps
+        return self.runner.sizes.steps(len(self.scheduler.running))
 
     def _pack(self, chunks):
         """The plan as an array; None where requests could not be packed: they have failed, the plan is taken back."""
@@ -315,8 +314,8 @@ class Engine:
             self._launched(step)
             if following is not None and following.guided:
                 steps = list(self.pending)
-                over = {request for each in steps for request, _ in each.over}
-                self.guide.start(following.guided, following.shape.drawn, lambda: [s.drew() for s in steps], over)
+                ended = {request for each in steps for request, _ in each.over}
+                self.guide.start(following.guided, following.shape.drawn, lambda: [s.drew() for s in steps], ended)
         self._half = None
 
     def _launched(self, step):

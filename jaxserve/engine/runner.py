@@ -98,7 +98,7 @@ class Runner:
         sizes = self.sizes
         for pages in () if self.scores_only else sizes.pages:
             yield from (Shape(rows, rows, pages) for rows in sizes.whole)
-            yield from (Shape(rows, rows, pages, full, sizes.steps) for rows in sizes.bursts for full in (False, True))
+            yield from (Shape(rows, rows, pages, full, steps) for rows, steps in sizes.bursts for full in (False, True))
 
     def _apart(self):
         """Shapes of steps that are two programs, of which scoring takes the first only."""
@@ -212,8 +212,8 @@ class Runner:
         """The smallest compiled shape that holds a plan, and whether one program does it."""
         sizes, pages = self.sizes, bucket(pages, self.sizes.pages)
         if steps > 1:
-            size = bucket(rows, sizes.bursts)
-            return Shape(size, size, pages, full, sizes.steps), True
+            steps, size = min((most, size) for size, most in sizes.bursts if size >= rows and most >= steps)
+            return Shape(size, size, pages, full, steps), True
         if tokens == rows:
             whole = bool(sizes.whole) and not full
             size = bucket(rows, sizes.whole if whole else sizes.rows)

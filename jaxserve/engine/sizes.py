@@ -8,7 +8,8 @@ SCORED = 1024  # most tokens of a step that scores
 # wait long for them to end: as many as take ENOUGH seconds.
 ENOUGH = 0.002
 MOST = 8
-BANDWIDTH = 3e12  # bytes a second that an H200 reads while it decodes, ...
+BANDWIDTH = 3e12  # bytes a second that an H200 reads while it decodes: the weights, and of each request ...
+CONTEXT = 512  # ... so many tokens' keys and values; ...
 KERNELS = 1e-4  # ... and seconds that a step takes besides
 
 
@@ -25,8 +26,7 @@ class Sizes:
     pages: tuple[int, ...]  # a row
     scored: tuple[int, ...]  # tokens of steps that score, of `tokens`
     whole: tuple[int, ...] = ()  # rows of steps that are one program: one token a row, all of them greedy and plain
-    bursts: tuple[int, ...] = ()  # rows of programs of several steps, with one token a row in each
-    steps: int = 1  # of these programs
+    bursts: tuple[tuple[int, int], ...] = ()  # (rows, steps) of programs of several steps with one token a row in each
 
     @classmethod
     def choose(cls, platform, plan):
@@ -44,21 +44,25 @@ class Sizes:
         tokens += (6144, 8192, 12288, 16384)
         # XLA's product with one row is slower than that with two (0.7 ms a step of a 1.8B model on an H200).
         whole, lanes = (2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 224, 256, 384, 512, 768, 1024), max(plan.lanes, 2)
-        steps = _steps(plan.weights)
+        bursts = ((rows, _steps(plan, rows)) for rows in _upto((2, 8, 16, 32), min(64, lanes)))
         return cls(
             _upto(tokens, plan.budget),
             _upto((8, 32, 64, 128, 256, 512), lanes),
             pages,
             _upto((320,), min(SCORED, plan.budget)),
             _upto(whole, lanes),
-            _upto((2, 8, 16, 32), min(64, lanes)) if steps > 1 else (),
-            steps,
+            tuple((rows, steps) for rows, steps in bursts if steps > 1),
         )
 
+    def steps(self, rows):
+        """How many steps a launch of so many rows may have."""
+        return next((steps for most, steps in self.bursts if most >= rows), 1)
 
-def _steps(weights):
-    """Steps of a burst of a model with so many bytes of weights on a device."""
-    one, steps = weights / BANDWIDTH + KERNELS, 1
+
+def _steps(plan, rows):
+    """How many steps make a burst of so many rows."""
+    read, steps = plan.weights + rows * CONTEXT * plan.cache / plan.tokens, 1
+    one = read / BANDWIDTH + KERNELS
     while steps < MOST and steps * one < ENOUGH:
         steps *= 2
     return steps

@@ -36,7 +36,9 @@ def patched():
     choose = Sizes.choose
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "LONG", 60.0)
-        patch.setattr(Sizes, "choose", lambda *given: dataclasses.replace(choose(*given), bursts=(2, 4), steps=STEPS))
+        patch.setattr(
+            Sizes, "choose", lambda *given: dataclasses.replace(choose(*given), bursts=((2, STEPS), (4, STEPS - 1)))
+        )
         yield
 
 
