@@ -27,7 +27,8 @@ LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexe
 DEAR = 0.003  # seconds of a processor to compile a grammar, from which on few lexers must do for many answers
 FEW = 8
 MANY = 64  # lexers of one grammar; 0.1 to 0.5 MB each as a rule
-KEPT = 256  # lexers in all ...
+WORN = 5_000  # tokens that answers followed with a lexer, after which it is not lent again; ten times as many if dear
+KEPT = 256  # lexers in all, of at most 10 MB by then ...
 KEPT_BYTES = 8 << 20  # ... and the text of their grammars at most
 MESSAGE = 200  # characters of llguidance's errors that are shown
 
@@ -41,15 +42,22 @@ class Source:
 
     def __init__(self, matcher: LLMatcher, dear: bool):
         self.matcher, self.dear = matcher, dear
-        self.followed = 1  # answers that follow a copy of it now
+        self.answers = 1  # that follow a copy of it now
+        self.tokens = 0  # that such have followed
+
+    @property
+    def worn(self) -> bool:
+        """Whether its lexer may have grown large."""
+        return self.tokens >= (10 * WORN if self.dear else WORN)
 
 
 class Matcher:
     """Where one answer stands in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, request: Request, ends: Iterable[int], order: int = 0):
-        """ends: token ids that end the answer, as far as the mask has them.  order: the same for those of one lexer."""
-        self.matcher, self.seen, self.ends, self.order = matcher, request.prompt_len, tuple(ends), order
+    def __init__(self, source: Source, request: Request, ends: Iterable[int]):
+        """ends: token ids that end the answer, as far as the mask has them."""
+        self.matcher, self.source = source.matcher.deep_copy(), source
+        self.seen, self.ends = request.prompt_len, tuple(ends)
         self.last: int | None = None  # the newest token that it has followed; its request may have yet to get it
         self.alone = False  # whether no other answer ever used its lexer
 
@@ -113,7 +121,7 @@ class Guide:
         with self._lock:
             self._lent.append((weakref.ref(request), source))
         ends = sorted(token for token in request.stop_ids if token < 32 * self.words)
-        return Matcher(source.matcher.deep_copy(), request, ends, id(source))
+        return Matcher(source, request, ends)
 
     def _idle(self, grammar: str) -> Source | None:
         """What to copy for one more answer; None: another is to be compiled, lest two answers wait for each other."""
@@ -122,17 +130,17 @@ class Guide:
             for who, source in lent:
                 request = who()
                 if request is None or request.finish:
-                    source.followed -= 1
+                    source.answers -= 1
                 else:
                     self._lent.append((who, source))
-            sources = self._sources.get(grammar)
+            sources = [source for source in self._sources.pop(grammar, ()) if not source.worn]
             if not sources:
                 return None
-            self._sources.move_to_end(grammar)
-            least = min(sources, key=lambda source: source.followed)
-            if least.followed and len(sources) < (FEW if least.dear else MANY):
+            self._sources[grammar] = sources
+            least = min(sources, key=lambda source: source.answers)
+            if least.answers and len(sources) < (FEW if least.dear else MANY):
                 return None
-            least.followed += 1
+            least.answers += 1
             return least
 
     def _keep(self, grammar: str, source: Source) -> None:
@@ -227,8 +235,8 @@ class Guide:
         """
         state = request.matcher
         if state.last is not None:
-            last = request.tokens[state.seen - 1 : known] or [*came[state.seen - 1 - known :], None]
-            if last[0] != state.last:
+            last = request.tokens[state.seen - 1 : known] or came[state.seen - 1 - known :]
+            if not last or last[0] != state.last:
                 self._renew(request, request.tokens[request.prompt_len : known])
         return [*request.tokens[state.seen : known], *came[max(0, state.seen - known) :]]
 
@@ -279,6 +287,7 @@ class Guide:
             ):
                 return state.trouble() or f"token {token} does not match the grammar"
             state.seen, state.last = state.seen + 1, token
+            state.source.tokens += 1
         if not state.matcher.is_stopped():
             return None
         return state.trouble()
@@ -287,7 +296,7 @@ class Guide:
         """The masks of `allow` before ends of answers are looked at, and requests whose matchers failed, and how."""
         masks, broken = np.full((count, self._table_words), -1, np.int32), []
         # Neighbours tend to be one thread's work: those that share a lexer would wait for each other on two.
-        rows = sorted(rows, key=lambda pair: pair[1].matcher.order)
+        rows = sorted(rows, key=lambda pair: id(pair[1].matcher.source))
         try:
             if len(rows) == 1:
                 fill_next_token_bitmask(rows[0][1].matcher.matcher, masks, rows[0][0])
@@ -331,6 +340,7 @@ class Guide:
     def _renew(self, request: Request, tokens: list[int]) -> None:
         """Puts a request's matcher to where the answer has `tokens`, with a lexer of its own."""
         state = request.matcher
+        assert request.grammar is not None
         state.matcher, state.alone = LLMatcher(self.prepare(), request.grammar, log_level=0, limits=LIMITS), True
         state.matcher.consume_tokens(tokens)
         state.seen, state.last = request.prompt_len + len(tokens), tokens[-1] if tokens else None

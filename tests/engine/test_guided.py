@@ -324,17 +324,29 @@ def test_answers_that_run_at_once_have_lexers_of_their_own(monkeypatch):
     first = [request(regex("[ab]+")) for _ in range(3)]
     for one in first:
         one.matcher = guide.open(one)
-    assert lexers(guide) == {"start: /[ab]+/": 3} and len({one.matcher.order for one in first}) == 3
+    assert lexers(guide) == {"start: /[ab]+/": 3} and len({one.matcher.source for one in first}) == 3
     first[0].finish, first[1] = "stop", None  # ended, and gone
     again = [request(regex("[ab]+")) for _ in range(3)]
     for one in again:
         one.matcher = guide.open(one)
         assert follow(guide, one, "ab") == ("$ab", [])
-    assert lexers(guide) == {"start: /[ab]+/": 4} and len({one.matcher.order for one in [first[2], *again]}) == 4
+    assert lexers(guide) == {"start: /[ab]+/": 4} and len({one.matcher.source for one in [first[2], *again]}) == 4
     monkeypatch.setattr(guides, "MANY", 4)
     last = request(regex("[ab]+"))
     last.matcher = guide.open(last)
     assert lexers(guide) == {"start: /[ab]+/": 4} and follow(guide, last, "b") == ("$ab", [])
+
+
+def test_lexers_are_worn_out(monkeypatch):
+    monkeypatch.setattr(guides, "WORN", 5)
+    guide, used = Guide(build.table, 97), []
+    for _ in range(5):
+        one = request(regex("[ab]+"))
+        one.matcher = guide.open(one)
+        used.append(one.matcher.source)
+        assert follow(guide, one, "abb") == ("$ab", []) and lexers(guide) == {"start: /[ab]+/": 1}
+        one.finish = "stop"
+    assert [used[0] is source for source in used[1:4]] == [True, False, False] and used[2] is used[3] is not used[4]
 
 
 def test_dear_grammars_are_compiled_a_few_times(monkeypatch):
