@@ -49,11 +49,15 @@ def engine(folder, patched):
 
 
 @pytest.fixture(scope="module")
-def plain(folder):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines.Engine, "_steps", lambda self: 1)
-        with build.engine(folder) as engine:
-            return everything(engine)
+def plain(engine):
+    """What single steps give."""
+    engine._steps = lambda: 1
+    before = engine.stats()
+    found = everything(engine)
+    del engine._steps
+    after = engine.stats()
+    assert after["steps"] - before["steps"] == after["launches"] - before["launches"]
+    return found
 
 
 def everything(engine):
@@ -199,14 +203,13 @@ def test_scoring_and_bursts(engine):
     assert answer.wait() == free
 
 
-def test_what_is_no_number_ends_the_answer_there(folder, patched):
-    with build.engine(folder) as engine:
-        embed = engine.runner.params.embed
-        engine.runner.params = engine.runner.params.replace(embed=embed.at[42].set(np.nan))
-        forced = SamplingParams(logit_bias=((42, 1e6),))
-        answers = [build.submit(engine, [1, i, 3], 9, params) for i, params in ((5, SamplingParams()), (6, forced))]
-        assert [len(answer.wait()) for answer in answers] == [9, 1]
-        assert "NaN" in answers[1].outputs[-1].error and engine.stats()["corrupted"] == 1
+def test_what_is_no_number_ends_the_answer_there(engine, monkeypatch):
+    params = engine.runner.params
+    monkeypatch.setattr(engine.runner, "params", params.replace(embed=params.embed.at[42].set(np.nan)))
+    forced = SamplingParams(logit_bias=((42, 1e6),))
+    answers = [build.submit(engine, [1, i, 3], 9, params) for i, params in ((5, SamplingParams()), (6, forced))]
+    assert [len(answer.wait()) for answer in answers] == [9, 1]
+    assert "NaN" in answers[1].outputs[-1].error and sound(engine)["corrupted"] == 1
 
 
 def test_bursts_that_last_are_left_for_a_while(engine, plain, monkeypatch):

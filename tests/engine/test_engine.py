@@ -12,6 +12,8 @@ from scripts import tiny_checkpoint
 from tests import oracle
 from tests.engine import build
 
+GRAMMAR = '{"grammars": [{"lark_grammar": "start: /[a-c]{20}/"}]}'
+
 
 def random_requests(count=9, seed=1, longest=40):
     draw = random.Random(seed)
@@ -93,6 +95,16 @@ def test_fused_as_on_a_gpu(folder, engine, expected, monkeypatch):
         fused.runner.warm_up()  # all programs, as there
         assert build.run(fused, random_requests()) == expected
         assert build.run(fused, random_requests(), params) == sampled
+
+
+def test_as_many_rows_as_a_step_has_tokens_but_one(folder, expected):
+    """The program that draws has a row more than the one before it."""
+    with build.engine(folder, guide=build.table, num_tokens_per_iter=5) as engine:
+        (shape,) = [shape for shape in engine.runner._apart() if shape.tokens == 5]
+        assert (shape.rows, shape.drawn) == (4, 5)
+        guided = build.submit(engine, [1, 2, 3], 9, grammar=GRAMMAR)
+        assert build.run(engine, random_requests()) == expected
+        assert set(build.text(guided.wait())) <= set("abc")
 
 
 @pytest.mark.parametrize("tp", [2, 4])
