@@ -180,7 +180,7 @@ class Waiting(Runner):
 
     def __init__(self, *arguments, options, scripts):
         super().__init__(*arguments)
-        self.sizes, self.on_cpu = replace(Sizes.choose("gpu", self.plan), bursts=(), steps=1), False
+        self.sizes, self.on_cpu = replace(Sizes.choose("gpu", self.plan), bursts=()), False
         self.options, self.scripts, self.free_at, self.state = options, scripts, 0.0, True
 
     def _sit(self, seats):
