@@ -199,10 +199,19 @@ def _blame(path: Path) -> str:
     return "corrupt or no safetensors file; download it again"
 
 
+def save(tensors: dict[str, np.ndarray], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a file, all or nothing.  OSError where it cannot be written, such as on a full disk."""
+    try:
+        save_file(tensors, file, metadata)
+    except (OSError, SafetensorError) as error:  # the library has an exception of its own for a full disk
+        file.unlink(missing_ok=True)
+        raise OSError(f"{file} could not be written: {error}") from None
+
+
 def write(source, folder: Path) -> None:
     """Writes a checkpoint into the empty `folder`: model.safetensors, config.json and what else `source` knows."""
     tensors = {name: source.read(name) for name in sorted(source.names)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save(tensors, folder / "model.safetensors", {"format": "pt"})
     sides = {"config": source.config, "generation_config": source.generation_config}
     for name, value in (sides | {"tokenizer_data": source.tokenizer_data}).items():
         if value:

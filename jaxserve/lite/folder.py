@@ -14,10 +14,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from jaxserve.checkpoint import SIDE_FILES
-from jaxserve.checkpoint.safetensors import INDEX, read_tensor
+from jaxserve.checkpoint.safetensors import INDEX, read_tensor, save
 from jaxserve.text.tokenizer import Tokenizer
 
 SHARD = 2 << 30  # bytes of a safetensors file, which are in memory while it is written
@@ -73,7 +72,7 @@ class Folder:
         """
         new = self._layer(layer).with_suffix(".new")
         arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-        save_file(arrays, new, metadata={"about": json.dumps(about or {})})
+        save(arrays, new, {"about": json.dumps(about or {})})
         _sync(new)
         new.rename(self._layer(layer))
 
@@ -123,7 +122,7 @@ class Folder:
                 arrays[tensor] = np.ascontiguousarray(take())
                 done, places[tensor] = done + size, name
                 progress and progress(done, total)
-            save_file(arrays, new / name, metadata={"format": "pt"})
+            save(arrays, new / name, {"format": "pt"})
             _sync(new / name)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": places}

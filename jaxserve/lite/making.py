@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
+from jaxserve.checkpoint.safetensors import save
 from jaxserve.config import EngineConfig
 from jaxserve.engine.loading import open_model
 from jaxserve.lite import calibrate, report, writing
@@ -159,7 +159,7 @@ def observe(model, config, calibration: Calibration, tell=log.info, show: bool |
                     for name in block.tensors(path, np.zeros((1, *calibrate.at(block.layer, path).weight.shape[1:]))):
                         out |= {f"{name}.{what}": np.asarray(size) for what, size in sizes.items()}
     new = target.with_suffix(".new")
-    save_file(out, new)
+    save(out, new)
     new.replace(target)
     tell(f"{target}: written; the largest input is {max(float(size.max()) for size in out.values()):.4g}")
     return target

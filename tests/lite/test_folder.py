@@ -1,6 +1,7 @@
 """The folder of a quantized model: all or nothing, in shards or not, with what other engines need beside weights."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -107,6 +108,23 @@ def test_a_run_goes_on_only_with_the_same_settings(tmp_path, source):
     np.testing.assert_array_equal(again.read(1)[f"{NAME.format(1)}.qweight"], packed(1)[f"{NAME.format(1)}.qweight"])
     other = Folder(tmp_path / "out", source, CONFIG, {"seed": 2})
     assert not other.resumed and not other.done(0)
+
+
+def test_a_full_disk_leaves_nothing_half_done(tmp_path, source):
+    """A limit on the size of a file stands for the disk.  A run can go on after it."""
+    made = filled(tmp_path / "out", source)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"model.safetensors could not be written"):
+            made.finish()
+        with pytest.raises(OSError, match=r"could not be written"):
+            made.write(2, {"x": np.zeros(10_000, np.float32)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "out").exists() and not made.done(2)
+    made.finish()
+    assert set(stored(tmp_path / "out")) >= set(packed(0))
 
 
 def test_a_value_that_does_not_fit_is_named(tmp_path, source):

@@ -183,11 +183,12 @@ OURS = [
     ),
     Row(
         71,
-        "a full disk while converting or logging, a cache that cannot be written",
+        "a full disk while converting, quantizing or logging, a cache that cannot be written",
         "a clean error, nothing half done",
         tests=(
             "serve/test_faults_process.py::test_71_a_full_disk_for_the_log",
             "checkpoint/test_orbax.py::test_nothing_is_overwritten_and_nothing_half_done_stays",
+            "lite/test_folder.py::test_a_full_disk_leaves_nothing_half_done",
             "engine/test_programs.py::test_a_full_disk_leaves_nothing_behind",
             "engine/test_programs.py::test_a_folder_that_cannot_be_written_costs_only_time",
             "test_hub.py::test_a_full_disk_leaves_nothing",
