@@ -65,7 +65,7 @@ def h200():
     return topologies.make_mesh(one, (1,), ("tp",))
 
 
-def runner(mesh, layers):
+def runner(mesh, layers, kv=None):
     """The engine's runner for a model without weights."""
     import jax.numpy as jnp
 
@@ -76,7 +76,7 @@ def runner(mesh, layers):
 
     ops.kernels = lambda: True
     cfg = from_hf(MODEL | {"num_hidden_layers": layers})
-    plan = MemoryPlan("NVIDIA H200", 1, 139 << 30, 4 << 30, 80 << 30, 1 << 30, 64, 8000, 4096, 256, 4096)
+    plan = MemoryPlan("NVIDIA H200", 1, 139 << 30, 4 << 30, 80 << 30, 1 << 30, 64, 8000, 4096, 256, 4096, kv=kv)
     return Runner(cfg, mesh, plan, jnp.dtype("bfloat16"), weights.shapes(cfg, mesh, set(), jnp.bfloat16))
 
 
@@ -99,14 +99,14 @@ def parts(text):
     return [kind for depth, kind in leaves if depth], [kind for depth, kind in found if depth == 0]
 
 
-def thunks(mesh, layers, program, folder):
+def thunks(mesh, layers, program, folder, kv=None):
     """(name, `parts` of what a step launches, launches before a loop, turns of it, bytes beside the arguments)."""
     import jax
 
     for path in glob.glob(f"{folder}/*"):
         os.unlink(path)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        (name, *_), function, arguments, options = job(runner(mesh, layers), *program)
+        (name, *_), function, arguments, options = job(runner(mesh, layers, kv), *program)
         compiled = function.lower(*arguments).compile(compiler_options=options)
     (path,) = glob.glob(f"{folder}/*jit_{name}*thunk_sequence_after_thunk_passes.txt")
     text, before, turns = Path(path).read_text(), 0, 1
@@ -117,10 +117,10 @@ def thunks(mesh, layers, program, folder):
     return name, parts(text), before, turns, compiled.memory_analysis().temp_size_in_bytes
 
 
-def count(mesh, program, folder):
+def count(mesh, program, folder, kv=None):
     """The figures of one program."""
-    _, few, *_ = thunks(mesh, LAYERS[0], program, folder)
-    name, many, before, turns, size = thunks(mesh, LAYERS[1], program, folder)
+    _, few, *_ = thunks(mesh, LAYERS[0], program, folder, kv)
+    name, many, before, turns, size = thunks(mesh, LAYERS[1], program, folder, kv)
     once, all_, outside = Counter(few[0]), Counter(many[0]), Counter(many[1])
     more = LAYERS[1] - LAYERS[0]
     layer = (all_.total() - once.total()) / more
@@ -145,6 +145,7 @@ def main():
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1, help="of decoding in one launch [1]")
     parser.add_argument("--full", action="store_true", help="by the full sampler, of several steps or of what draws")
+    parser.add_argument("--kv", choices=("int8", "int4", "fp8"), help="of a quantized KV cache")
     options = parser.parse_args()
     one = (options.tokens, options.rows, options.steps, options.full)
     programs = PROGRAMS if options.tokens is None else (one,)
@@ -158,7 +159,7 @@ def main():
         sys.path.insert(0, str(PROJECT))
         mesh = h200()
         for program in programs:
-            print(json.dumps(count(mesh, program, folder)), flush=True)
+            print(json.dumps(count(mesh, program, folder, options.kv)), flush=True)
 
 
 if __name__ == "__main__":
