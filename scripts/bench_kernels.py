@@ -54,6 +54,8 @@ PREFILL = {  # (cached tokens, new tokens) of the rows, kv heads, query heads a 
     "1 x 4k, 8/4x256": ([(0, 4096)], 4, 2, 256),
 }
 WRITE = {f"{tokens} tokens, 32/8x128": (tokens, 8, 4, 128) for tokens in (1, 16, 256, 2048)}
+# Keys and values as codes: the name of a kernel and one of these.
+KINDS = {"_int8": "int8", "_int4": "int4", "_fp8": "fp8"}
 SMALL = {  # what the definitions are timed on: the default model on a CPU
     "paged_decode": {f"{n} x {c}, 9/3x64": ([c] * n, 3, 3, 64) for n, c in ((1, 100), (1, 1000), (1, 8000), (16, 500))},
     "paged_prefill": {f"256 after {c}, 9/3x64": ([(c, 256)], 3, 3, 64) for c in (0, 3840)},
@@ -78,6 +80,29 @@ def batch(spans, kv_heads, head_dim, layers):
     return k, v, [jnp.asarray(x, jnp.int32) for x in (pages, np.cumsum(new) - new, new, cached)]
 
 
+def split_name(name):
+    """A kernel's name and the kind of its pools: paged_decode_int4 -> paged_decode, int4."""
+    for suffix, kind in KINDS.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), kind
+    return name, None
+
+
+def random_codes(pool, kind):
+    """Pools of codes in place of [L, N, S, K, H]."""
+    (codes, _), (parameters, _) = pk.pool_shapes(pool.shape, kind)
+    pair = jnp.broadcast_to(jnp.asarray([0.02, -1.0], jnp.float16), (*parameters, 2))
+    codes = jax.random.bits(jax.random.key(5), codes, jnp.uint8) & 0x77  # no fp8 that is no number
+    return pk.QuantizedPool(codes, jax.lax.bitcast_convert_type(pair, jnp.int32), kind)
+
+
+def token_bytes(head_dim, kind):
+    """Bytes of a key, or a value, of one kv head."""
+    if kind is None:
+        return head_dim * dtype().itemsize
+    return sum(math.prod(shape) * jnp.dtype(of).itemsize for shape, of in pk.pool_shapes((1, 1, 1, 1, head_dim), kind))
+
+
 class Work(NamedTuple):
     """Calls of a kernel, each of which needs the one before it."""
 
@@ -95,15 +120,18 @@ class Work(NamedTuple):
 
 def attention(name, suffix, spans, kv_heads, group, head_dim):
     """Chained calls over the layers."""
+    name, kind = split_name(name)
     tokens = sum(new for _, new in spans)
     decode = name == "paged_decode"
-    cached = 2 * sum(old + new for old, new in spans) * kv_heads * head_dim * dtype().itemsize
-    layers = max(8, min(32, math.ceil(4 * L2 / cached))) if decode else 8
+    cached = 2 * sum(old + new for old, new in spans) * kv_heads * token_bytes(head_dim, kind)
+    layers = max(8, min(64 if kind else 32, math.ceil(4 * L2 / cached))) if decode else 8
     attend = getattr(pk, name + suffix)
 
     def arrays():
         k, v, (pages, first, count, start) = batch(spans, kv_heads, head_dim, layers)
         q = jax.random.normal(jax.random.key(2), (tokens, kv_heads, group, head_dim), k.dtype)
+        if kind:
+            k, v = random_codes(k, kind), random_codes(v, kind)
         return q, k, v, *((pages, start + count) if decode else (pages, first, count, start))
 
     def chain(layers, q, k, v, *rows):
@@ -117,6 +145,7 @@ def attention(name, suffix, spans, kv_heads, group, head_dim):
 
 def writing(name, suffix, tokens, kv_heads, group, head_dim):
     """Chained writes over the layers of donated pools."""
+    name, kind = split_name(name)
     layers = 16
     write = getattr(pk, name + suffix)
     fused = name == "rope_kv_write"
@@ -125,6 +154,8 @@ def writing(name, suffix, tokens, kv_heads, group, head_dim):
         k, v, _ = batch([(0, max(tokens, 1024))], kv_heads, head_dim, layers)
         slot = PAGE + np.random.default_rng(0).permutation(k.shape[1] * PAGE - PAGE)[:tokens]
         qkv = jax.random.normal(jax.random.key(2), (tokens, kv_heads, group + 2, head_dim), k.dtype)
+        if kind:
+            k, v = random_codes(k, kind), random_codes(v, kind)
         angle = jax.random.uniform(jax.random.key(3), (tokens, head_dim // 2))
         return k, v, qkv, jnp.cos(angle), jnp.sin(angle), jnp.asarray(slot, jnp.int32)
 
@@ -138,6 +169,8 @@ def writing(name, suffix, tokens, kv_heads, group, head_dim):
         return k, v, q
 
     moved = 2 * tokens * kv_heads * head_dim * dtype().itemsize * (2 if not fused else group + 2)
+    if kind:
+        moved += 2 * tokens * kv_heads * (token_bytes(head_dim, kind) - token_bytes(head_dim, None))
     return Work(chain, arrays, layers, moved, donate=(0, 1))
 
 
@@ -203,7 +236,7 @@ def measure(name, case, compiled):
     """Microseconds, rate in GB/s or TFLOP/s, share of the limit (None: unknown device), and error."""
     made = work(name, case)
     took = seconds(compiled["time"], made)
-    compute = name == "paged_prefill"
+    compute = name.startswith("paged_prefill")
     limit = LIMITS.get(jax.devices()[0].device_kind, (None, None))[compute]
     row = {
         "us": took * 1e6,
@@ -220,7 +253,10 @@ def measure(name, case, compiled):
 def cases(reference):
     if reference:
         return SMALL
-    return {"paged_decode": DECODE, "paged_prefill": PREFILL, "kv_write": WRITE, "rope_kv_write": WRITE}
+    found = {"paged_decode": DECODE, "paged_prefill": PREFILL, "kv_write": WRITE, "rope_kv_write": WRITE}
+    for suffix in KINDS:
+        found |= {name + suffix: found[name] for name in ("paged_decode", "paged_prefill", "rope_kv_write")}
+    return found
 
 
 def main():
@@ -235,7 +271,7 @@ def main():
     chosen = []
     for name, shapes in cases(options.reference).items():
         for label, case in shapes.items() if options.only in (None, name) else ():
-            if name == "paged_decode":
+            if name.startswith("paged_decode"):
                 case = ([(length - 1, 1) for length in case[0]], *case[1:])
             chosen.append((name, label, case))
     # All are compiled before the first is timed: compiling takes cores, and throws the process's CUDA graphs away.

@@ -25,8 +25,8 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[1]
 TOOLS = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
 DTYPES = ("bfloat16", "float16", "float32")
-GROUPS = ("control", "triton", "hopper")
-OURS = ("_attend", "_cut", "_tiles", "_order", "_write", "_rope_write", "mosaic", "prefill")
+GROUPS = ("control", "triton", "codes", "hopper")
+OURS = ("_attend", "attend_", "_cut", "_tiles", "_order", "_write", "_rope_write", "mosaic", "prefill")
 LIMIT = 110  # seconds of a group
 LENGTHS, NEW = [5, 700, 0, 128, 1, 300, 65], [5, 200, 0, 1, 1, 1, 65]
 
@@ -39,7 +39,7 @@ def launch(group):
 
     sys.path.insert(0, str(PROJECT))
     import pallas_kernels as pk
-    from tests.kernels.cases import Case
+    from tests.kernels.cases import Case, quantized
 
     def attention(dtype, window=None):
         case = Case(LENGTHS, NEW, padding=20, kv_heads=2, group=3, head_dim=128, page_size=64, dtype=jnp.dtype(dtype))
@@ -50,6 +50,17 @@ def launch(group):
             decode = jax.jit(lambda *x: pk.paged_decode(*x[:3], 1, *x[3:], scale=0.1, window=window))
             out.append(decode(q[: len(LENGTHS)], k, v, *map(jnp.asarray, (case.pages, case.length))))
         return out
+
+    def codes(dtype, kind, window=None):
+        case = Case(LENGTHS, NEW, padding=20, kv_heads=2, group=3, head_dim=80, page_size=64, dtype=jnp.dtype(dtype))
+        q, pools = jnp.asarray(case.q), quantized(case, kind)
+        prefill = jax.jit(lambda *x: pk.paged_prefill(*x[:3], 1, *x[3:], scale=0.1, window=window))
+        decode = jax.jit(lambda *x: pk.paged_decode(*x[:3], 1, *x[3:], scale=0.1, window=window))
+        qkv, angle = jnp.ones((37, 2, 5, 80), dtype), jnp.ones((37, 40))
+        slot = jnp.arange(64, 101, dtype=jnp.int32)
+        both = jax.jit(lambda k, v, qkv, cos, sin, slot: pk.rope_kv_write(k, v, qkv, cos, sin, 1, slot))
+        out = [prefill(q, *pools, *case.rows()), both(*pools, qkv, angle, angle, slot)]
+        return [*out, decode(q[: len(LENGTHS)], *pools, *map(jnp.asarray, (case.pages, case.length)))]
 
     def writes(dtype, beside=0):
         pools = [jnp.zeros((2, 5, 16, 3, 64), dtype) for _ in range(2)]
@@ -66,6 +77,10 @@ def launch(group):
     for dtype in DTYPES if group == "triton" else ():
         jax.block_until_ready((attention(dtype, window=90), writes(dtype)))
         print(f"launched: {dtype}, all kernels but Hopper's", flush=True)
+    for dtype in DTYPES[:2] if group == "codes" else ():
+        for kind in ("int8", "int4", "fp8") if pk.triton_call.device()[1] >= 89 else ("int8", "int4"):
+            jax.block_until_ready(codes(dtype, kind, window=90 if kind == "fp8" else None))
+        print(f"launched: {dtype}, kernels for quantized keys and values", flush=True)
     for dtype in DTYPES[:2] if group == "hopper" else ():
         pk.tuning.lookup("hopper_prefill", dtype, 128)["tokens"] = 0  # for the smallest steps, too
         (out,) = jax.block_until_ready(attention(dtype))

@@ -30,6 +30,10 @@ CASES = {
     "hopper_prefill": PROMPTS,
     "paged_decode": DECODE,
     "paged_prefill": PROMPTS,
+    "paged_decode_int8": DECODE,
+    "paged_decode_int4": DECODE,
+    "paged_prefill_int8": PROMPTS,
+    "paged_prefill_int4": PROMPTS,
     "rope_kv_write": {str(tokens): tokens for tokens in (1, 16, 256, 2048)},
 }
 STEPS = {  # tried one group after the other, all combinations within a group
@@ -44,6 +48,12 @@ STEPS = {  # tried one group after the other, all combinations within a group
     "paged_prefill": ({"rows": (64, 128), "block": (32, 64, 128), "warps": (4, 8), "stages": (2, 3)},),
     "rope_kv_write": ({"warps": (1, 2, 4, 8)},),
 }
+for kind in ("_int8", "_int4"):  # fewer warps a piece: each does more between what they must agree on
+    STEPS["paged_decode" + kind] = (
+        {"block": (32, 64, 128), "warps": (1, 2, 4), "stages": (2, 3, 4)},
+        {"programs": (1056, 2112, 4224), "smallest": (64, 128, 256)},
+    )
+    STEPS["paged_prefill" + kind] = STEPS["paged_prefill"]
 # Rows of one token among prompts of so many in all: from which number on is the Hopper kernel no slower?
 MIXES = {prompt: [(600, 1)] * 250 + [(0, prompt // 2)] * 2 for prompt in (64, 128, 256, 512, 1024)}
 
