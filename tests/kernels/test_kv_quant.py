@@ -1,5 +1,9 @@
 """Quantized pages: codes against formulas in NumPy, and attention to them against that to what they stand for."""
 
+import json
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 from pallas_kernels import paged_decode_reference, paged_prefill_reference, rope_kv_write_reference
 from pallas_kernels.kv_quant import BITS, QuantizedPool, dequantize, quantize, spread
 from pallas_kernels.kv_write import kv_write_reference
+from tests.kernels import test_launches
 from tests.kernels.cases import Case, quantized
 from tests.test_cache import roundtrip
 from tests.test_cache import spread as spread_by_numpy
@@ -60,8 +65,7 @@ def test_spread(head_dim):
     np.testing.assert_allclose(spread(q) @ spread(k).T, q @ k.T, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize("kind, window", [("int8", 20), ("int4", None), ("fp8", 20)])
 def test_attention_is_that_to_the_dequantized_pools(kind, window):
     case = Case([5, 150, 0, 64, 90], [5, 33, 0, 1, 1], page_size=16, padding=3, head_dim=80, window=window)
     pools = quantized(case, kind)
@@ -106,6 +110,17 @@ def test_rope_and_write(kind, tokens):
         numbers = np.swapaxes(np.asarray(dequantize(got.codes, got.parameters, kind)), 2, 3)[:, 1:][written]
         want = np.asarray(dequantize(*quantize(x, kind), kind))[:, 1:][written]
         assert np.isclose(numbers, want, rtol=1e-5, atol=1e-5).mean() > 0.98
+
+
+@pytest.mark.skipif(test_launches.pytestmark.args[0], reason=test_launches.pytestmark.kwargs["reason"])
+def test_a_step_is_one_graph():
+    """A decode step with an int4 cache launches no more than one with plain pages, and copies no pool."""
+    command = [sys.executable, str(test_launches.SCRIPT), "--tokens", "16", "--rows", "16", "--kv", "int4"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert (found["command_buffers"], found["outside"], found["copies"]) == (1, {}, {})
+    assert found["layer"] <= 12
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
