@@ -124,8 +124,8 @@ def grouped_matmul(x, weight, sizes, *, rows):
 
 
 def layout():
-    """Which of the two ways this machine lays out quantized weights, for people."""
-    return "the kernels of a GPU" if kernels() else "the CPU, or a GPU without kernels"
+    """What this machine's layout of quantized weights is for, in words."""
+    return "the kernels of a GPU" if kernels() else "the reference, which the CPU runs"
 
 
 def int4_pack(q, *, group):

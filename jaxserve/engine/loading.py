@@ -93,8 +93,8 @@ def converted(source):
     """How the weights of a converted folder are held; ValueError where this machine would hold them otherwise."""
     if (made := source.meta.get("layout")) not in (None, ops.layout()):
         raise ValueError(
-            f"{source.path}: its quantized weights were converted for {made}, and this is {ops.layout()}; convert the "
-            "original folder again here"
+            f"{source.path}: its quantized weights are laid out for {made}, and this machine needs them laid out for "
+            f"{ops.layout()}; convert the original folder again here"
         )
     return {path: Packed(*how) for path, how in source.meta.get("held", {}).items()}
 

@@ -171,5 +171,5 @@ def test_converted_for_another_kind_of_device(tmp_path, as_stored, monkeypatch):
     with pytest.raises(ValueError, match="model_format=gptq, and the checkpoint has awq weights"):
         loading.open_model(str(tmp_path / "converted"), EngineConfig(model_format="gptq"))
     monkeypatch.setattr(ops, "layout", lambda: "the kernels of a GPU")
-    with pytest.raises(ValueError, match="converted for the CPU.*convert the original folder again"):
+    with pytest.raises(ValueError, match="laid out for the reference.*convert the original folder again"):
         loading.open_model(str(tmp_path / "converted"), EngineConfig())
