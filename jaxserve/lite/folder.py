@@ -123,6 +123,7 @@ class Folder:
                 done, places[tensor] = done + size, name
                 progress and progress(done, total)
             save(arrays, new / name, {"format": "pt"})
+            (new / name).chmod(0o644)  # the library lets nobody else read it
             _sync(new / name)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": places}
