@@ -23,6 +23,7 @@ PROJECT = Path(__file__).parents[1]
 PACKAGES = ("jaxserve", "pallas_kernels")
 SETUP = configparser.ConfigParser()
 SETUP.read(PROJECT / "setup.cfg", encoding="utf-8")
+EXTRAS = (*SETUP["options.extras_require"],)
 
 
 def run(*command, **options):
@@ -149,7 +150,7 @@ def test_requirements_are_what_is_imported():
 
 def test_no_pytorch_anywhere_below():
     """Over all that the requirements require, as far as it is installed here."""
-    waiting = [(requirement, frozenset()) for requirement in declared("cuda12", "cuda13", "dev", "compat")]
+    waiting = [(requirement, frozenset()) for requirement in declared(*EXTRAS)]
     seen = set()
     while waiting:
         requirement, extras_of_parent = waiting.pop()
@@ -179,7 +180,7 @@ def test_constraints_pin_every_requirement():
             name, version = line.split("==")
             pins[canonicalize_name(name)] = version
     assert pins["jax"] == "0.11.2"
-    for requirement in declared("cuda12", "cuda13", "dev", "compat"):
+    for requirement in declared(*EXTRAS):
         version = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement}, constraints.txt has {version}"
 
