@@ -139,3 +139,15 @@ def test_elements_make_the_values(tmp_path, kind):
         assert how.order == kind.startswith("act-order") and (how.activations == "static") == (
             f"{NAME}.input_scale" in found.source.names
         )
+
+
+def test_blocks_that_do_not_divide(tmp_path, caplog):
+    """The last block of inputs is a part of one: such a map is held as values."""
+    want = folders.write(tmp_path, HF | {"intermediate_size": 160}, "fp8-large-block")
+    with checkpoint.open(tmp_path) as found:
+        down = "model.layers.0.mlp.down_proj"
+        assert down not in found.packed and NAME in found.packed and "1 of its maps" in caplog.text
+        np.testing.assert_array_equal(found.read(f"{down}.weight"), want[f"{down}.weight"])
+        np.testing.assert_array_equal(
+            found.read(f"{down}.weight", (slice(3, 9), slice(120, 150))), want[f"{down}.weight"][3:9, 120:150]
+        )
