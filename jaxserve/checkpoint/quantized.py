@@ -64,12 +64,11 @@ class QuantizedFolder:
         self.path, self.config, self.method = source.path, source.config, scheme.method
         self.generation_config, self.tokenizer_data = source.generation_config, source.tokenizer_data
         end = f".{self.layout.values}"
-        self._maps = {name.removesuffix(end): None for name in sorted(source.names) if name.endswith(end)}
-        if not self._maps:
+        maps = [name.removesuffix(end) for name in sorted(source.names) if name.endswith(end)]
+        if not maps:
             raise CheckpointError(f"{self.path}: {self.method} weights are announced, and no tensor is called *{end}")
-        self.packed = {}
-        for name in self._maps:
-            self._maps[name] = stored = self._inspect(name)
+        self._maps, self.packed = {name: self._inspect(name) for name in maps}, {}
+        for name, stored in self._maps.items():
             if stored.groups is None or stored.order is not None:
                 zero = scheme.bits == 4 or f"{name}.{self.layout.zeros}" in source.names
                 scales = str(source.dtype(f"{name}.{self.layout.scales}"))
@@ -101,6 +100,8 @@ class QuantizedFolder:
         found = source.shape(scales)
         if tuple(found[::-1] if layout.transposed else found) != want:
             raise CheckpointError(f"{self.path}: tensor {scales} has shape {list(found)}; {list(want)} were expected")
+        if not scheme.symmetric and f"{name}.{layout.zeros}" not in source.names:
+            raise CheckpointError(f"{self.path}: tensor {name}.{layout.zeros} is missing")
         if inputs not in source.names:
             return Stored(shape, group)
         groups = source.read(inputs)
@@ -159,8 +160,6 @@ class QuantizedFolder:
         """Zeros uint8; those of GPTQ may be one more than the bits hold."""
         tensor = f"{name}.{self.layout.zeros}"
         if tensor not in self.source.names:
-            if not self.scheme.symmetric:
-                raise CheckpointError(f"{self.path}: tensor {tensor} is missing")
             return np.full((rows[1] - rows[0], columns[1] - columns[0]), 1 << (self.scheme.bits - 1), np.uint8)
         stored = self._spread(tensor, self.layout.zeros_axis, rows, columns)
         return stored.astype(np.uint16) + 1 if self._wide else stored + np.uint8(self.scheme.zero_offset)

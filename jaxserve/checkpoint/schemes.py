@@ -81,7 +81,7 @@ def _words(path, method, found):
 
 def _compressed(path, method, found):
     groups = [g for g in (found.get("config_groups") or {}).values() if isinstance(g, dict)]
-    weights = [g.get("weights") for g in groups if isinstance(g.get("weights"), dict)]
+    weights: list[dict] = [g["weights"] for g in groups if isinstance(g.get("weights"), dict)]
     if len(weights) != 1 or len(groups) != 1:
         raise _unread(path, f"compressed-tensors of {len(groups)} groups of layers")
     stored, w, inputs = groups[0].get("format") or found.get("format"), weights[0], groups[0].get("input_activations")
