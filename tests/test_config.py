@@ -54,7 +54,7 @@ def test_any_value_is_taken_as_it_is_or_refused_by_name(cls, data):
         {"quant_policy": "int3"},
         {"quant_policy": 8.0},
         {"quant_policy": False},
-        {"model_format": "fp8"},
+        {"model_format": "mxfp4"},
         {"session_len": 0},
         {"enable_prefix_caching": 1},
         {"num_tokens_per_iter": -1},
