@@ -270,29 +270,29 @@ def searched(block, path, layer, moments, settings):
     return out
 
 
+@partial(jax.jit, static_argnames=("settings", "tie"))
 def search(weight, moments, settings: Settings, tie: tuple | None = None):
     """Scales float32[inputs] by which inputs are divided and weights multiplied; ones where none is worth it.
 
     weight [inputs, *outputs]; tie: (K, G, H) where the inputs of G queries share a scale.
     """
     flat = weight.reshape(len(weight), -1)
-    flat = flat[:, :: max(1, flat.shape[1] // OUTPUTS)]
-    power = jnp.diag(moments)
-    if tie:
-        power = jnp.broadcast_to(power.reshape(tie).mean(1, keepdims=True), tie).reshape(-1)
+
+    def shared(x):
+        return x if tie is None else jnp.broadcast_to(x.reshape(tie).mean(1, keepdims=True), tie).reshape(-1)
+
+    power, size = shared(jnp.diag(moments)), shared(jnp.abs(flat).mean(1))
     act = jnp.sqrt(jnp.maximum(power, 1e-12 * jnp.maximum(power.max(), 1e-30)))
-    size = jnp.abs(weight.reshape(len(weight), -1)).mean(1)
-    if tie:
-        size = jnp.broadcast_to(size.reshape(tie).mean(1, keepdims=True), tie).reshape(-1)
     size = jnp.maximum(size, 1e-4 * jnp.maximum(size.max(), 1e-30))
-    best = jnp.ones_like(act)
-    least = WORTH * float(_judged(flat, moments, best, settings.group, settings.symmetric))
-    for a, b in POWERS:
-        scale = act**a / size**b
+    judged = flat[:, :: max(1, flat.shape[1] // OUTPUTS)]
+
+    def tried(powers):
+        scale = act ** powers[0] / size ** powers[1]
         scale = jnp.clip(scale / jnp.sqrt(scale.max() * scale.min()), 1 / 64, 64)
-        if (lost := float(_judged(flat, moments, scale, settings.group, settings.symmetric))) < least:
-            best, least = scale, lost
-    return best
+        return scale, _judged(judged, moments, scale, settings.group, settings.symmetric)
+
+    scales, lost = jax.lax.map(tried, jnp.array(((0.0, 0.0), *POWERS), jnp.float32))
+    return scales[jnp.argmin(lost.at[0].multiply(WORTH))]
 
 
 def _judged(weight, moments, scale, group, symmetric):
