@@ -62,7 +62,8 @@ class Block:
         """What the layer makes of each batch of its inputs, float32[B, T, D]."""
         for x in self.exact if exact else self.hidden:
             with meshes.on(self.mesh):
-                yield forward(self.cfg, self.cfg.window_at(self.index), (), layer or self.layer, jnp.asarray(x))[0]
+                out, _ = forward(self.cfg, self.cfg.window_at(self.index), (), layer or self.layer, jnp.asarray(x))
+            yield out  # outside: whoever stops asking would leave the mesh on
 
     def keep(self, x):
         """A batch that is needed again later, where such batches are kept."""
