@@ -141,10 +141,10 @@ def distributions(*folders):
 
 
 def test_requirements_are_what_is_imported():
-    required = {canonicalize_name(requirement.name) for requirement in declared("ui", "bench")}
+    required = {canonicalize_name(requirement.name) for requirement in declared("ui", "bench", "calib")}
     assert distributions(*PACKAGES) | {"packaging"} == required  # gunicorn needs it
     by_hand = {"torch"}  # made the golden files, once
-    offered = {canonicalize_name(r.name) for r in declared("dev", "compat", "ui", "bench")}
+    offered = {canonicalize_name(r.name) for r in declared("dev", "compat", "ui", "bench", "calib")}
     assert distributions("scripts", "tests") - by_hand <= offered
 
 
