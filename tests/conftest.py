@@ -5,6 +5,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported, and for the commands that tests start
@@ -23,6 +24,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The machine may be busy: how long an example takes says nothing about whether it is right.
 hypothesis.settings.register_profile("jaxserve", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("jaxserve")
+
+# A shell's job in the background is told to ignore Control-C, and so would be all that the tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):

@@ -120,7 +120,7 @@ def test_options_of_lmdeploy_without_use_here(run, seen):
         (["chat", "--tp", "0"], "'--tp': it is a whole number, 1 or more, not '0'"),
         (["chat", "--tp", "two"], "not 'two'"),
         (["chat", "--dtype", "int3"], "'float16'"),
-        (["chat", "--quant-policy", "8"], "8 is not there yet"),
+        (["chat", "--quant-policy", "5"], "4 (int4), 8 (int8) or 16 (fp8), not '5'"),
         (["chat", "--model-format", "awq"], "unquantized weights"),
         (["chat", "--cache-max-entry-count", "1.5"], "share"),
         (["chat", "--top-p", "2"], "'--top-p'"),

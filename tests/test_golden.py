@@ -15,7 +15,6 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import loading
-from jaxserve.engine.runner import Runner
 from tests.engine import build
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "smollm2_golden.json").read_text())
@@ -30,10 +29,7 @@ pytestmark = pytest.mark.skipif(
 def load(**knobs):
     """The default model; pages are short, so that these prompts fill some."""
     knobs = {"dtype": "float32", "session_len": 96, "cache_block_seq_len": 16, "num_tokens_per_iter": 64} | knobs
-    shapes = Runner._fused
-    with pytest.MonkeyPatch.context() as patch:  # without the full sampler, there is half as much to compile on a GPU
-        patch.setattr(Runner, "_fused", lambda self: (shape for shape in shapes(self) if not shape.full))
-        return loading.load(None, EngineConfig(**knobs))
+    return loading.load(None, EngineConfig(**knobs))
 
 
 def ask(engine, case, salt=None):
