@@ -128,6 +128,17 @@ def from_field(cls, name: str, *, section: str, option: str | None = None, also:
     return click.option(*spellings, cls=Option, type=Value(kind), **settings)
 
 
+def together(options: tuple) -> Callable:
+    """Adds several options to a command, shown in that order."""
+
+    def wrap(command: Callable) -> Callable:
+        for one in reversed(options):
+            command = one(command)
+        return command
+
+    return wrap
+
+
 def engine_options(command: Callable) -> Callable:
     """Adds an option for every field of EngineConfig, and hidden ones for LMDeploy's that have no use here."""
     for name, (neutral, _) in {**UNUSED_ENGINE, **MISSING_ENGINE, **UNUSED_COMMAND, **MISSING_COMMAND}.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from jaxserve.config import EngineConfig
-from jaxserve.options import Command, Group, Option, Value, engine_config, from_field, interruptible, mistakes
+from jaxserve.options import Command, Group, Option, Value, engine_config, from_field, interruptible, mistakes, together
 
 PARTS = ("all", "first-half", "second-half")
 
@@ -31,17 +31,6 @@ class Policies(click.ParamType):
 
 def option(section: str, *names: str, **settings) -> Callable:
     return click.option(*names, cls=Option, section=section, **{"show_default": True} | settings)
-
-
-def add(options: tuple) -> Callable:
-    """Adds several options to a command, shown in that order."""
-
-    def wrap(command: Callable) -> Callable:
-        for one in reversed(options):
-            command = one(command)
-        return command
-
-    return wrap
 
 
 # Of the engine's options those that say how a model is read and held.
@@ -71,7 +60,7 @@ def lite():
 
 @lite.command("eval")
 @click.argument("models", metavar="[MODEL] [OTHER]...", nargs=-1)
-@add((
+@together((
     option("Text", "--text", metavar="FILE|NAME", required=True, help="what is scored: .txt, .jsonl (texts or "
            "conversations), .parquet; or wikitext2, ptb, c4, pileval (needs the extra `calib`)"),
     option("Text", "--part", type=click.Choice(PARTS), default="all", help="of the file's texts"),
@@ -85,7 +74,7 @@ def lite():
            "as 0,8,4"),
     option("Compared", "--json", "json_file", metavar="FILE", help="write the rows to FILE, too; - is standard output"),
 ))  # fmt: skip
-@add(ENGINE)
+@together(ENGINE)
 def evaluate(models, quant_policy, json_file, **given):
     """Measure perplexity, and how often the likeliest token is that of the first row.
 
@@ -129,9 +118,9 @@ GPTQ = (
 
 @lite.command("auto-gptq")
 @click.argument("model", required=False)
-@add(CALIBRATION)
-@add(GPTQ)
-@add(ENGINE)
+@together(CALIBRATION)
+@together(GPTQ)
+@together(ENGINE)
 def auto_gptq(model, w_bits, w_sym, w_group_size, act_order, desc_act, damping, **given):
     """Write MODEL with weights of 4 or 8 bits: a GPTQ folder.
 
@@ -152,14 +141,14 @@ def auto_gptq(model, w_bits, w_sym, w_group_size, act_order, desc_act, damping, 
 
 @lite.command("smooth-quant")
 @click.argument("model", required=False)
-@add(CALIBRATION)
-@add((
+@together(CALIBRATION)
+@together((
     option("Weights", "--quant-dtype", default="int8", metavar="int8|fp8", help="type of weights and activations "
            "(fp8: float8_e4m3fn)"),
     option("Weights", "--alpha", type=click.FloatRange(0, 1), default=0.5, help="how much of the activations' outliers "
            "goes into the weights"),
 ))  # fmt: skip
-@add(ENGINE)
+@together(ENGINE)
 def smooth_quant(model, quant_dtype, alpha, **given):
     """Write MODEL with weights of 8 bits, for activations of 8 bits: LMDeploy's smooth_quant folder.
 
@@ -195,8 +184,8 @@ BOOLEANS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "1", 
 
 @lite.command("auto-awq", cls=Awq)
 @click.argument("model", required=False)
-@add(CALIBRATION)
-@add((
+@together(CALIBRATION)
+@together((
     option("Weights", "--w-bits", type=click.Choice(["4"]), default="4", help="bits of a weight"),
     option("Weights", "--w-sym/--no-w-sym", default=False, help="ranges around 0: every zero is 8"),
     option("Weights", "--w-group-size", type=click.IntRange(1), help="inputs that share a scale (default: 128, or the "
@@ -204,7 +193,7 @@ BOOLEANS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "1", 
     option("Weights", "--search-scale", type=click.BOOL, metavar="[BOOL]", help="scales of the inputs of every map; "
            "False: of none (default: of the two maps of a layer that come after a norm)"),
 ))  # fmt: skip
-@add(ENGINE)
+@together(ENGINE)
 def auto_awq(model, w_bits, w_sym, w_group_size, search_scale, **given):
     """Write MODEL with weights of 4 bits: an AWQ folder.
 
@@ -232,8 +221,8 @@ def auto_awq(model, w_bits, w_sym, w_group_size, search_scale, **given):
 
 @lite.command("calibrate")
 @click.argument("model", required=False)
-@add(CALIBRATION)
-@add(ENGINE)
+@together(CALIBRATION)
+@together(ENGINE)
 def calibrate(model, **given):
     """Write what comes into every linear map of MODEL: the largest and the mean size of each input.
 

@@ -43,20 +43,13 @@ def measured(models, config, windows, show) -> list[dict]:
             rows.append(
                 {
                     "name": name,
-                    "disk": disk(model),
+                    "disk": evaluate.file_bytes(engine.path),
                     "weights": engine.plan.weights,
                     **evaluate.figures(nll, top, *first),
                 }
             )
             del engine
     return rows
-
-
-def disk(model) -> int:
-    """Bytes of a model's weights as they are stored."""
-    path = Path(model)
-    files = path.glob("*.safetensors") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
 
 
 def table(rows: list[dict]) -> list[str]:

@@ -3,12 +3,11 @@
 What they do is imported when they run.
 """
 
-from collections.abc import Callable
 from dataclasses import fields
 
 import click
 
-from jaxserve.options import Command, Option, engine_config, engine_options, mistakes, told_warnings
+from jaxserve.options import Command, Option, engine_config, engine_options, mistakes, together, told_warnings
 from jaxserve.serve.options import UNUSED_SERVER, WORDS, ServerOptions, server_options
 
 LISTS = {f"--{knob.name.replace('_', '-')}" for knob in fields(ServerOptions) if knob.metadata["kind"] is WORDS}
@@ -108,19 +107,8 @@ CLIENT_OPTIONS = (
 )
 
 
-def _all(options: tuple) -> Callable:
-    """Adds several options to a command, shown in that order."""
-
-    def add(command: Callable) -> Callable:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
 @click.command(cls=Command)
-@_all(CLIENT_OPTIONS)
+@together(CLIENT_OPTIONS)
 def client(url, api_key, session_id):
     """Talk in the terminal with the server at URL.
 
@@ -163,7 +151,7 @@ UI_OPTIONS = (
 
 
 @click.command(cls=Command)
-@_all(UI_OPTIONS)
+@together(UI_OPTIONS)
 @engine_options
 def ui(model_or_url, server_name, server_port, api_key, share, **given):
     """A web page (gradio) for the server at a URL, or for MODEL, which is then served too."""
