@@ -25,8 +25,9 @@ from pallas_kernels.int4_matmul import (
 from pallas_kernels.int4_mma import int4_tiles
 from pallas_kernels.kv_quant import QuantizedPool, pool_shapes
 from pallas_kernels.kv_write import kv_write, kv_write_reference
+from pallas_kernels.mosaic import prepare
 from pallas_kernels.paged_decode import paged_decode, paged_decode_reference
-from pallas_kernels.paged_prefill import paged_prefill, paged_prefill_reference, prepare
+from pallas_kernels.paged_prefill import paged_prefill, paged_prefill_reference
 from pallas_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
 from pallas_kernels.triton_call import available
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuning
-from pallas_kernels.paged_prefill import tiles
+from pallas_kernels.tiles import tiles
 from pallas_kernels.triton_call import cdiv, cores, jit, tl, triton_call
 
 WARPGROUPS = 2  # that compute; the last one loads

@@ -7,16 +7,12 @@ Three ways, by the number of tokens: mma from registers (int4_mma.py), wgmma (ho
 the values, written out first.  All read the same tiles.
 """
 
-import functools
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference
 from pallas_kernels.int4_mma import int4_by_values, int4_skinny, int4_values
+from pallas_kernels.mosaic import lowers
 from pallas_kernels.triton_call import device
 
 NIBBLES = 8  # of an int32
@@ -73,7 +69,11 @@ def int4_matmul(x, tiles, scale, zero, *, group, dtype=None):
     """
     T, F = x.shape[0], scale.shape[1]
     arguments = {"group": group, "dtype": dtype}
-    hopper = device()[1] == 90 and F % 128 == 0 and _lowers(x.dtype.name, scale.dtype.name, group)
+    hopper = (
+        device()[1] == 90
+        and F % 128 == 0
+        and lowers("hopper_int4", "int4 matmuls are", x.dtype.name, scale.dtype.name, group)
+    )
     skinny = SKINNY if hopper else SKINNY_ELSEWHERE
     if skinny >= T:
         return int4_skinny(x, tiles, scale, zero, **arguments)
@@ -108,24 +108,3 @@ def int4_grouped(x, tiles, scale, zero, sizes, *, group):
         values = values.reshape(count, F, D)
         out = grouped_matmul(x, values, sizes, transposed=True, out=out, first=first, experts=E)
     return out
-
-
-@functools.cache
-def _lowers(dtype, scale_dtype, group) -> bool:
-    """Whether the kernel of hopper_int4.py can be lowered here; if not, warns.  The others do the work then."""
-    mesh = jax.sharding.get_abstract_mesh() if jax.default_backend() != "gpu" else None
-
-    def attempt():
-        from pallas_kernels import hopper_int4
-
-        with jax.sharding.use_abstract_mesh(mesh) if mesh else nullcontext():
-            hopper_int4.lower(dtype, scale_dtype, group)
-
-    try:
-        with ThreadPoolExecutor(1) as thread:  # its own, to be outside of the trace that asks
-            thread.submit(attempt).result()
-    except Exception as problem:  # ImportError, AttributeError, an error of MLIR, ...
-        reason = f"{type(problem).__name__}: {str(problem).strip()[:200]}"
-        warnings.warn(f"int4 matmuls are slower: their kernel for Hopper cannot be used ({reason})", stacklevel=3)
-        return False
-    return True

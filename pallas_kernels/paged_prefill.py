@@ -4,21 +4,17 @@ T tokens of the step, R rows, P pages a row, S tokens a page, N pages, L layers,
 H head dim.  The tokens of a row are consecutive; tokens that belong to no row are padding.
 """
 
-import functools
-import importlib
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tuning
 from pallas_kernels.kv_quant import QuantizedPool, kernel_arguments, kernel_constants
+from pallas_kernels.mosaic import lowers
 from pallas_kernels.paged_decode import BLOCK, MASKED, gather_pages, paged_decode, paged_decode_reference
-from pallas_kernels.pieces import cdiv_, listed, pages_of
+from pallas_kernels.pieces import pages_of
 from pallas_kernels.quantized_attention import attend_tile_codes
+from pallas_kernels.tiles import tiles
 from pallas_kernels.triton_call import device, jit, power_of_two, tl, triton_call
 
 TILE = 64  # consecutive tokens of one row that the reference handles at once
@@ -194,54 +190,6 @@ def _attend_tile(
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mine)
 
 
-@jit
-def _tiles(
-    first_ptr, count_ptr, start_ptr, R, T, most, tiles_ptr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    """Cuts the rows of two and more tokens, then the padding tokens, into tiles of TILE tokens: grid most / PART.
-
-    Writes int32[most, 8]: row (-1: none), first token, tokens, position, keys, keys of the whole row, cost.  Padding
-    sees one key of a row that has none.
-    """
-    r = tl.arange(0, ROWS)
-    count = tl.load(count_ptr + r, mask=r < R, other=0)
-    tiles = tl.where(count > 1, cdiv_(count, TILE), 0)
-    after = tl.cumsum(tiles, 0)
-    number = tl.program_id(0) * PART + tl.arange(0, PART)
-    passed = after[None, :] <= number[:, None]
-    skipped = (number - tl.max(tl.where(passed, after[None, :], 0), 1)) * TILE
-    used = number < tl.sum(tiles, 0)
-    row = tl.where(used, tl.sum(passed.to(tl.int32), 1), 0)
-    idle = tl.sum(count, 0) + (number - tl.sum(tiles, 0)) * TILE
-    count = tl.load(count_ptr + row)
-    start = tl.load(start_ptr + row)
-    tokens = tl.minimum(tl.maximum(tl.where(used, count - skipped, T - idle), 0), TILE)
-    position = tl.where(used, start + skipped, 0)
-    keys = tl.where(used, position + tokens, 1)
-    tile = tiles_ptr + number * 8
-    stored = number < most
-    tl.store(tile, tl.where(used, row, -1), mask=stored)
-    tl.store(tile + 1, tl.where(used, tl.load(first_ptr + row) + skipped, idle), mask=stored)
-    tl.store(tile + 2, tokens, mask=stored)
-    tl.store(tile + 3, position, mask=stored)
-    tl.store(tile + 4, keys, mask=stored)
-    tl.store(tile + 5, tl.where(used, start + count, 0), mask=stored)
-    tl.store(tile + 6, tl.where(tokens > 0, keys + used.to(tl.int32), 0), mask=stored)
-
-
-def tiles(first, count, start, tokens, tile):
-    """What `_tiles` writes.  The same in every layer of a step, where XLA computes it once."""
-    R = count.shape[0]
-    most = tokens // tile + min(R, tokens // 2) + 1
-    constants, grid = listed(R, most)
-    (found,) = triton_call(
-        _tiles, first, count, start, R, tokens, most, out=[jax.ShapeDtypeStruct((most, 8), jnp.int32)], grid=grid,
-        warps=4, stages=1, TILE=tile, **constants,
-    )  # fmt: skip
-    return found
-
-
 def paged_prefill(
     q, k_pool, v_pool, layer: int, pages, first, count, start, *, scale: float, window: int | None = None
 ):
@@ -278,42 +226,11 @@ def hopper(q, k_pool, window) -> bool:
     ):
         return False
     size = tuning.lookup("hopper_prefill", q.dtype, H)
-    return size["tokens"] <= T and size["block"] % S == 0 and _lowers(q.shape[1:], q.dtype, S)
-
-
-def prepare() -> None:
-    """Readies this process for stored programs with these kernels in them.  XLA finds Mosaic's run-time library by a
-    variable that the import sets."""
-    if jax.default_backend() == "gpu" and device()[1] == 90:
-        try:
-            importlib.import_module("jax.experimental.mosaic.gpu")
-        except Exception:  # then no program here has such a kernel
-            pass
-
-
-@functools.cache
-def _lowers(heads, dtype, page) -> bool:
-    """Whether the kernel of hopper_prefill.py can be lowered here, for queries [T, *heads]; if not, warns.
-
-    Mosaic is no stable interface, and nothing stops where it is missing or has changed: the Triton kernel does the
-    work, in up to twice the time.
-    """
-    mesh = jax.sharding.get_abstract_mesh() if jax.default_backend() != "gpu" else None
-
-    def attempt():
-        from pallas_kernels import hopper_prefill  # imports Mosaic, which takes half a second
-
-        with jax.sharding.use_abstract_mesh(mesh) if mesh else nullcontext():
-            hopper_prefill.lower(heads, dtype, page)
-
-    try:
-        with ThreadPoolExecutor(1) as thread:  # its own, to be outside of the trace that asks
-            thread.submit(attempt).result()
-    except Exception as problem:  # ImportError, AttributeError, an error of MLIR, ...
-        reason = f"{type(problem).__name__}: {str(problem).strip()[:200]}"
-        warnings.warn(f"attention to prompts is slower: its kernel for Hopper cannot be used ({reason})", stacklevel=4)
-        return False
-    return True
+    return (
+        size["tokens"] <= T
+        and size["block"] % S == 0
+        and lowers("hopper_prefill", "attention to prompts is", q.shape[1:], q.dtype, S)
+    )
 
 
 def _prefill_tiles(q, k_pool, v_pool, layer, pages, first, count, start, *, scale, window):

@@ -70,7 +70,7 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda self, *args: None)
     for function in (paged_decode, paged_prefill, kv_write, rope_kv_write):
         monkeypatch.setitem(function.__globals__, "triton_call", run)
-    for module in ("hopper_prefill", "pieces"):
+    for module in ("hopper_prefill", "pieces", "tiles"):
         monkeypatch.setattr(f"pallas_kernels.{module}.triton_call", run)
     monkeypatch.setattr(tuning, "lookup", lambda *_: SIZES)
     monkeypatch.setitem(paged_prefill.__globals__, "hopper", lambda *_: False)

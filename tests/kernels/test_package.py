@@ -11,6 +11,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import tuning
+from pallas_kernels.mosaic import lowers
 
 prefill = importlib.import_module("pallas_kernels.paged_prefill")  # the package has the function by that name
 
@@ -47,9 +48,9 @@ def h200(monkeypatch):
     """As if compiling for an H200."""
     for module in (tuning, prefill):
         monkeypatch.setattr(module, "device", lambda: ("NVIDIA H200", 90))
-    prefill._lowers.cache_clear()
+    lowers.cache_clear()
     yield
-    prefill._lowers.cache_clear()
+    lowers.cache_clear()
 
 
 def queries(tokens, *heads, dtype=jnp.bfloat16, page=64):
@@ -67,8 +68,7 @@ def test_the_kernel_for_hopper_lowers(h200, monkeypatch, heads):
 
 
 def test_what_the_kernel_for_hopper_leaves(h200, monkeypatch):
-    monkeypatch.setattr(prefill, "_lowers", lambda *_: True)
-    monkeypatch.setattr(prefill._lowers, "cache_clear", lambda: None, raising=False)
+    monkeypatch.setattr(prefill, "lowers", lambda *_: True)
     assert prefill.hopper(*queries(4096, 8, 2, 128), None)
     assert not prefill.hopper(*queries(4096, 8, 2, 128), 1000)  # a window
     assert not prefill.hopper(*queries(4096, 8, 2, 96), None)
