@@ -27,9 +27,9 @@ def asking(**body):
     return {"messages": [{"role": "user", "content": "3 + 5?"}], "tools": TOOLS} | body
 
 
-def saying(text, **service):
+def saying(text, delay=0.0, **service):
     given = {"tool_format": "hermes"} | service
-    return serving(say=lambda _: text, service=given, session_len=4096)
+    return serving(say=lambda _: text, service=given, session_len=4096, delay=delay)
 
 
 def joined(chunks):
@@ -69,7 +69,7 @@ def test_calls():
 
 
 def test_arguments_come_as_they_are_written():
-    with saying(ONE) as server:
+    with saying(ONE, delay=0.01) as server:  # what is there when the reader comes is one chunk
         chunks = server.chunks(CHAT, asking())
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     first, *others = [part for delta in deltas for part in delta.get("tool_calls", ())]
