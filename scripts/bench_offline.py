@@ -128,7 +128,7 @@ def bench(engine, name, runs, label, dtype):
     computed, padded = (after[k] - before[k] for k in ("step_tokens", "step_tokens_padded"))
     figures = dict(engine="jaxserve", model=label, work=name, wall_s=round(wall, 4), out_tok_s=round(outputs / wall, 1),
                    in_tok_s=round(inputs / wall, 1), req_s=round(len(reqs) / wall, 2))  # fmt: skip
-    if name == "lat1":
+    if clients == 1:
         times = out[0].times
         figures["itl_ms"] = round((times[-1] - times[0]) / (len(times) - 1) * 1e3, 3)
         figures["ttft_ms"] = round((wall - (times[-1] - times[0])) * 1e3, 1)
@@ -170,7 +170,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the checkpoint")
     parser.add_argument(
-        "--work", nargs="+", default=[*workloads.NAMES, "host"], help="workloads, or host (default: all)"
+        "--work", nargs="+", default=[*workloads.NAMES, "host"], help="workloads, or host (default: all but contextN)"
     )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--tp", type=int, default=1)
@@ -178,6 +178,7 @@ def main():
     parser.add_argument("--session-len", type=int, default=4096)
     parser.add_argument("--max-batch-size", type=int, default=256)
     parser.add_argument("--num-tokens-per-iter", type=int, default=0)
+    parser.add_argument("--quant-policy", type=int, default=0, help="of the KV cache: 8: int8, 4: int4, 16: fp8")
     options = parser.parse_args()
     config = EngineConfig(
         tp=options.tp,
@@ -185,12 +186,13 @@ def main():
         session_len=options.session_len,
         max_batch_size=options.max_batch_size,
         num_tokens_per_iter=options.num_tokens_per_iter,
+        quant_policy=options.quant_policy,
         enable_prefix_caching=False,
     )
     began = time.perf_counter()
     engine = loading.load(options.model, config, report=lambda text: print(text, file=sys.stderr, flush=True))
     ready = time.perf_counter() - began
-    label = options.model.rstrip("/").split("/")[-1]
+    label = options.model.rstrip("/").split("/")[-1] + (f"-kv{options.quant_policy}" if options.quant_policy else "")
     run(engine, [(list(range(1000, 1100)), 16)], 1)
     for name in options.work:
         if name == "host":

@@ -4,6 +4,7 @@ lat1     one request, 512 in, 256 out: the latency of decoding
 batchN   N equal requests at once, 512 in, 256 out
 mix      1000 requests, 16-1024 in, 16-512 out, 256 clients
 prefill  64 requests of 2048 in, 1 out
+contextN one request of N in, 64 out: the latency of decoding behind a long context
 """
 
 import random
@@ -28,4 +29,6 @@ def requests(name):
         return [(ids(draw.randint(16, 1024)), draw.randint(16, 512)) for _ in range(1000)], 256
     if name == "prefill":
         return [(ids(2048), 1) for _ in range(64)], 64
-    raise ValueError(f"no workload {name}; there are {', '.join(NAMES)}")
+    if name.startswith("context") and name[7:].isdecimal():
+        return [(ids(int(name[7:])), 64)], 1
+    raise ValueError(f"no workload {name}; there are {', '.join(NAMES)}, contextN")
