@@ -127,9 +127,13 @@ def test_on_two_devices():
         check([ask(engine, case) for case in GOLDEN])
 
 
+TP = [1, pytest.param(2, marks=pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs"))]
+
+
 @pytest.mark.gpu
-def test_float32_on_a_gpu():
-    with load(max_batch_size=16, cache_max_entry_count=200) as engine:
+@pytest.mark.parametrize("tp", TP)
+def test_float32_on_a_gpu(tp):
+    with load(max_batch_size=16, cache_max_entry_count=200, tp=tp) as engine:
         check(alone(engine))
         check([ask(engine, case, ("batched", i)) for i, case in enumerate(GOLDEN)])
         check_choices(engine, TIE["float32"])
@@ -137,7 +141,8 @@ def test_float32_on_a_gpu():
 
 
 @pytest.mark.gpu
-def test_bfloat16_on_a_gpu():
-    with load(max_batch_size=16, cache_max_entry_count=200, dtype="bfloat16") as engine:
+@pytest.mark.parametrize("tp", TP)
+def test_bfloat16_on_a_gpu(tp):
+    with load(max_batch_size=16, cache_max_entry_count=200, dtype="bfloat16", tp=tp) as engine:
         check_choices(engine, TIE["bfloat16"])
         check_logprobs(engine, 0.3)
