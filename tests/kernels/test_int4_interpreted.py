@@ -1,0 +1,142 @@
+"""The int4 kernels in Triton's interpreter, their instructions by asm.py, against the definitions."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import (
+    int4_dequantize,
+    int4_grouped_reference,
+    int4_matmul_reference,
+    int4_pack,
+    int4_tiles,
+)
+from pallas_kernels.int4_mma import int4_skinny, int4_values
+from tests.kernels import asm
+from tests.kernels.test_int4_matmul import Matrix
+from tests.kernels.test_interpreted import interpreter  # noqa: F401  the whole module is skipped with it
+
+TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int32": "i32", "uint8": "u8"}
+
+
+class Argument:
+    """An array as the interpreter wants it."""
+
+    def __init__(self, array):
+        self.array, self.dtype = array, TYPES[array.dtype.name]
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+
+@pytest.fixture(autouse=True)
+def assembly(interpreter, monkeypatch):  # noqa: F811
+    """Triton's interpreter with inline assembly; all that kernels read and write must be in their arguments."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
+
+    memory = None
+
+    def run(kernel, *inputs, out, grid, warps, stages, **constants):
+        nonlocal memory
+        assert constants["WARPS"] == warps
+        arrays = [x if isinstance(x, int) else np.array(x) for x in inputs]
+        outputs = [np.full(x.shape, np.nan, x.dtype) for x in out]
+        memory = asm.Memory(*(a for a in [*arrays, *outputs] if not isinstance(a, int)))
+        kernel[grid](*(a if isinstance(a, int) else Argument(a) for a in [*arrays, *outputs]), **constants)
+        for array, x in zip(arrays, inputs, strict=True):
+            np.testing.assert_array_equal(array, np.asarray(x))
+        return tuple(jnp.asarray(a) for a in outputs)
+
+    def inline_asm(_, text, kinds, values, results, is_pure, pack):
+        assert pack == 1
+        out = asm.run(text, kinds, [v.data for v in values], **{"global": memory})
+        handles = [TensorHandle(bits.view(_get_np_dtype(t)), t.scalar) for bits, t in zip(out, results, strict=True)]
+        return types.SimpleNamespace(get_result=handles.__getitem__)
+
+    def checked(function):
+        def inside(self, pointers, *arguments):
+            mask = arguments[1 if function.__name__ == "create_masked_store" else 0].data
+            size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+            memory.check(*np.broadcast_arrays(pointers.data, mask), size)
+            return function(self, pointers, *arguments)
+
+        return inside
+
+    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", inline_asm)
+    for name in ("create_masked_load", "create_masked_store"):
+        monkeypatch.setattr(InterpreterBuilder, name, checked(getattr(InterpreterBuilder, name)))
+    monkeypatch.setitem(int4_skinny.__wrapped__.__globals__, "triton_call", run)
+    with jax.disable_jit():
+        yield
+
+
+def close(got, want, error):
+    assert got.shape == want.shape
+    got, want = (np.asarray(a, np.float64) for a in (got, want))
+    assert np.abs(got - want).max() <= error * np.abs(want).max()
+
+
+SKINNY = [  # T, D, F, group, how the units are shared out
+    (1, 64, 32, 32, {}),
+    (7, 192, 32, 64, {}),
+    (9, 576, 16, 64, {}),  # 9 units, 8 warps
+    (16, 512, 16, 128, {}),
+    (8, 320, 16, 32, {"warps": 2}),
+    (20, 768, 16, 32, {"warps": 2, "ahead": 4}),  # 3 turns' worth for 2 warps; tokens are no whole blocks
+    (33, 256, 16, 128, {"warps": 1, "ahead": 2}),
+]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("T, D, F, group, how", SKINNY)
+def test_skinny(T, D, F, group, how, dtype):
+    m = Matrix(D, F, group)
+    x, q, zero = m.tokens(T, dtype), jnp.asarray(m.q), jnp.asarray(m.zero)
+    found = int4_skinny(x, int4_tiles(q), m.scale, zero, group=group, dtype=jnp.float32, **how)
+    close(found, np.asarray(x, np.float64) @ m.values, 1e-6)  # weights are not rounded
+    want = int4_matmul_reference(x, int4_pack(q, group=group), m.scale, zero, group=group, dtype=jnp.float32)
+    close(found, want, 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_types(dtype):
+    """Scales and results of the activations' type."""
+    m = Matrix(128, 16, 64, dtype)
+    x, q, zero = m.tokens(3, dtype), jnp.asarray(m.q), jnp.asarray(m.zero)
+    found = int4_skinny(x, int4_tiles(q), m.scale, zero, group=64)
+    assert found.dtype == dtype
+    close(found, np.asarray(x, np.float64) @ m.values, 1e-2)  # the interpreter cuts bfloat16 off
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("D, F, group", [(64, 32, 32), (192, 48, 64), (640, 16, 128)])
+def test_values(D, F, group, dtype):
+    m = Matrix(D, F, group)
+    q, zero = jnp.asarray(m.q), jnp.asarray(m.zero)
+    want = int4_dequantize(int4_pack(q, group=group), m.scale, zero, group=group, dtype=dtype)
+    found = int4_values(int4_tiles(q), m.scale, zero, group=group, dtype=dtype)
+    np.testing.assert_array_equal(found.T, want)
+    if F > 32:
+        part = int4_values(int4_tiles(q), m.scale, zero, group=group, dtype=dtype, first=16, outputs=32)
+        np.testing.assert_array_equal(part.T, want[:, 16:])
+
+
+EXPERTS = [((0, 11, 1, 0, 20), 64, 32), ((2, 0, 0, 1), 192, 64), ((40, 3), 128, 128)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("sizes, D, group", EXPERTS)
+def test_experts(sizes, D, group, dtype):
+    E, F = len(sizes), 32
+    m = Matrix(D, E * F, group)
+    x, q, sizes = m.tokens(sum(sizes), dtype), jnp.asarray(m.q.reshape(D, E, F)), jnp.asarray(sizes, jnp.int32)
+    tiles, zero = int4_tiles(q).reshape(E * F // 16, D // 64, 128), jnp.asarray(m.zero)
+    found = int4_skinny(x, tiles, m.scale, zero, sizes, group=group, dtype=jnp.float32)
+    expert = np.repeat(np.arange(E), sizes)
+    values = m.values.reshape(D, E, F).swapaxes(0, 1)
+    close(found, np.einsum("td,tdf->tf", np.asarray(x, np.float64), values[expert]), 1e-6)
+    scale, zero = (a.reshape(-1, E, F) for a in (m.scale, zero))
+    close(found, int4_grouped_reference(x, int4_pack(q, group=group), scale, zero, sizes, group=group), 1e-2)
