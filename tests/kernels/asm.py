@@ -106,6 +106,7 @@ class Threads:
         return self.values[name]
 
     def write(self, name, value, where):
+        assert name not in self.inputs, f"{name} is an input"
         bits = self.bits[name]
         kind = bool if bits == 1 else f"u{bits // 8}"
         if not where.all():
@@ -114,7 +115,6 @@ class Threads:
         self.values[name] = value.astype(kind)
         if name in self.shared:
             self.lost.add(self.shared[name])
-        assert name not in self.inputs, f"{name} is an input"
 
     def execute(self, predicate, name, operands):
         where = self.read(predicate, 1) if predicate else np.ones(self.count, bool)
@@ -123,7 +123,7 @@ class Threads:
             return self.move(op, how, operands, where)
         to, *of = operands
         if op == "mma":
-            values = MMA(how, *([self.read(n) for n in names] for names in of))
+            values = _mma(how, *([self.read(n) for n in names] for names in of))
         elif op == "mov" and isinstance(to, tuple):
             assert len(to) == 2
             both = self.read(of[0])
@@ -132,11 +132,11 @@ class Threads:
             low, high = (self.read(n, 16).astype(np.uint32) for n in of[0])
             to, values = (to,), (low | high << 16,)
         else:
-            values = (INSTRUCTIONS[op](how, *(self.read(n, width(op, how)) for n in of)),)
-        if name != "setp.ne.b32":
-            to_bits = 16 if len(values) == 2 or how[-1] == "b16" else 32
-            assert all(self.bits[n] == to_bits for n in ((to,) if isinstance(to, str) else to)), name
-        for n, value in zip((to,) if isinstance(to, str) else to, values, strict=True):
+            values = (INSTRUCTIONS[op](how, *(self.read(n, _width(op, how)) for n in of)),)
+        to = (to,) if isinstance(to, str) else to
+        bits = 1 if op == "setp" else 16 if len(values) == 2 or how[-1] == "b16" else 32
+        for n, value in zip(to, values, strict=True):
+            assert self.bits[n] == bits, f"{n} has {self.bits[n]} bits, {name} makes {bits}"
             self.write(n, value, where)
 
     def move(self, op, how, operands, where):
@@ -160,7 +160,7 @@ class Threads:
                 self.write(n, value, where)
 
 
-def width(op, how):
+def _width(op, how):
     """Bits of what an instruction reads."""
     return 16 if how[-1] in ("b16", "f16") and op in ("mov", "cvt") else 32
 
@@ -229,7 +229,7 @@ INSTRUCTIONS = {
 }
 
 
-def MMA(how, a, b, c):
+def _mma(how, a, b, c):
     """mma.m16n8k16: registers of a lane as PTX's specification has them; rows of lanes are 4 lanes."""
     kind = how[-2]
     assert how == ["sync", "aligned", "m16n8k16", "row", "col", "f32", kind, kind, "f32"]

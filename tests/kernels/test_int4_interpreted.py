@@ -19,6 +19,17 @@ from tests.kernels import asm
 from tests.kernels.test_int4_matmul import Matrix
 from tests.kernels.test_interpreted import interpreter  # noqa: F401  the whole module is skipped with it
 
+skinny, values = int4_skinny.__wrapped__, int4_values.__wrapped__  # not under jit, for the interpreter
+tiles, pack, dequantize, matmul, grouped = (
+    jax.jit(function, static_argnames=names)
+    for function, names in (
+        (int4_tiles, ()),
+        (int4_pack, "group"),
+        (int4_dequantize, ("group", "dtype")),
+        (int4_matmul_reference, ("group", "dtype")),
+        (int4_grouped_reference, "group"),
+    )
+)
 TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int32": "i32", "uint8": "u8"}
 
 
@@ -68,9 +79,7 @@ def assembly(interpreter, monkeypatch):  # noqa: F811
     monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", inline_asm)
     for name in ("create_masked_load", "create_masked_store"):
         monkeypatch.setattr(InterpreterBuilder, name, checked(getattr(InterpreterBuilder, name)))
-    monkeypatch.setitem(int4_skinny.__wrapped__.__globals__, "triton_call", run)
-    with jax.disable_jit():
-        yield
+    monkeypatch.setitem(skinny.__globals__, "triton_call", run)
 
 
 def close(got, want, error):
@@ -95,9 +104,9 @@ SKINNY = [  # T, D, F, group, how the units are shared out
 def test_skinny(T, D, F, group, how, dtype):
     m = Matrix(D, F, group)
     x, q, zero = m.tokens(T, dtype), jnp.asarray(m.q), jnp.asarray(m.zero)
-    found = int4_skinny(x, int4_tiles(q), m.scale, zero, group=group, dtype=jnp.float32, **how)
+    found = skinny(x, tiles(q), m.scale, zero, group=group, dtype=jnp.float32, **how)
     close(found, np.asarray(x, np.float64) @ m.values, 1e-6)  # weights are not rounded
-    want = int4_matmul_reference(x, int4_pack(q, group=group), m.scale, zero, group=group, dtype=jnp.float32)
+    want = matmul(x, pack(q, group=group), m.scale, zero, group=group, dtype=jnp.float32)
     close(found, want, 1e-2)
 
 
@@ -106,7 +115,7 @@ def test_types(dtype):
     """Scales and results of the activations' type."""
     m = Matrix(128, 16, 64, dtype)
     x, q, zero = m.tokens(3, dtype), jnp.asarray(m.q), jnp.asarray(m.zero)
-    found = int4_skinny(x, int4_tiles(q), m.scale, zero, group=64)
+    found = skinny(x, tiles(q), m.scale, zero, group=64)
     assert found.dtype == dtype
     close(found, np.asarray(x, np.float64) @ m.values, 1e-2)  # the interpreter cuts bfloat16 off
 
@@ -116,11 +125,11 @@ def test_types(dtype):
 def test_values(D, F, group, dtype):
     m = Matrix(D, F, group)
     q, zero = jnp.asarray(m.q), jnp.asarray(m.zero)
-    want = int4_dequantize(int4_pack(q, group=group), m.scale, zero, group=group, dtype=dtype)
-    found = int4_values(int4_tiles(q), m.scale, zero, group=group, dtype=dtype)
+    want = dequantize(pack(q, group=group), m.scale, zero, group=group, dtype=dtype)
+    found = values(tiles(q), m.scale, zero, group=group, dtype=dtype)
     np.testing.assert_array_equal(found.T, want)
     if F > 32:
-        part = int4_values(int4_tiles(q), m.scale, zero, group=group, dtype=dtype, first=16, outputs=32)
+        part = values(tiles(q), m.scale, zero, group=group, dtype=dtype, first=16, outputs=32)
         np.testing.assert_array_equal(part.T, want[:, 16:])
 
 
@@ -133,10 +142,44 @@ def test_experts(sizes, D, group, dtype):
     E, F = len(sizes), 32
     m = Matrix(D, E * F, group)
     x, q, sizes = m.tokens(sum(sizes), dtype), jnp.asarray(m.q.reshape(D, E, F)), jnp.asarray(sizes, jnp.int32)
-    tiles, zero = int4_tiles(q).reshape(E * F // 16, D // 64, 128), jnp.asarray(m.zero)
-    found = int4_skinny(x, tiles, m.scale, zero, sizes, group=group, dtype=jnp.float32)
+    zero = jnp.asarray(m.zero)
+    found = skinny(x, tiles(q).reshape(E * F // 16, D // 64, 128), m.scale, zero, sizes, group=group, dtype=jnp.float32)
     expert = np.repeat(np.arange(E), sizes)
-    values = m.values.reshape(D, E, F).swapaxes(0, 1)
-    close(found, np.einsum("td,tdf->tf", np.asarray(x, np.float64), values[expert]), 1e-6)
+    matrices = m.values.reshape(D, E, F).swapaxes(0, 1)
+    close(found, np.einsum("td,tdf->tf", np.asarray(x, np.float64), matrices[expert]), 1e-6)
     scale, zero = (a.reshape(-1, E, F) for a in (m.scale, zero))
-    close(found, int4_grouped_reference(x, int4_pack(q, group=group), scale, zero, sizes, group=group), 1e-2)
+    close(found, grouped(x, pack(q, group=group), scale, zero, sizes, group=group), 1e-2)
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("scale_dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_hopper_unit(dtype, scale_dtype, group):
+    """A warpgroup's registers of a unit are wgmma's first operand, its columns in the order of the tokens' inputs."""
+    pytest.importorskip("jax.experimental.mosaic.gpu")
+    from jax.experimental.mosaic.gpu import WGMMA_LAYOUT
+
+    from pallas_kernels import hopper_int4
+
+    m, shape = Matrix(64, 64, group, scale_dtype), (64, 64)
+    arrays = [np.array(tiles(jnp.asarray(m.q)))]  # then zero, scale of the first half, those of the second
+    arrays += [np.array(a[i]) for i in range(64 // group) for a in (m.zero, m.scale)]
+    at = 4096 * np.arange(len(arrays))
+    thread = np.arange(128, dtype=np.int32)
+    row = thread // 32 * 16 + thread % 32 // 4
+    inputs = [thread * 16, *((at[i] + row * a.itemsize).astype(np.int32) for i, a in enumerate(arrays) if i)]
+    text = hopper_int4._values(jnp.dtype(dtype).name, jnp.dtype(scale_dtype).name, group)
+    kinds = ",".join(["=&r"] * 16 + ["r"] * len(inputs)) + ",~{memory}"
+    found = np.stack(asm.run(text, kinds, inputs, shared=asm.Memory(*arrays, at=at)), 1)  # [threads, registers]
+
+    tiling = WGMMA_LAYOUT.tiling
+    steps = np.indices(tiling.tile_shape(shape))
+    place = sum(i * step for i, step in zip(steps, tiling.tile_strides((64, 1)), strict=True))
+    place = np.moveaxis(place, (*WGMMA_LAYOUT.warp_dims, *WGMMA_LAYOUT.lane_dims), (0, 1, 2))
+    matrix = np.zeros(64 * 64)
+    matrix[place.ravel()] = found.view(dtype).astype(np.float64).ravel()
+
+    q, zero, scale = (np.asarray(a, np.float64) for a in (m.q, m.zero, m.scale.astype(dtype)))
+    want = (q - np.repeat(zero, group, 0)) * np.repeat(scale, group, 0)
+    want = hopper_int4._ordered(jnp.asarray(want.T, dtype))  # both are rounded to dtype
+    np.testing.assert_array_equal(matrix.reshape(shape), np.asarray(want, np.float64))
