@@ -1,12 +1,14 @@
 """GPTQ: rounding that makes up for each weight's error in the weights that are rounded after it.
 
+`compensated` is the algorithm, for grids of any kind; `solve` is all that a GPTQ folder needs, with its grids.
+
 Frantar, Ashkboos, Hoefler, Alistarh: GPTQ, accurate post-training quantization for generative pre-trained transformers,
 2022 (arXiv 2210.17323).  A map's outputs are to change least over the calibration text: of inputs X the error of
 rounded weights is tr(E' H E) with E what rounding changes and H = X'X, the Hessian.  Inputs are rounded one after the
 other, and what that costs is taken from the rest, which H couples to it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 128  # inputs after which the others learn of the errors
-SHRINKS = tuple(1 - 0.04 * i for i in range(1, 12))  # parts of a group's range that are tried
+SHRINKS = tuple(1 - 0.04 * i for i in range(12))  # parts of a group's range that are tried
 DAMPING = 0.01  # of the Hessian's mean diagonal
 TRIES = 4  # each with ten times the damping
 
@@ -23,7 +25,15 @@ class Grid(NamedTuple):
     """The values that weights may have: (q - zero) * scale with q of 0 to 2^bits - 1."""
 
     scale: jax.Array  # float32[groups, outputs], which float16 holds exactly
-    zero: jax.Array  # uint8[groups, outputs]
+    zero: jax.Array  # float32[groups, outputs], whole numbers
+
+    def nearest(self, rows, most: int):
+        """q float32 of rows [groups, group, outputs], the nearest of 0 to `most`."""
+        return nearest(rows, self.scale[:, None], self.zero[:, None], most)
+
+    def values(self, q):
+        """What q [groups, group, outputs] stand for."""
+        return (q - self.zero[:, None]) * self.scale[:, None]
 
 
 def solve(
@@ -56,14 +66,14 @@ def solve(
     flat = jnp.asarray(weight, jnp.float32).reshape(inputs, -1)
     if grid is not None:
         scale, zero = (jnp.asarray(part).reshape(-1, flat.shape[1]) for part in grid)
-        grid = Grid(scale.astype(jnp.float32), zero.astype(jnp.uint8))
+        grid = Grid(scale.astype(jnp.float32), zero.astype(jnp.float32))
     settings = {"group": group, "bits": bits, "symmetric": symmetric, "act_order": act_order, "search": search}
     settings["least_zero"] = least_zero
     for attempt in range(TRIES):
-        q, made, sound = _solve(flat, jnp.asarray(hessian, jnp.float32), grid, damping * 10**attempt, **settings)
+        q, scale, zero, sound = _solve(flat, jnp.asarray(hessian, jnp.float32), grid, damping * 10**attempt, **settings)
         if bool(sound):
             shape = (inputs // group, *outputs)
-            return q.reshape(weight.shape), made.scale.reshape(shape), made.zero.reshape(shape)
+            return q.reshape(weight.shape), scale.reshape(shape), zero.reshape(shape)
     raise ValueError("the inputs of this map give no usable Hessian: not finite, or singular")
 
 
@@ -100,95 +110,117 @@ def loss(weight, rounded, hessian):
     return energy[0] / jnp.maximum(energy[1], 1e-30)
 
 
-def grid_of(rows, importance=None, *, bits=4, symmetric=False, search=True, least_zero=0):
+def grid_of(rows, importance=None, *, bits=4, symmetric=False, search=True, least_zero=0) -> Grid:
     """The Grid of groups [groups, group, outputs]: their range cut into steps, 0 one of the values.
 
     importance: [groups, group], the weight of an input's error where the range is searched.
     """
     most, half = 2**bits - 1, 2 ** (bits - 1)
     low, high = jnp.minimum(rows.min(1), 0), jnp.maximum(rows.max(1), 0)
-    importance = jnp.ones(rows.shape[:2]) if importance is None else importance
 
-    def made(shrink):
+    def shrunk(shrink):
         if symmetric:  # one step more below 0 than above
             scale = jnp.maximum(-low / half, high / (half - 1)) * shrink
         else:
             scale = (high - low) / most * shrink
-        scale = jnp.maximum(scale, 1e-6).astype(jnp.float16).astype(jnp.float32)
+        scale = held_by_float16(jnp.maximum(scale, 1e-6))
         zero = jnp.full_like(scale, half) if symmetric else jnp.clip(jnp.round(-low * shrink / scale), least_zero, most)
-        return scale, zero
+        return Grid(scale, zero)
 
-    best = made(1.0)
     if not search:
-        return Grid(best[0], best[1].astype(jnp.uint8))
+        return shrunk(SHRINKS[0])
+    importance = jnp.ones(rows.shape[:2]) if importance is None else importance
+    return best_grid(rows, importance, most, shrunk, jnp.asarray(SHRINKS, jnp.float32))
 
-    def error(scale, zero):
-        rounded = (_nearest(rows, scale[:, None], zero[:, None], most) - zero[:, None]) * scale[:, None]
-        return jnp.einsum("gio,gi->go", (rows - rounded) ** 2, importance)
 
-    def better(held, shrink):
+def best_grid(rows, importance, most: int, made: Callable, tried) -> Grid:
+    """The Grid of made(each of `tried`) that rows [groups, group, outputs] come out best with; the first of equals.
+
+    Every group's output has a choice of its own.  importance: [groups, group], the weight of an input's error.
+    """
+
+    def better(held, one):
         best, least = held
-        tried = made(shrink)
-        found = error(*tried)
-        best = tuple(jnp.where(found < least, new, old) for new, old in zip(tried, best))
-        return (best, jnp.minimum(found, least)), None
+        new = made(one)
+        lost = jnp.square(new.values(new.nearest(rows, most)) - rows)
+        lost = jnp.sum(lost * importance[..., None], 1)
+        best = Grid(*(jnp.where(lost < least, a, b) for a, b in zip(new, best)))
+        return (best, jnp.minimum(lost, least)), None
 
-    (best, _), _ = jax.lax.scan(better, (best, error(*best)), jnp.asarray(SHRINKS))
-    return Grid(best[0], best[1].astype(jnp.uint8))
+    first = made(tried[0])
+    (best, _), _ = jax.lax.scan(better, (first, jnp.full(first.scale.shape, jnp.inf)), tried)
+    return best
 
 
-def _nearest(row, scale, zero, most):
-    return jnp.clip(jnp.round(row / scale) + zero, 0, most)
+def nearest(weight, scale, zero, most: int):
+    """The integer of 0 to `most` that stands for the value nearest to a weight, as float32."""
+    return jnp.clip(jnp.round(weight / scale) + zero, 0, most)
+
+
+def held_by_float16(x):
+    """float32 of what float16 makes of x."""
+    return x.astype(jnp.float16).astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnames=("group", "bits", "symmetric", "act_order", "search", "least_zero"))
 def _solve(weight, hessian, grid, damping, *, group, bits, symmetric, act_order, search, least_zero):
-    """(q, Grid, whether all is finite) for one damping."""
+    """(q, scale, zero, whether all is finite) for one damping."""
     inputs, outputs = weight.shape
     size = jnp.diagonal(hessian)
     dead = size <= 0  # inputs that never were anything else than 0: their weights are rounded as they are
     size = jnp.where(dead, jnp.where(dead.all(), 1, jnp.sum(size) / jnp.maximum(jnp.sum(~dead), 1)), size)
     coupled = jnp.where(jnp.eye(inputs, dtype=bool), size + damping * size.mean(), hessian)
     kind = {"bits": bits, "symmetric": symmetric, "search": search, "least_zero": least_zero}
-    beforehand = grid is None and (act_order or group > 2 * BLOCK)
-    if beforehand:
-        grid = grid_of(weight.reshape(-1, group, outputs), size.reshape(-1, group), **kind)
+    importance = size.reshape(-1, group)
+    if grid is None and (act_order or group > 2 * BLOCK):
+        grid = grid_of(weight.reshape(-1, group, outputs), importance, **kind)
     order = jnp.argsort(-size, stable=True) if act_order else jnp.arange(inputs)
-    weight, coupled, of = weight[order], coupled[order][:, order], order // group
-    factor = _upper(coupled)
-    block = group if grid is None else _block(inputs)
+    factor = upper_factor(coupled[order][:, order])
+    if grid is None:
+        q, scale, zero = compensated(
+            weight, factor, group, 2**bits - 1, lambda at, rows: grid_of(rows[None], importance[at][None], **kind)
+        )
+    else:
+        of = (order // group).reshape(-1, _block(inputs))  # the group of each input, block by block
+        q, *_ = compensated(
+            weight[order], factor, of.shape[1], 2**bits - 1, lambda at, _: tuple(part[of[at]] for part in grid)
+        )
+        q, (scale, zero) = jnp.zeros_like(q).at[order].set(q), grid
+    sound = jnp.isfinite(factor).all() & jnp.isfinite(scale).all()
+    return q, scale, zero.astype(jnp.uint8), sound
 
-    def one(at, carry):
-        weight, q, scales, zeros = carry
-        start = at * block
+
+def compensated(weight, factor, block: int, most: int, grid_at: Callable):
+    """Rounds a weight [inputs, outputs] input by input; those still to come take up what the rounding left behind.
+
+    factor: of `upper_factor`.  block: inputs after which all others learn of the errors.  grid_at(number, rows): scale
+    and zero float32, [1, outputs] or [block, outputs], of a block of which the errors before it left `rows`.
+
+    Returns q uint8[inputs, outputs] of 0 to `most`, and all scales and zeros one below the other.
+    """
+
+    def one(weight, number):
+        start = number * block
         rows = jax.lax.dynamic_slice_in_dim(weight, start, block)
         across = jax.lax.dynamic_slice_in_dim(factor, start, block)
         within = jax.lax.dynamic_slice_in_dim(across, start, block, 1)
-        if grid is None:
-            mine = grid_of(rows[None], jax.lax.dynamic_slice_in_dim(size, start, block)[None], **kind)
-            scale, zero = (jnp.broadcast_to(part, rows.shape).astype(jnp.float32) for part in mine)
-            scales, zeros = (jax.lax.dynamic_update_slice_in_dim(a, b, at, 0) for a, b in zip((scales, zeros), mine))
-        else:
-            group_of = jax.lax.dynamic_slice_in_dim(of, start, block)
-            scale, zero = grid.scale[group_of], grid.zero[group_of].astype(jnp.float32)
-        chosen, errors = _block_rounded(rows, within, scale, zero, 2**bits - 1)
+        scale, zero = grid_at(number, rows)
+        each = Grid(jnp.broadcast_to(scale, rows.shape), jnp.broadcast_to(zero, rows.shape))
+        q, errors = _block_rounded(rows, within, each, most)
         weight = weight - jnp.matmul(across.T, errors, precision="highest")  # 0 for those that are done
-        return weight, jax.lax.dynamic_update_slice_in_dim(q, chosen, start, 0), scales, zeros
+        return weight, (q, scale, zero)
 
-    groups = inputs // group
-    empty = jnp.zeros((groups, outputs), jnp.float32), jnp.zeros((groups, outputs), jnp.uint8)
-    start = weight, jnp.zeros(weight.shape, jnp.uint8), *(grid or empty)
-    _, q, scale, zero = jax.lax.fori_loop(0, inputs // block, one, start)
-    sound = jnp.isfinite(factor).all() & jnp.isfinite(scale).all()
-    return jnp.zeros_like(q).at[order].set(q), Grid(scale, zero), sound
+    _, found = jax.lax.scan(one, weight, jnp.arange(len(weight) // block))
+    return tuple(part.reshape(-1, weight.shape[1]) for part in found)
 
 
-def _block_rounded(rows, factor, scale, zero, most):
+def _block_rounded(rows, factor, grid, most):
     """q uint8 and errors of a block of inputs [B, outputs], each error spread over those behind it in the block."""
 
     def one(i, carry):
         rows, q, errors = carry
-        chosen = _nearest(rows[i], scale[i], zero[i], most)
+        scale, zero = grid
+        chosen = nearest(rows[i], scale[i], zero[i], most)
         error = (rows[i] - (chosen - zero[i]) * scale[i]) / factor[i, i]
         return rows - jnp.outer(factor[i], error), q.at[i].set(chosen.astype(jnp.uint8)), errors.at[i].set(error)
 
@@ -201,8 +233,8 @@ def _block(inputs):
     return next(size for size in range(min(BLOCK, inputs), 0, -1) if inputs % size == 0)
 
 
-def _upper(matrix):
-    """The upper triangular U with U'U the inverse of a positive definite matrix.
+def upper_factor(matrix):
+    """The upper triangular U with U'U the inverse of a positive definite matrix; not finite for any other.
 
     With R upper triangular and RR' the matrix, which is a Cholesky factor seen from its end, U is the inverse of R.
     """

@@ -8,7 +8,7 @@ outputs, tr((W-V)^T moments (W-V)).
 1. `clipped`: every group's range is cut where that makes the error least that its own inputs cause (Lin et al., 2023:
    AWQ, there for one cut of both ends).
 2. `compensated`: inputs are rounded one after the other, and those still to come take up what the rounding left behind
-   (Frantar et al., 2022: GPTQ); scales and zeros of a group are chosen by 1 when its turn comes.
+   (GPTQ, whose algorithm is in `gptq`); scales and zeros of a group are chosen by 1 when its turn comes.
 3. `settled`: with the others fixed each scale has one best value, and so has each integer (Behdin et al., 2023:
    QuantEase); a few rounds of both.
 
@@ -22,7 +22,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxserve.quant.int4 import nearest
+from jaxserve.lite import gptq
+from jaxserve.lite.gptq import Grid, best_grid, held_by_float16, nearest
+from jaxserve.quant import int4
 
 LEVELS = 15  # steps between the smallest and the largest integer
 CUTS = tuple(1 - 0.05 * n for n in range(8))  # shares of a range that are tried; to 0.65
@@ -39,17 +41,17 @@ class Rounded(NamedTuple):
 
     def values(self):
         """float32[K, N]."""
-        return _values(self.q, self.scale, self.zero)
+        grid = Grid(self.scale, self.zero)
+        return grid.values(_grouped(self.q, len(self.q) // len(self.scale))).reshape(self.q.shape)
 
 
 def round_to_nearest(weight, group: int, symmetric: bool = False) -> Rounded:
     """What needs no calibration: a group's whole range is cut into 15 steps."""
     if symmetric:
         low, high = _range(_grouped(weight, group))
-        scale, zero = _grid(low, high, True)
-        return Rounded(_nearest(weight, scale, zero), scale, zero)
-    q, scale, zero = nearest(weight, group)
-    return Rounded(q.astype(jnp.float32), _half(scale), zero.astype(jnp.float32))
+        return _rounded(weight, _grid(low, high, True))
+    q, scale, zero = int4.nearest(weight, group)
+    return Rounded(q.astype(jnp.float32), held_by_float16(scale), zero.astype(jnp.float32))
 
 
 def damped(moments, tokens: int):
@@ -67,8 +69,7 @@ def damped(moments, tokens: int):
 @partial(jax.jit, static_argnames=("group", "symmetric"))
 def clipped(weight, power, group: int, symmetric: bool = False) -> Rounded:
     """Rounds to nearest in ranges whose ends are cut.  power float32[K]: the mean square of each input."""
-    scale, zero = _cut(_grouped(weight, group), power.reshape(-1, group, 1), symmetric)
-    return Rounded(_nearest(weight, scale, zero), scale, zero)
+    return _rounded(weight, _cut(_grouped(weight, group), power.reshape(-1, group), symmetric))
 
 
 @partial(jax.jit, static_argnames=("group", "symmetric", "rounds"))
@@ -79,37 +80,23 @@ def solved(weight, moments, group: int, symmetric: bool = False, rounds: int = R
 
 def compensated(weight, moments, group: int, symmetric: bool = False) -> Rounded:
     """GPTQ with a search for each group's range."""
-    inputs = len(weight)
-    lower = jnp.linalg.cholesky(moments)
-    inverse = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(inputs))
-    upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T  # upper^T upper is the inverse
-    power, place = jnp.diag(moments), jnp.arange(inputs)
+    power = jnp.diag(moments).reshape(-1, group)
 
-    def one_group(index, state):
-        left, q, scales, zeros = state
-        first = index * group
-        rows = jax.lax.dynamic_slice_in_dim(left, first, group)
-        ahead = jax.lax.dynamic_slice_in_dim(upper, first, group)  # [g, K]
-        own = jax.lax.dynamic_slice_in_dim(ahead, first, group, 1)  # [g, g]
-        scale, zero = _cut(rows[None], jax.lax.dynamic_slice_in_dim(power, first, group)[None, :, None], symmetric)
-        scale, zero = scale[0], zero[0]
+    def cut(number, rows):
+        return _cut(rows[None], power[number][None], symmetric)
 
-        def one_input(i, state):
-            rows, lost, picked = state
-            integer = _pick(rows[i], scale, zero)
-            error = (rows[i] - (integer - zero) * scale) / own[i, i]
-            later = jnp.where(jnp.arange(group) > i, own[i], 0)
-            return rows - later[:, None] * error[None], lost.at[i].set(error), picked.at[i].set(integer)
+    q, scale, zero = gptq.compensated(weight, _factor(moments), group, LEVELS, cut)
+    return Rounded(q.astype(jnp.float32), scale, zero)
 
-        empty = jnp.zeros_like(rows)
-        _, lost, picked = jax.lax.fori_loop(0, group, one_input, (rows, empty, empty))
-        left = left - jnp.where(place[:, None] >= first + group, ahead.T @ lost, 0)
-        q = jax.lax.dynamic_update_slice_in_dim(q, picked, first, 0)
-        return left, q, scales.at[index].set(scale), zeros.at[index].set(zero)
 
-    groups = jnp.zeros((inputs // group, weight.shape[1]), weight.dtype)
-    start = weight, jnp.zeros_like(weight), groups, groups
-    return Rounded(*jax.lax.fori_loop(0, inputs // group, one_group, start)[1:])
+def _factor(moments):
+    """As `gptq.upper_factor`, by the inverse itself: the last bits differ.
+
+    One integer that differs for them changes the moments of all maps after it, so the folders that the figures in
+    `awq` are of could not be made again.
+    """
+    inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(moments), True), jnp.eye(len(moments)))
+    return jnp.linalg.cholesky((inverse + inverse.T) / 2).T
 
 
 def settled(weight, found: Rounded, moments, rounds: int = ROUNDS) -> Rounded:
@@ -132,7 +119,7 @@ def _better_scales(weight, found, moments, group):
         steps = jax.lax.dynamic_slice_in_dim(found.q, index * group, group) - zero[None]
         slope = jnp.sum(steps * (rows @ (weight - values)), 0)
         bend = jnp.sum(steps * (own @ steps), 0)
-        better = _half(scale + jnp.where(bend > 0, slope / jnp.maximum(bend, 1e-30), 0))
+        better = held_by_float16(scale + jnp.where(bend > 0, slope / jnp.maximum(bend, 1e-30), 0))
         moved = better - scale
         gains = moved * slope - 0.5 * moved * moved * bend > 0  # rounded to float16 it may not
         better = jnp.where((better > 0) & jnp.isfinite(better) & gains, better, scale)
@@ -155,7 +142,7 @@ def _better_integers(weight, found, moments, group):
         def one_input(i, state):
             q, pull = state
             now = (q[i] - zero) * scale
-            integer = _pick(now + pull[i] / own[i, i], scale, zero)
+            integer = nearest(now + pull[i] / own[i, i], scale, zero, LEVELS)
             moved = (integer - q[i]) * scale
             return q.at[i].set(integer), pull - own[:, i, None] * moved[None]
 
@@ -189,46 +176,25 @@ def _range(grouped):
     return jnp.minimum(grouped.min(1), 0), jnp.maximum(grouped.max(1), 0)
 
 
-def _half(x):
-    return x.astype(jnp.float16).astype(jnp.float32)
-
-
-def _grid(low, high, symmetric):
+def _grid(low, high, symmetric) -> Grid:
     """Scales and zeros for ranges."""
     if symmetric:
-        scale = _half(jnp.maximum(jnp.maximum(-low, high), 1e-5) / 7)
-        return scale, jnp.full_like(scale, 8)
-    scale = _half(jnp.maximum(high - low, 1e-5) / LEVELS)
-    return scale, jnp.clip(jnp.round(-low / scale), 0, LEVELS)
+        scale = held_by_float16(jnp.maximum(jnp.maximum(-low, high), 1e-5) / 7)
+        return Grid(scale, jnp.full_like(scale, 8))
+    scale = held_by_float16(jnp.maximum(high - low, 1e-5) / LEVELS)
+    return Grid(scale, jnp.clip(jnp.round(-low / scale), 0, LEVELS))
 
 
-def _pick(value, scale, zero):
-    return jnp.clip(jnp.round(value / scale) + zero, 0, LEVELS)
+def _rounded(weight, grid: Grid) -> Rounded:
+    """Rounds to the nearest values of a grid."""
+    q = grid.nearest(_grouped(weight, len(weight) // len(grid.scale)), LEVELS)
+    return Rounded(q.reshape(weight.shape), *grid)
 
 
-def _nearest(weight, scale, zero):
-    group = len(weight) // len(scale)
-    return _pick(_grouped(weight, group), scale[:, None], zero[:, None]).reshape(weight.shape)
-
-
-def _values(q, scale, zero):
-    group = len(q) // len(scale)
-    return ((_grouped(q, group) - zero[:, None]) * scale[:, None]).reshape(q.shape)
-
-
-def _cut(grouped, power, symmetric):
-    """(scale, zero), each [K/g, N], of the best cut ranges of [K/g, g, N] whose inputs have `power` [K/g, g, 1]."""
+def _cut(grouped, power, symmetric) -> Grid:
+    """The best cut ranges of [K/g, g, N] whose inputs have `power` [K/g, g]."""
     low, high = _range(grouped)
     pairs = [(a, b) for a in CUTS for b in CUTS if (a == b if symmetric else abs(a - b) < APART)]
-    tried = jnp.array(pairs, jnp.float32)
-
-    def one(index, state):
-        least, scale, zero = state
-        new = _grid(low * tried[index, 0], high * tried[index, 1], symmetric)
-        steps = (_pick(grouped, new[0][:, None], new[1][:, None]) - new[1][:, None]) * new[0][:, None]
-        lost = jnp.sum(jnp.square(steps - grouped) * power, 1)
-        better = lost < least
-        return jnp.where(better, lost, least), jnp.where(better, new[0], scale), jnp.where(better, new[1], zero)
-
-    state = jnp.full(low.shape, jnp.inf), *_grid(low, high, symmetric)
-    return jax.lax.fori_loop(0, len(pairs), one, state)[1:]
+    return best_grid(
+        grouped, power, LEVELS, lambda shares: _grid(low * shares[0], high * shares[1], symmetric), jnp.array(pairs)
+    )
