@@ -39,7 +39,8 @@ def logits(model, hidden):
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_hidden_states_equal_the_oracles(tmp_path, architecture):
     model, hf = opened(tmp_path, architecture)
-    for block in calibrate.layers(model, WINDOWS, batch=2):  # noqa: B007
+    uneven = 2 if architecture == "MistralForCausalLM" else 1  # each size of a batch is compiled for
+    for block in calibrate.layers(model, WINDOWS, batch=uneven):  # noqa: B007
         pass
     found = logits(model, list(block.outputs()))
     expected = np.stack([oracle.logits(tmp_path, hf, window) for window in WINDOWS])
