@@ -81,7 +81,9 @@ def _unit(dtype, scale_dtype, group, words, scale, zero, scale2, zero2):
         thread = arith.remui(mgpu_utils.thread_idx(), const(128))
         warp, row = arith.divui(thread, const(32)), arith.divui(thread, const(4))  # rows of 8 a warp, so far
         row = arith.addi(row, arith.muli(warp, const(8)))
-        inputs = [address(words, arith.muli(thread, const(16)))]
+        apart, _ = ir.MemRefType(words.type).get_strides_and_offset()  # a tile's other units may lie between
+        lane = arith.muli(arith.remui(thread, const(32)), const(16))
+        inputs = [address(words, arith.addi(arith.muli(warp, const(4 * apart[0])), lane))]
         for z, s in ((zero, scale), (zero2, scale2))[: 2 if group == 32 else 1]:
             inputs += [address(z, row), address(s, arith.muli(row, const(2)))]
         struct = llvm.StructType.get_literal([i32] * 16)
