@@ -5,6 +5,7 @@ Standard output has the conversation and nothing else; everything beside it goes
 
 import io
 import sys
+import time
 from collections.abc import Callable
 
 import click
@@ -27,6 +28,33 @@ def say(text: str) -> None:
     """A piece of a reply, at once."""
     sys.stdout.write(text.translate(PICTURES) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+class Pace:
+    """When the tokens of a reply came, from now on."""
+
+    def __init__(self):
+        self._began = time.perf_counter()
+        self._first: tuple[float, int] | None = None  # when, and how many there were
+        self._last = (self._began, 0)
+
+    def reached(self, tokens: int) -> None:
+        """So many have come by now."""
+        if tokens > self._last[1]:
+            self._last = (time.perf_counter(), tokens)
+            self._first = self._first or self._last
+
+    def figures(self) -> list[str]:
+        """What a line about the reply says of it.
+
+        A busy server puts several tokens into a piece, and those of the first say nothing about the speed: a reply that
+        came in one piece has none.
+        """
+        if self._first is None:
+            return []
+        (began, first), (ended, last) = self._first, self._last
+        rate = [f"{(last - first) / (ended - began):.1f} tokens/s"] if last > first and ended > began else []
+        return [*rate, f"first after {began - self._began:.2f} s"]
 
 
 def tolerant() -> None:

@@ -3,7 +3,6 @@
 Standard output has the conversation and nothing else; plans, progress, figures and warnings go to standard error.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -13,7 +12,7 @@ import click
 from jaxserve import terminal
 from jaxserve.config import EngineConfig, GenerationConfig
 from jaxserve.options import interruptible, mistakes
-from jaxserve.terminal import FULL, asker, note, say, tolerant
+from jaxserve.terminal import FULL, Pace, asker, note, say, tolerant
 
 GIB = 1 << 30
 
@@ -64,11 +63,11 @@ def converse(pipe, config: GenerationConfig, ask: Callable[[], str | None]) -> N
 
 def turn(pipe, session, prompt: str) -> None:
     """Prints one reply as it comes; Ctrl-C ends it."""
-    times, stopped = [time.perf_counter()], False
+    pace, stopped = Pace(), False
     try:
         with closing(session.stream(prompt)) as pieces:
             for piece in pieces:
-                times.append(time.perf_counter())
+                pace.reached(piece.generate_token_len)
                 say(piece.text)
     except KeyboardInterrupt:
         stopped = True
@@ -83,8 +82,8 @@ def turn(pipe, session, prompt: str) -> None:
         click.echo(f"error: {response.error_message}", err=True)
     elif response.finish_reason == "length" and full(pipe, response):
         click.echo(FULL, err=True)
-    if response.generate_token_len and len(times) > 1:
-        note(figures(pipe, response, times, stopped))
+    if response.generate_token_len:
+        note(figures(pipe, response, pace, stopped))
 
 
 def full(pipe, response) -> bool:
@@ -92,15 +91,13 @@ def full(pipe, response) -> bool:
     return response.input_token_len + response.generate_token_len >= pipe.session_len
 
 
-def figures(pipe, response, times: list[float], stopped: bool) -> str:
+def figures(pipe, response, pace: Pace, stopped: bool) -> str:
     """One line about a reply."""
     made, stats = response.generate_token_len, pipe.engine.stats()
     parts = [f"{made} tokens" + (" (stopped)" if stopped else "")]
     if response.finish_reason == "length" and not full(pipe, response):
         parts[0] += " (cut at --max-new-tokens)"
-    if len(times) > 2 and times[-1] > times[1]:
-        parts.append(f"{(made - 1) / (times[-1] - times[1]):.1f} tokens/s")
-    parts.append(f"first after {times[1] - times[0]:.2f} s")
+    parts += pace.figures()
     held = response.input_token_len + made
     parts.append(f"session {held:,}/{pipe.session_len:,}")
     filled, blank = stats["pages_used"] + stats["pages_cached"], stats["pages_free"]

@@ -4,7 +4,6 @@ Imports neither jax nor the server.
 """
 
 import json
-import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from urllib.parse import urlsplit
@@ -13,7 +12,7 @@ import click
 import httpx2
 
 from jaxserve import terminal
-from jaxserve.terminal import FULL, note
+from jaxserve.terminal import FULL, Pace, note
 
 TOKENS = 512  # of one turn, as LMDeploy's client has it
 CONNECT = 10  # seconds
@@ -210,7 +209,7 @@ class Talk:
 
     def turn(self, prompt: str) -> None:
         """Prints one reply as it comes; Ctrl-C ends it."""
-        times, last, stopped = [time.perf_counter()], None, False
+        pace, last, stopped = Pace(), None, False
         pieces = self.client.chat_interactive_v1(
             prompt, self.session_id, interactive_mode=True, stream=True, request_output_len=TOKENS
         )
@@ -220,9 +219,8 @@ class Talk:
                     if not self.begun and last["history_tokens"]:
                         note("(goes on with what the server kept; end and an empty line start a new conversation)")
                     self.begun = True
-                    if last["text"]:
-                        times.append(time.perf_counter())
-                        terminal.say(last["text"])
+                    pace.reached(last["tokens"])
+                    terminal.say(last["text"])
         except KeyboardInterrupt:
             stopped = True
         except ServerError as error:
@@ -232,22 +230,19 @@ class Talk:
         if last and not stopped and last["finish_reason"] == "length" and self._full(last):
             click.echo(FULL, err=True)
         if last and last["tokens"]:
-            note(self._figures(last, times, stopped))
+            note(self._figures(last, pace, stopped))
 
     def _full(self, last: dict) -> bool:
         held = last["input_tokens"] + last["history_tokens"] + last["tokens"]
         return self.most is not None and held >= self.most
 
-    def _figures(self, last: dict, times: list[float], stopped: bool) -> str:
+    def _figures(self, last: dict, pace: Pace, stopped: bool) -> str:
         """One line about a reply."""
         made = last["tokens"]
         parts = [f"{made} tokens" + (" (stopped; the server keeps nothing of this turn)" if stopped else "")]
         if last["finish_reason"] == "length" and not self._full(last):
             parts[0] += f" (cut at {TOKENS})"
-        if len(times) > 2 and times[-1] > times[1]:
-            parts.append(f"{(made - 1) / (times[-1] - times[1]):.1f} tokens/s")
-        if len(times) > 1:
-            parts.append(f"first after {times[1] - times[0]:.2f} s")
+        parts += pace.figures()
         held = last["input_tokens"] + last["history_tokens"] + made
         parts.append(f"session {held:,}" + (f"/{self.most:,}" if self.most else ""))
         return "[" + ", ".join(parts) + "]"
