@@ -94,6 +94,7 @@ def trace(engine, rows, prompt, steps, prefill):
                 sys.exit("the requests do not come to the point; fewer --rows or a shorter --prompt?")
             time.sleep(0.001)
 
+    engine._single = 1 << 30  # one step a launch: what is traced runs kernel by kernel, and loops have no kernels
     if not prefill:
         start()
         wait(lambda: all(request.outbox.tokens for request in running))

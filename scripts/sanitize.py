@@ -25,8 +25,9 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[1]
 TOOLS = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
 DTYPES = ("bfloat16", "float16", "float32")
-GROUPS = ("control", "triton", "codes", "hopper")
-OURS = ("_attend", "attend_", "_cut", "_tiles", "_order", "_write", "_rope_write", "mosaic", "prefill")
+GROUPS = ("control", "triton", "codes", "hopper", "int4")
+OURS = ("_attend", "attend_", "_cut", "_tiles", "_order", "_write", "_rope_write", "_skinny", "_grouped", "mosaic",
+        "prefill")  # fmt: skip
 LIMIT = 110  # seconds of a group
 LENGTHS, NEW = [5, 700, 0, 128, 1, 300, 65], [5, 200, 0, 1, 1, 1, 65]
 
@@ -72,6 +73,23 @@ def launch(group):
         both = jax.jit(lambda k, v, qkv, cos, sin, slot: pk.rope_kv_write(k, v, qkv, cos, sin, 1, slot))
         return write(*pools, qkv, slot), both(*pools, qkv, angle, angle, slot)
 
+    def int4(dtype):
+        from pallas_kernels.hopper_int4 import int4_wgmma
+        from pallas_kernels.int4_mma import int4_by_values, int4_skinny
+
+        ways = [(1, int4_skinny), (33, int4_skinny), (100, int4_by_values)]
+        ways += [(9, int4_wgmma), (300, int4_wgmma)] if pk.triton_call.device()[1] == 90 else []
+        scale, zero = jnp.ones((3, 384), jnp.float16), jnp.ones((3, 384), jnp.uint8)
+        tiles = jnp.ones((384 // 16, 3, 128), jnp.int32)
+        out = [way(jnp.ones((T, 192), dtype), tiles, scale, zero, group=64) for T, way in ways]
+        experts = [a.reshape(a.shape[0], 3, 128) for a in (scale, zero)]
+        for rows in (5, 200):  # few and many tokens an expert
+            sizes = jnp.array([rows, 0, 3], jnp.int32)
+            x = jnp.ones((rows + 3, 192), dtype)
+            product = jax.jit(lambda *a: pk.int4_grouped(*a, group=64))
+            out.append(product(x, tiles.reshape(3, 8, 3, 128), *experts, sizes))
+        return out
+
     if group == "control":
         jax.block_until_ready(writes("float32", beside=48))  # some of it is beside the last page
     for dtype in DTYPES if group == "triton" else ():
@@ -81,6 +99,9 @@ def launch(group):
         for kind in ("int8", "int4", "fp8") if pk.triton_call.device()[1] >= 89 else ("int8", "int4"):
             jax.block_until_ready(codes(dtype, kind, window=90 if kind == "fp8" else None))
         print(f"launched: {dtype}, kernels for quantized keys and values", flush=True)
+    for dtype in DTYPES[:2] if group == "int4" else ():
+        jax.block_until_ready(int4(dtype))
+        print(f"launched: {dtype}, kernels for int4 weights", flush=True)
     for dtype in DTYPES[:2] if group == "hopper" else ():
         pk.tuning.lookup("hopper_prefill", dtype, 128)["tokens"] = 0  # for the smallest steps, too
         (out,) = jax.block_until_ready(attention(dtype))
