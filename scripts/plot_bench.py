@@ -1,10 +1,12 @@
-"""Draws throughput against the number of requests, from bench_offline.py's figures, with the device's limit.
+"""Draws tokens/s against the number of requests, from bench_offline.py's figures, with the device's limit.
 
-    python scripts/plot_bench.py docs/throughput.png RESULTS [RESULTS ...] --weights-gb 3.44 --kv-kb 98
+    python scripts/plot_bench.py docs/throughput.png docs/h200/*.jsonl --model il18-bf16 1.7 3.4 98
 
-RESULTS: as for bench_compare.py, each a curve (lat1 and the batchN workloads).  The limit is what the device's memory
-and its tensor cores allow: every step reads all weights and the keys and values of all requests, and a prompt's token
-costs two operations a weight.
+Each --model is a panel: its name in the results, the billions of weights that a token is multiplied with, the GB (10^9
+bytes) that they take, and the KB (10^3 bytes) of a token's keys and values.  Results are as for bench_compare.py, of
+any engines: a curve for each (lat1 and the batchN workloads; of lat1 the tokens/s after the first token).  The limit:
+prompts cost two operations a weight of the tensor cores, and a step of decoding reads all weights and the keys and
+values of all requests.
 """
 
 import argparse
@@ -20,57 +22,60 @@ import numpy as np
 PROMPT, ANSWER = 512, 256  # tokens of a request in workloads.py
 
 
-def curve(path):
-    """(model, numbers of requests, tokens/s) of a file."""
-    rows = bench_compare.results(path)
-    points = sorted((1 if work == "lat1" else int(work[5:]), row["out_tok_s"], model)
-                    for (model, work, _), row in rows.items() if work == "lat1" or work[5:].isdecimal())  # fmt: skip
-    if not points:
-        raise SystemExit(f"{path} has no figures of lat1 or batchN")
-    requests, rate, models = zip(*points, strict=True)
-    return models[0], requests, rate
+def curves(paths, model):
+    """{engine: [(requests, tokens/s)]} of a model."""
+    out = {}
+    for path in paths:
+        for (name, work, tp), row in bench_compare.results(path).items():
+            if name == model and tp == 1 and (work == "lat1" or work[5:].isdecimal()):
+                point = (1, 1000 / row["itl_ms"]) if work == "lat1" else (int(work[5:]), row["out_tok_s"])
+                out.setdefault(row["engine"], []).append(point)
+    if not out:
+        raise SystemExit(f"no file has figures of {model} for lat1 or batchN")
+    return {engine: sorted(points) for engine, points in sorted(out.items(), key=lambda item: item[0] != "jaxserve")}
 
 
-def limit(requests, weights, kv, bandwidth, flops, bits):
+def limit(requests, weights, parameters, kv, bandwidth, flops):
     """Tokens/s that the device allows: weights in bytes, kv in bytes a token, bandwidth in bytes/s."""
-    read = ANSWER * (weights + requests * (PROMPT + ANSWER / 2) * kv) / bandwidth
-    computed = 2 * requests * (PROMPT + ANSWER) * weights * 8 / bits / flops
-    return requests * ANSWER / np.maximum(read, computed)
+    prompts = np.where(requests > 1, 2 * requests * PROMPT * parameters / flops, 0)  # lat1 is timed without its prompt
+    read = (weights + requests * (PROMPT + ANSWER / 2) * kv) / bandwidth
+    return requests * ANSWER / (prompts + ANSWER * np.maximum(read, 2 * requests * parameters / flops))
+
+
+def panel(axes, options, model, parameters, weights, kv):
+    """Draws a model: so many weights, in so many bytes; kv in bytes a token."""
+    found = curves(options.results, model)
+    for engine, points in found.items():
+        ours = engine == "jaxserve"
+        axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=2 if ours else 1, label=engine)
+        for x, y in points if ours else ():
+            axes.annotate(f"{y:,.0f}", (x, y), textcoords="offset points", xytext=(-4, 5), fontsize=8, ha="right")
+    ticks = sorted({x for points in found.values() for x, _ in points})
+    rates = options.bandwidth * 1e9, options.tflops * 1e12
+    bounds = [limit(x, weights, parameters, kv, *rates) for x in ticks]
+    axes.plot(ticks, bounds, "k--", lw=1, label="limit of memory and tensor cores")
+    axes.set(xscale="log", yscale="log", title=model, xlabel="requests at once")
+    axes.set_xticks(ticks, [str(n) for n in ticks], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.margins(x=0.15, y=0.1)
+    axes.grid(alpha=0.3)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("image", type=Path)
     parser.add_argument("results", nargs="+")
-    parser.add_argument("--labels", nargs="+", help="of the curves [file names]")
-    parser.add_argument("--weights-gb", type=float, help="of weights that a step reads, 10^9 bytes; no limit without")
-    parser.add_argument("--kv-kb", type=float, default=0.0, help="of a token's keys and values, in 10^3 bytes")
-    parser.add_argument("--bits", type=int, default=16, help="of a weight [16]")
+    parser.add_argument("--model", nargs=4, action="append", required=True, metavar=("NAME", "BILLIONS", "GB", "KB"))
     parser.add_argument("--bandwidth", type=float, default=4300, help="GB/s [4300, an H200 as measured]")
     parser.add_argument("--tflops", type=float, default=790, help="[790, likewise]")
     options = parser.parse_args()
-    labels = options.labels or [Path(path).stem for path in options.results]
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    ticks, model = {1}, None
-    for path, label in zip(options.results, labels, strict=True):
-        model, requests, rate = curve(path)
-        ticks |= set(requests)
-        axes.plot(requests, rate, marker="o", label=label)
-        for x, y in zip(requests, rate, strict=True):
-            axes.annotate(f"{y:,.0f}", (x, y), textcoords="offset points", xytext=(4, -12), fontsize=8)
-    if options.weights_gb:
-        x = np.geomspace(1, max(ticks), 100)
-        rates = options.bandwidth * 1e9, options.tflops * 1e12
-        axes.plot(x, limit(x, options.weights_gb * 1e9, options.kv_kb * 1e3, *rates, options.bits), "k--", lw=1,
-                  label="limit of memory and tensor cores")  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="requests at once", ylabel="tokens/s",
-             title=f"{model}: {PROMPT} tokens in, {ANSWER} out")  # fmt: skip
-    axes.set_xticks(marks := sorted(ticks), [str(n) for n in marks], minor=False)
-    axes.set_xticks([], minor=True)
-    axes.margins(x=0.1)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(options.image, dpi=120)
+    figure, all_axes = plt.subplots(1, len(options.model), figsize=(4.6 * len(options.model), 4.2), squeeze=False,
+                                    layout="constrained")  # fmt: skip
+    for axes, (model, *sizes) in zip(all_axes[0], options.model, strict=True):
+        panel(axes, options, model, *(float(size) * unit for size, unit in zip(sizes, (1e9, 1e9, 1e3), strict=True)))
+    all_axes[0][0].set_ylabel(f"tokens/s ({PROMPT} tokens in, {ANSWER} out)")
+    all_axes[0][0].legend(fontsize=8, loc="lower right")
+    figure.savefig(options.image, dpi=110)
     print(options.image)
 
 
