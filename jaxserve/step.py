@@ -81,7 +81,10 @@ class Batch:
     @classmethod
     def unpack(cls, words, shape):
         """All numbers of a step (floats bit by bit) come in one int32 array: a transfer costs more than its bytes."""
-        token, pages = words[: shape.tokens], words[shape.sections[1] :]
+        # The maximum is what makes an array of their own of the page tables: every layer's attention reads them, and
+        # where they lay in `words`, which is elsewhere in each step, the host would change each of these nodes of the
+        # graph before each launch.
+        token, pages = words[: shape.tokens], jnp.maximum(words[shape.sections[1] :], 0)
         rows = shape.row_words(words)[: shape.rows]
         start, count, lane, rope_len = (rows[:, i] for i in range(len(ROW)))
         spans = Spans.locate(shape.tokens, start, count, pages.reshape(shape.rows, shape.pages), rope_len)
