@@ -24,7 +24,7 @@ import click
 from jaxserve.config import FLAG, EngineConfig
 from jaxserve.serve.client import APIClient, ServerError, address
 from jaxserve.serve.options import KEYS_VARIABLE
-from jaxserve.terminal import note
+from jaxserve.terminal import Pace, note
 
 TITLE = "jaxserve Playground"
 PATIENCE = 10  # seconds for an answer to end that was stopped
@@ -215,21 +215,21 @@ def shown(messages: list[dict]) -> list[dict]:
 
 def stream(client: APIClient, model: str, messages: list[dict], **sampling) -> Generator[tuple[str, str], None, None]:
     """The answer so far and a line about it, piece by piece; closing it early ends the request."""
-    began, first, text, counted = time.perf_counter(), None, "", 0
+    pace, text, counted = Pace(), "", 0
     usage: dict = {}
     options = {"include_usage": True, "continuous_usage_stats": True}
     pieces = client.chat_completions_v1(model, messages, stream=True, stream_options=options, **sampling)
     with closing(pieces):
         for piece in pieces:
-            now = time.perf_counter()
             usage = piece.get("usage") or usage
             delta = piece["choices"][0]["delta"] if piece["choices"] else {}
             if new := (delta.get("content") or ""):
-                first = first or now
                 text, counted = text + new, counted + 1
-            if first is not None:
-                yield text, figures_of(usage.get("completion_tokens", counted), first - began, now - first)
-    if first is None:
+            if text:
+                made = usage.get("completion_tokens", counted)
+                pace.reached(made)
+                yield text, " · ".join([f"{made} tokens", *pace.figures()])
+    if not text:
         yield "", ""
 
 
@@ -270,12 +270,6 @@ class Run:
             self.come.put(error)
         finally:
             self.come.put(None)
-
-
-def figures_of(tokens: int, wait: float, seconds: float) -> str:
-    """One line about an answer."""
-    rate = f" · {(tokens - 1) / seconds:.1f} tokens/s" if tokens > 1 and seconds > 0.05 else ""
-    return f"{tokens} tokens{rate} · first after {wait:.2f} s"
 
 
 # The server -----------------------------------------------------------------------------------------------------------

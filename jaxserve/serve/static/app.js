@@ -164,36 +164,36 @@ async function stream(conversation, message, signal) {
   const sent = messages.filter((_, index) => answered(index)).map(({ role, content }) => ({ role, content }));
   if (conversation.system.trim()) sent.unshift({ role: "system", content: conversation.system });
   const body = { model: modelName(), messages: sent, ...chosen() };
-  const began = performance.now();
-  let first = 0;
+  const pace = { began: performance.now() };
   let pieces = 0;
   for await (const chunk of chat(body, store.key.get(), signal)) {
-    const now = performance.now();
     const [choice] = chunk.choices;
     const { content = "", reasoning_content: reasoning = "" } = choice?.delta ?? {};
     if (content || reasoning) {
-      first ||= now;
       pieces++;
       message.content += content ?? "";
       message.reasoning += reasoning ?? "";
     }
     message.finish = choice?.finish_reason ?? message.finish;
-    count(message.figures, chunk.usage, pieces, { began, first, now });
+    count(message.figures, chunk.usage, pieces, pace);
     if (conversation === current) paint(message);
   }
 }
 
 /** Figures of an answer: the server's where it tells them, else a chunk is taken for a token. */
-function count(figures, usage, pieces, { began, first, now }) {
+function count(figures, usage, pieces, pace) {
   figures.tokens = usage?.completion_tokens ?? Math.max(pieces, figures.tokens ?? 0);
   if (usage) {
     figures.prompt = usage.prompt_tokens;
     figures.cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
   }
-  if (!first) return;
-  figures.first = (first - began) / 1000;
-  const seconds = (now - first) / 1000;
-  if (figures.tokens > 1 && seconds > 0.05) figures.rate = (figures.tokens - 1) / seconds;
+  if (!pieces) return;
+  const now = performance.now();
+  pace.first ??= { at: now, tokens: figures.tokens }; // a busy server puts several tokens into a chunk
+  figures.first = (pace.first.at - pace.began) / 1000;
+  const seconds = (now - pace.first.at) / 1000;
+  const more = figures.tokens - pace.first.tokens;
+  if (more > 0 && seconds > 0.05) figures.rate = more / seconds;
 }
 
 function fail(message, error) {
