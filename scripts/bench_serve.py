@@ -52,7 +52,7 @@ def command(given) -> list[str]:
     if given.stub is not None:
         return processes.stub(given.stub, given.max_batch_size, http_workers=given.http_workers)
     return [
-        *("-m", "jaxserve", "serve", given.model, "--server-port", "PORT", "--http-workers", str(given.http_workers)),
+        *("-m", "jaxserve", "serve", given.model, "--server-port", "0", "--http-workers", str(given.http_workers)),
         *("--session-len", str(given.session_len), "--max-batch-size", str(given.max_batch_size)),
         *("--tp", str(given.tp), "--dtype", given.dtype, "--no-enable-prefix-caching", "--log-level", "warning"),
     ]

@@ -192,7 +192,7 @@ def main():
     parser.add_argument("--model", help="folder, GGUF file or id; default: a stub engine")
     given = parser.parse_args()
     if given.model:
-        command = ["-m", "jaxserve", "serve", given.model, "--server-port", "PORT", "--log-level", "warning"]
+        command = ["-m", "jaxserve", "serve", given.model, "--server-port", "0", "--log-level", "warning"]
     else:
         command = processes.stub(rate=50, lanes=16)
     with processes.served(command, 900) as server:

@@ -17,7 +17,7 @@ MODEL = "SmolLM2-135M-Instruct"
 # that what prompts begin with is found again.  The length ends what a small model makes of a grammar without bounds,
 # such as calls of tools without end.
 OPTIONS = {
-    "server-port": "PORT",
+    "server-port": "0",
     "session-len": 720,
     "max-batch-size": 4,
     "num-tokens-per-iter": 16,

@@ -1,6 +1,5 @@
 """A server in processes of its own, as `jaxserve serve` runs it, and what they hold at a moment."""
 
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,8 +19,15 @@ START, STOP = 120, 60  # seconds; deadlines
 class Running:
     """A running server."""
 
-    def __init__(self, url: str, launcher: psutil.Popen, log: Path):
-        self.url, self.launcher, self.log = url, launcher, log
+    def __init__(self, launcher: psutil.Popen, log: Path):
+        self.url, self.launcher, self.log = "", launcher, log
+
+    def find(self) -> None:
+        """Sets `url` once it listens.  It has chosen the port itself: one that is free now is not so for long."""
+        for master in self.processes().get("jaxserve-http", ()):
+            for connection in master.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    self.url = f"http://127.0.0.1:{connection.laddr.port}"
 
     def processes(self) -> dict[str, list[psutil.Process]]:
         """By what they are: "jaxserve", "jaxserve-engine", "jaxserve-http", "jaxserve-web"."""
@@ -66,15 +72,14 @@ class Running:
 
 @contextmanager
 def served(command: Sequence[str], start: float = START) -> Iterator[Running]:
-    """`python` with these arguments; PORT in them becomes a free port.  start: seconds until it must be ready."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    """`python` with these arguments; they tell it to take port 0.  start: seconds until it must be ready."""
     with tempfile.TemporaryDirectory(prefix="jaxserve-served-") as folder:
         log = Path(folder) / "log"
-        arguments = [sys.executable, *(text.replace("PORT", str(port)) for text in command)]
         with log.open("wb") as out:
-            launcher = psutil.Popen(arguments, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, stdin=subprocess.DEVNULL)
-        running = Running(f"http://127.0.0.1:{port}", launcher, log)
+            launcher = psutil.Popen(
+                [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, stdin=subprocess.DEVNULL
+            )
+        running = Running(launcher, log)
         try:
             wait_ready(running, start)
             yield running
@@ -100,16 +105,17 @@ def wait_ready(running: Running, seconds: float = START) -> None:
         assert running.launcher.poll() is None, f"the server ended with status {running.launcher.returncode}"
         assert time.monotonic() < deadline, "the server does not answer"
         try:
-            if running.get("/health")[0] == 200:
+            running.find()
+            if running.url and running.get("/health")[0] == 200:
                 return
-        except OSError:
+        except (OSError, psutil.NoSuchProcess):
             pass
         time.sleep(0.1)
 
 
 def stub(rate: float = 50.0, lanes: int = 512, *, session_len: int = 4096, **options) -> list[str]:
     """The command of a whole server on a stub engine.  options: fields of ServerOptions."""
-    settings = {"log_level": "warning", **options, "server_port": "PORT"}
+    settings = {"log_level": "warning", **options, "server_port": 0}
     given = [part for name, value in settings.items() for part in ("--option", f"{name}={value}")]
     return [
         "-m",

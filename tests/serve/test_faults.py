@@ -26,7 +26,7 @@ OPTIONS = {
     "model-name": "tiny",
     "tool-call-parser": "hermes",
     "log-level": "error",
-    "server-port": "PORT",
+    "server-port": "0",
 }
 
 

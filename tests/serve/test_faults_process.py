@@ -12,7 +12,7 @@ def test_60_an_engine_of_two_devices_is_one_process(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
     folder = tiny.write(tmp_path / "tiny")
     options = ["--tp", "2", "--max-batch-size", "2", "--session-len", "2048", "--num-tokens-per-iter", "32"]
-    options += ["--cache-max-entry-count", "80", "--log-level", "error", "--server-port", "PORT"]
+    options += ["--cache-max-entry-count", "80", "--log-level", "error", "--server-port", "0"]
     with processes.served(["-m", "jaxserve", "serve", str(folder), *options], start=300) as running:
         target = Target(running.url)
         before = target.complete(max_tokens=20)
