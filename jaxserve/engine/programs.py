@@ -14,7 +14,7 @@ import platform
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jax
@@ -28,11 +28,12 @@ STALE = 3600  # seconds after which nobody will finish it
 SOURCES = ("cache.py", "ops.py", "sampling.py", "step.py", "models", "quant")  # what a program is traced from
 
 
-def compile_all(jobs, devices, folder, progress=None, workers=None):
+def compile_all(jobs, devices, folder, progress=None, workers=None, alike=None):
     """{key: executable} of {key: (jitted function, arguments, compiler options)}.
 
     Arguments may be ShapeDtypeStructs on `devices`.  `progress(done, total, loaded)` is called after each; `folder`
-    None keeps nothing.
+    None keeps nothing.  Programs of whose keys `alike` says the same (not None) have products of the same shapes: XLA
+    tries out how to compute these once, if the first of the programs is ready before it begins the others.
     """
     store, out, loaded = Store(folder, devices), {}, 0
     names = {key: store.name(key, *job) for key, job in jobs.items()}
@@ -43,7 +44,9 @@ def compile_all(jobs, devices, folder, progress=None, workers=None):
             out[key] = executable
             progress and progress(len(out), len(jobs), loaded)
 
-    def finish(key, lowered):
+    def finish(key, lowered, after):
+        if after is not None:
+            wait([after])
         executable = lowered.compile(compiler_options=jobs[key][2])
         store.save(names[key], executable)
         ready(key, executable)
@@ -55,8 +58,15 @@ def compile_all(jobs, devices, folder, progress=None, workers=None):
             if found is not None:
                 loaded += 1
                 ready(key, found)
-        running = [pool.submit(finish, key, jobs[key][0].lower(*jobs[key][1])) for key in names if key not in out]
-        for future in running:
+        missing = {key: alike and alike(key) for key in names if key not in out}
+        first = {like: key for key, like in reversed(missing.items()) if like is not None}
+        running: dict = {}
+        for key in sorted(
+            missing, key=lambda key: first.get(missing[key], key) != key
+        ):  # who waits is behind the first
+            after = running.get(first.get(missing[key]))
+            running[key] = pool.submit(finish, key, jobs[key][0].lower(*jobs[key][1]), after)
+        for future in running.values():
             future.result()
     finally:  # after an error, what has not begun will not
         pool.shutdown(wait=False, cancel_futures=True)

@@ -65,7 +65,8 @@ class Runner:
         # What float32 means: a GPU would round the factors of a product to 10 bits (TF32) otherwise.
         precision = "highest" if self.shapes.embed.dtype == jnp.float32 else None
         with meshes.on(self.mesh), jax.default_matmul_precision(precision):
-            self.programs = compile_all(self._jobs(), list(self.mesh.devices.flat), folder, progress)
+            alike = None if self.on_cpu else _rows_of_products  # XLA tries nothing out on the CPU
+            self.programs = compile_all(self._jobs(), list(self.mesh.devices.flat), folder, progress, alike=alike)
 
     def _jobs(self):
         """{key: (function, arguments, compiler options)} of all programs."""
@@ -332,3 +333,10 @@ class Runner:
         rows = shape.row_words(words)
         rows[:, LANE] = NO_LANE
         return words, words[: shape.tokens], rows, words[at_pages:].reshape(shape.rows, shape.pages)
+
+
+def _rows_of_products(key):
+    """How many rows a program, by its key, multiplies with the weights; None where that is a matter of its own."""
+    if key[0] in ("step", "advance"):
+        return key[1].tokens
+    return key[1] if key[0] in ("pick", "draw") else None

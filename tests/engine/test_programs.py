@@ -274,3 +274,30 @@ def test_a_change_of_source_changes_the_name(tmp_path, folder, monkeypatch, chan
     with open(tmp_path / change, "a") as file:
         file.write("\n")
     assert name() != before
+
+
+def test_programs_alike_wait_for_the_first():
+    """It is ready before the others begin; those that are like no other go ahead, in the order given."""
+    lowered, began, done = [], [], []
+
+    class Slow:
+        __name__ = "slow"
+
+        def __init__(self, key):
+            self.key = key
+
+        def lower(self):
+            lowered.append(self.key)
+            return self
+
+        def compile(self, compiler_options):
+            began.append((self.key, list(done)))
+            time.sleep(0.02)
+            done.append(self.key)
+            return self
+
+    keys = ["a1", "b1", "a2", "c", "b2", "a3"]
+    made = compile_all({key: (Slow(key), (), None) for key in keys}, [], None, workers=4,
+                       alike=lambda key: {"c": None}.get(key, key[0]))  # fmt: skip
+    assert lowered == ["a1", "b1", "c", "a2", "b2", "a3"] and sorted(made) == sorted(keys)
+    assert all(key[0] + "1" in before for key, before in began if key[1:] in ("2", "3"))
