@@ -16,6 +16,7 @@ from jaxserve import GenerationConfig, protocol
 from jaxserve.commands import batch
 from jaxserve.engine.engine import EngineDead
 from tests import fake_engine
+from tests.waiting import soon
 
 HOME = Path(__file__).parents[1]
 CHAT, COMPLETION = protocol.CHAT, protocol.COMPLETION
@@ -321,10 +322,9 @@ def test_the_command(files):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_and_started_again(files, how):
     source, target = files
-    process = command(source, target, FAKE_DELAY="0.01")
-    while not target.exists() or target.read_bytes().count(b"\n") < 5:
-        time.sleep(0.01)
-        assert process.poll() is None
+    process = command(source, target, FAKE_DELAY="0.03")  # 4 s for all
+    soon(lambda: process.poll() is not None or (target.exists() and target.read_bytes().count(b"\n") >= 5))
+    assert process.poll() is None
     process.send_signal(how)
     status, _, err = finish(process)
     assert status == (130 if how == signal.SIGINT else -how)

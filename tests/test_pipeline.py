@@ -11,6 +11,7 @@ import pytest
 from jaxserve import GenerationConfig, Response, pipeline
 from jaxserve.reply import sampling_params
 from tests import fake_engine
+from tests.waiting import soon
 
 
 @pytest.fixture
@@ -21,10 +22,7 @@ def pipe():
 
 def idle(engine):
     """Waits until the engine has nobody left."""
-    deadline = time.monotonic() + 60
-    while engine.stats()["running"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    soon(lambda: not engine.stats()["running"])
 
 
 def test_the_public_names():

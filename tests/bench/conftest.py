@@ -1,10 +1,11 @@
 import contextlib
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import soon
 
 
 @contextlib.contextmanager
@@ -15,10 +16,8 @@ def started(folder, rate):
         [sys.executable, "-m", "tests.bench.source", file, str(rate)], cwd=Path(__file__).parents[2]
     )
     try:
-        deadline = time.monotonic() + 30
-        while not (file.exists() and file.read_text().endswith("\n")):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.02)
+        soon(lambda: process.poll() is not None or (file.exists() and file.read_text().endswith("\n")))
+        assert process.poll() is None
         yield f"http://127.0.0.1:{int(file.read_text())}"
     finally:
         process.kill()

@@ -20,6 +20,7 @@ from jaxserve.engine.frames import Abort, Hello, Submit, Tokens, Unframer, frame
 from jaxserve.engine.link import Link, Listener
 from jaxserve.engine.request import EngineDead, Output, Overloaded, Request, SamplingParams
 from tests.serve.stub import StubEngine, token
+from tests.waiting import soon
 
 DEADLINE = 20  # seconds; the machine may be busy
 
@@ -88,13 +89,6 @@ class Box(queue.SimpleQueue):
         return [self.get(timeout=DEADLINE) for _ in range(count)]
 
 
-def until(condition):
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
-
-
 def failing(kind, call):
     """A thread whose call is to fail, and the list that its exception comes into."""
     failures = []
@@ -116,7 +110,7 @@ def linked(engine, folder, **settings):
     listener = Listener(engine, folder / "engine", **settings)
     try:
         with Link(folder / "engine") as web:
-            until(lambda: web.alive)
+            soon(lambda: web.alive)
             yield SimpleNamespace(link=web, listener=listener, engine=engine, path=folder / "engine")
     finally:
         listener.close()
@@ -222,7 +216,7 @@ def test_abort(quiet):
 def test_siblings_share_a_group_and_others_do_not(quiet, tmp_path):
     group, box = object(), Box()
     with Link(quiet.path) as other:
-        until(lambda: other.alive)
+        soon(lambda: other.alive)
         for web in (quiet.link, quiet.link, other):
             web.submit(box.ask(group=group))
         quiet.link.submit(box.ask(group=object()))
@@ -233,7 +227,7 @@ def test_siblings_share_a_group_and_others_do_not(quiet, tmp_path):
 def test_salts(quiet):
     box = Box()
     with Link(quiet.path) as other:
-        until(lambda: other.alive)
+        soon(lambda: other.alive)
         for web in (quiet.link, other):
             for salt in (None, "a", 7, ("a", 7)):
                 web.submit(box.ask(salt=salt))
@@ -249,7 +243,7 @@ def test_score(quiet, several):
     answers = []
     asking = threading.Thread(target=lambda: answers.append(quiet.link.score([1, 2, 3], "alternatives")))
     asking.start()
-    until(lambda: quiet.engine.scores)
+    soon(lambda: quiet.engine.scores)
     tokens, want, future = quiet.engine.scores[0]
     assert (tokens, want) == ([1, 2, 3], "alternatives")
     value = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -275,13 +269,13 @@ def test_a_caller_of_score_that_leaves_cancels_it(quiet, monkeypatch):
         pass
 
     def leave(*_):
-        until(lambda: quiet.engine.scores)
+        soon(lambda: quiet.engine.scores)
         raise Left
 
     monkeypatch.setattr(link, "Waiter", lambda: SimpleNamespace(answered=SimpleNamespace(wait=leave), error=None))
     with pytest.raises(Left):
         quiet.link.score([1, 2])
-    until(quiet.engine.scores[0][2].cancelled)
+    soon(quiet.engine.scores[0][2].cancelled)
 
 
 def test_calls(quiet):
@@ -295,31 +289,31 @@ def test_calls(quiet):
     assert web.recall("session", "k") is None
     assert web.info == quiet.engine.info
     with Link(quiet.path, render=lambda snapshot: str(snapshot["a"])) as other:
-        until(lambda: other.alive)
+        soon(lambda: other.alive)
         assert other.metrics() == "[1, 2.5]"
 
 
 def test_everybody_hears_of_a_drain(quiet):
     with Link(quiet.path) as other:
-        until(lambda: other.alive)
+        soon(lambda: other.alive)
         quiet.link.drain()
         assert quiet.link.state == "draining" and quiet.link.alive
-        until(lambda: other.state == "draining")
+        soon(lambda: other.state == "draining")
 
 
 def test_a_connection_that_ends_takes_its_requests_with_it(quiet):
     box, mine = Box(), Box()
     quiet.link.submit(mine.ask())
     with Link(quiet.path) as other:
-        until(lambda: other.alive)
+        soon(lambda: other.alive)
         requests = [box.ask() for _ in range(3)]
         for request in requests:
             other.submit(request)
         failures, scoring = failing(EngineDead, lambda: other.score([1, 2]))
-        until(lambda: quiet.engine.scores)
-    until(lambda: len(quiet.engine.aborted) == 3)
+        soon(lambda: quiet.engine.scores)
+    soon(lambda: len(quiet.engine.aborted) == 3)
     assert quiet.engine.aborted == quiet.engine.submitted[1:]
-    until(quiet.engine.scores[0][2].cancelled)
+    soon(quiet.engine.scores[0][2].cancelled)
     scoring.join()
     assert failures
     assert all(output.finish == "error" for output in box.wait(3)) and mine.empty()
@@ -331,10 +325,10 @@ def test_the_engine_goes_and_comes_back(tmp_path):
     path, box = tmp_path / "engine", Box()
     first = Listener(Quiet(), path)
     with Link(path) as web:
-        until(lambda: web.alive)
+        soon(lambda: web.alive)
         web.submit(box.ask())
         failures, asking = failing(EngineDead, lambda: web.score([1, 2]))
-        until(lambda: first.engine.scores)
+        soon(lambda: first.engine.scores)
         first.close()
         (output,) = box.wait()
         assert output.finish == "error" and output.error.startswith("the engine has stopped")
@@ -348,7 +342,7 @@ def test_the_engine_goes_and_comes_back(tmp_path):
         assert time.monotonic() - began < 1
         web.abort(box.ask())
         second = Listener(Quiet(), path)
-        until(lambda: web.state == "ready")
+        soon(lambda: web.state == "ready")
         web.submit(box.ask())
         second.engine.turn(Output(3, "stop"))
         assert box.wait() == [Output(3, "stop")]
@@ -372,7 +366,7 @@ def test_what_is_sent_is_bound_when_nobody_reads(tmp_path):
     with Listener(engine, tmp_path / "engine", most_unsent=200_000) as listener:
         sock = connect(tmp_path / "engine")
         sock.sendall(submit_frame(1))
-        until(lambda: engine.submitted)
+        soon(lambda: engine.submitted)
         (connection,) = listener._connections
         longest = most = 0
         rich = Output(1, None, -1.0, tuple((i, -float(i)) for i in range(20)))
@@ -383,7 +377,7 @@ def test_what_is_sent_is_bound_when_nobody_reads(tmp_path):
             most = max(most, connection.unsent_bytes)
             if engine.aborted:
                 break
-        until(lambda: engine.aborted)
+        soon(lambda: engine.aborted)
         assert 100_000 < most < 250_000 and longest < 1
         assert not connection.unsent_bytes and not listener._connections
         sock.close()
@@ -395,7 +389,7 @@ def test_a_slow_reader_gets_everything(tmp_path):
     with Listener(engine, tmp_path / "engine"):
         sock = connect(tmp_path / "engine")
         sock.sendall(submit_frame(1))
-        until(lambda: engine.submitted)
+        soon(lambda: engine.submitted)
         for i in range(100_000):
             engine.turn(Output(i))
         engine.turn(Output(None, "abort"))
@@ -457,7 +451,7 @@ def test_parameters_that_cannot_be_concern_one_request(quiet):
     bad = msgspec.Raw(msgspec.msgpack.encode({"top_p": 0.0}))
     message = Submit(1, np.array([1], np.int32).tobytes(), 5, bad, [], "", None, None, None, None)
     sock.sendall(frame(message) + submit_frame(2))
-    until(lambda: len(quiet.engine.submitted) == 1)
+    soon(lambda: len(quiet.engine.submitted) == 1)
     sock.close()
 
 
@@ -541,7 +535,7 @@ def test_many_requests_from_many_threads(tmp_path):
         for thread in threads:
             thread.join()
         assert not failures
-        until(lambda: not engine.running and not engine.waiting)
+        soon(lambda: not engine.running and not engine.waiting)
         (connection,) = both.listener._connections
         assert not connection.live and not both.link._live and not both.link._number_of and not both.link._waiters
 
@@ -572,7 +566,7 @@ def engine_process(path):
 def test_an_engine_that_hangs(tmp_path, monkeypatch):
     monkeypatch.setattr(link, "STALL", 2)
     with engine_process(tmp_path / "engine") as process, Link(tmp_path / "engine") as web:
-        until(lambda: web.alive)
+        soon(lambda: web.alive)
         box = Box()
         web.submit(box.ask([1], 1000))
         box.wait(3)
@@ -585,7 +579,7 @@ def test_an_engine_that_hangs(tmp_path, monkeypatch):
             web.submit(box.ask())
         assert time.monotonic() - began < 1
         process.send_signal(signal.SIGCONT)
-        until(lambda: web.state == "ready")
+        soon(lambda: web.state == "ready")
         box.wait(50)  # what ran goes on
         process.kill()
         while not (output := box.get(timeout=DEADLINE)).finish:

@@ -2,7 +2,6 @@
 
 import socket
 import threading
-import time
 from contextlib import contextmanager
 
 from werkzeug.serving import WSGIRequestHandler, make_server
@@ -42,12 +41,3 @@ def connect(url, path, body: bytes, **more) -> socket.socket:
     )
     client.sendall(head.encode() + body)
     return client
-
-
-def soon(condition, seconds=5.0):
-    """How long it took until the condition held; AssertionError if it never does."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds, "it never came"
-        time.sleep(0.002)
-    return time.monotonic() - began

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from tests.serve import scripted
-from tests.serve.live import connect, soon
+from tests.serve.live import connect
+from tests.waiting import soon
 
 HI = {"model": scripted.MODEL, "max_tokens": 100, "messages": [{"role": "user", "content": "hi"}]}
 

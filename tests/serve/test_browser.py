@@ -9,6 +9,7 @@ import pytest
 from tests.fake_engine import USER
 from tests.serve.browser import PROGRAM
 from tests.serve.conftest import question
+from tests.waiting import soon
 
 pytestmark = pytest.mark.skipif(not PROGRAM, reason="needs Chromium (Debian and Ubuntu: apt install chromium)")
 
@@ -87,10 +88,7 @@ def test_stop(site, how):
     assert "stopped" in page.text(".message:last-child .figures")
     kept = last(page)
     assert 3 < len(kept) < 3000 and not page.text(".failure")
-    end = time.monotonic() + 10
-    while not page.engine.aborted:
-        assert time.monotonic() < end, "the engine still computes"
-        time.sleep(0.02)
+    soon(lambda: page.engine.aborted)
     ask(page, "On", until="document.querySelectorAll('.message').length === 4")
     assert page.text(".message:nth-child(2) > .text") == kept
 
@@ -392,10 +390,7 @@ def test_export(site, browser, tmp_path):
     page.click("#exports summary")
     page.click("[data-export=md]")
     file = tmp_path / "Say-this-.md"
-    end = time.monotonic() + 20
-    while not file.exists():
-        assert time.monotonic() < end, list(tmp_path.iterdir())
-        time.sleep(0.05)
+    soon(file.exists)
     assert file.read_text() == "# Say **this**\n\n## You\n\nSay **this**\n\n## Model\n\nEcho: Say **this**\n"
 
 

@@ -8,6 +8,7 @@ import pytest
 from jaxserve.engine.request import EngineDead, Output, Overloaded, Request
 from jaxserve.serve.door import KEPT_BYTES, KEPT_ENTRIES, Door
 from tests.serve.stub import StubEngine
+from tests.waiting import soon
 
 
 class Sink:
@@ -31,14 +32,9 @@ def ask(tokens=4, new=3):
 
 
 def settled(door):
-    """Waits until nobody is inside, and checks that nothing is counted any more."""
-    deadline = time.monotonic() + 20
-    while not (door.idle and not door.stats()["running"]):
-        assert time.monotonic() < deadline, door.stats()
-        time.sleep(0.01)
-    stats = door.stats()
-    for name in ("inside", "queued", "queued_tokens", "running", "waiting", "pages_used"):
-        assert stats[name] == 0, name
+    """Waits until nobody is inside, and nothing is counted any more."""
+    counts = ("inside", "queued", "queued_tokens", "running", "waiting", "pages_used")
+    soon(lambda: door.idle and not any(door.stats()[name] for name in counts))
 
 
 @pytest.fixture

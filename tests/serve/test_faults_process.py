@@ -4,7 +4,7 @@ import json
 
 from tests.serve import processes, tiny
 from tests.serve.faults.target import Target, events
-from tests.serve.live import soon
+from tests.waiting import soon
 
 
 def test_60_an_engine_of_two_devices_is_one_process(tmp_path, monkeypatch):

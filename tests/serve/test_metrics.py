@@ -1,6 +1,5 @@
 import json
 import re
-import time
 from pathlib import Path
 
 import msgspec
@@ -12,6 +11,7 @@ from jaxserve.serve.door import Door
 from jaxserve.serve.metrics import Meter, cumulative, render
 from tests.serve.stub import StubEngine
 from tests.serve.test_door import Sink
+from tests.waiting import soon
 
 # of vLLM's dashboards, and ours of the same thing where it has another name
 VLLM = {
@@ -91,7 +91,7 @@ def test_figures(door):
     assert counts["jaxserve:e2e_request_latency_seconds_count"] == 5
     assert counts["jaxserve:request_prompt_tokens_sum"] == 50
     assert counts["jaxserve:steps_total"] >= counts["jaxserve:iteration_tokens_count"] > 0
-    assert counts["vllm:inter_token_latency_seconds_sum"] == pytest.approx(gaps / 200, rel=1)
+    assert gaps / 400 < counts["vllm:inter_token_latency_seconds_sum"] < gaps / 2  # 5 ms each, or the machine is busy
     whole = plain(after)
     assert whole["vllm:num_requests_running"] == whole["vllm:num_requests_waiting"] == 0
     assert whole["vllm:kv_cache_usage_perc"] == 0
@@ -105,9 +105,7 @@ def test_gauges_while_at_work(door):
         door.submit(request)
     with pytest.raises(Overloaded):
         door.submit(Request([3], 1, outbox=Sink()))
-    deadline = time.monotonic() + 20
-    while plain(samples(door.metrics()))["vllm:num_requests_running"] < 2:
-        assert time.monotonic() < deadline
+    soon(lambda: plain(samples(door.metrics()))["vllm:num_requests_running"] == 2)
     found = samples(door.metrics())
     gauges = plain(found)
     assert gauges["vllm:num_requests_waiting"] == 1 and gauges["jaxserve:num_tokens_waiting"] == 10

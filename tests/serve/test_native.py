@@ -3,7 +3,6 @@
 import base64
 import json
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -11,7 +10,8 @@ import pytest
 from jaxserve import __version__
 from jaxserve.serve import health
 from tests.serve import scripted
-from tests.serve.live import connect, soon
+from tests.serve.live import connect
+from tests.waiting import soon
 
 INTERACTIVE = "/v1/chat/interactive"
 
@@ -270,7 +270,7 @@ def test_cancelled():
 
         thread = threading.Thread(target=run)
         thread.start()
-        time.sleep(0.1)
+        soon(lambda: len(flask.service.engine.engine.submitted) == 2)
         ended = flask.test_client().post(INTERACTIVE, json={"session_id": 5, "cancel": True})
         assert ended.json == {"text": "", "tokens": 0, "input_tokens": 0, "history_tokens": 0, "finish_reason": None}
         thread.join(10)

@@ -7,6 +7,7 @@ import pytest
 
 from jaxserve.serve import schemas
 from tests.serve.local import MODEL, exact, serving
+from tests.waiting import soon
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
@@ -357,8 +358,7 @@ def test_a_full_queue():
         assert response.status_code == 503 and int(response.headers["Retry-After"]) >= 1
         assert response.json["error"]["type"] == "overloaded_error"
         stream.close()
-        while not server.service.engine.idle:
-            time.sleep(0.01)
+        soon(lambda: server.service.engine.idle)
         assert server.chat()["choices"]
 
 

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from tests.serve import scripted
+from tests.waiting import soon
 
 HI = {"model": scripted.MODEL, "input": "hi"}
 RESPONSES = "/v1/responses"
@@ -102,11 +103,11 @@ def test_what_is_not_stored(client):
 
 
 def waited(client, id):
-    deadline = time.monotonic() + 10
-    while (found := client.get(f"{RESPONSES}/{id}").json)["status"] in ("queued", "in_progress"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return found
+    def found():
+        return client.get(f"{RESPONSES}/{id}").json
+
+    soon(lambda: found()["status"] not in ("queued", "in_progress"))
+    return found()
 
 
 def test_in_the_background(client):
@@ -130,11 +131,8 @@ def test_cancelled():
         assert waited(client, begun["id"])["status"] == "cancelled"
         begun = client.post(RESPONSES, json=HI | {"background": True}).json
         assert client.delete(f"{RESPONSES}/{begun['id']}").status_code == 200
-        deadline = time.monotonic() + 10
-        while not flask.service.engine.idle:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(0.05)
+        soon(lambda: flask.service.engine.idle)
+        time.sleep(0.05)  # it would be stored about now
         assert client.get(f"{RESPONSES}/{begun['id']}").status_code == 404
         done = client.post(RESPONSES, json=HI).json
         assert client.post(f"{RESPONSES}/{done['id']}/cancel").status_code == 400

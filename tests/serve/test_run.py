@@ -21,6 +21,7 @@ import pytest
 
 from scripts import tiny_checkpoint
 from tests.fake_engine import TEMPLATE, tokenizer
+from tests.waiting import soon
 
 DEADLINE = 120  # seconds; the machine may be busy
 PROMPT = [1000, 2, 3]  # the stub goes on with 1000, 1001 and so on: tokens that are text
@@ -121,16 +122,6 @@ class Stream:
         return pieces[-1] == b"[DONE]" and json.loads(pieces[-2])["usage"]["completion_tokens"]
 
 
-def until(condition, deadline=DEADLINE):
-    """Waits for a condition, and returns how many seconds that took."""
-    began = time.monotonic()
-    while not (found := condition()):
-        assert time.monotonic() - began < deadline, "it did not happen"
-        time.sleep(0.02)
-    del found
-    return time.monotonic() - began
-
-
 @contextmanager
 def launched(folder, *command, ready=True):
     """A server under a folder of its own for temporary files; nothing of it is left behind."""
@@ -149,7 +140,7 @@ def launched(folder, *command, ready=True):
     port = None
     try:
         if ready:
-            until(lambda: process.poll() is not None or log.read_text().count("HINT") == 3, 3 * DEADLINE)
+            soon(lambda: process.poll() is not None or log.read_text().count("HINT") == 3, 3 * DEADLINE)
             assert process.poll() is None, log.read_text()
             port = int(re.search(r"http://127\.0\.0\.1:(\d+)\S*/docs", log.read_text())[1])
         yield Served(process, port, log, temporary)
@@ -161,7 +152,7 @@ def launched(folder, *command, ready=True):
         process.wait()
         _, alive = psutil.wait_procs(family, timeout=DEADLINE)
         assert not alive
-        until(lambda: not list(temporary.iterdir()))
+        soon(lambda: not list(temporary.iterdir()))
         temporary.rmdir()
 
 
@@ -185,7 +176,7 @@ def test_it_says_where_it_is(server):
     assert "no key is asked for; only this machine can reach the server" in server.said
     assert server.request("GET", "/docs")[0] == 200
     assert server.request("GET", "/v1/models")[0] == 200
-    until(lambda: re.search(r"INFO .*GET /v1/models 200", server.said))
+    soon(lambda: re.search(r"INFO .*GET /v1/models 200", server.said))
 
 
 def test_processes(server):
@@ -201,8 +192,8 @@ def test_processes(server):
 def test_a_stream(server):
     before = server.said.count("POST /v1/completions 200")
     assert server.stream(20).whole == 20
-    until(lambda: server.said.count("POST /v1/completions 200") > before)
-    until(lambda: server.running() == 0)
+    soon(lambda: server.said.count("POST /v1/completions 200") > before)
+    soon(lambda: server.running() == 0)
 
 
 def test_large_headers_are_refused_and_others_served(server):
@@ -220,23 +211,23 @@ def test_a_stopped_engine_is_reported_and_recovers(server):
     (engine,) = server.processes("engine")
     engine.suspend()
     try:
-        assert until(lambda: server.health() == 503) < 50
+        assert soon(lambda: server.health() == 503) < 50
         status, _, body = server.complete()
         assert status == 503 and json.loads(body)["error"]["message"]
-        until(lambda: "has not answered for" in server.said)
+        soon(lambda: "has not answered for" in server.said)
     finally:
         engine.resume()
-    assert until(lambda: server.health() == 200) < 50
+    assert soon(lambda: server.health() == 200) < 50
     assert stream.whole == 400
     assert "answers again" in server.said
-    until(lambda: server.complete()[0] == 200)
+    soon(lambda: server.complete()[0] == 200)
 
 
 def test_a_killed_web_process_takes_only_its_own_streams(server):
     streams = [server.stream(300) for _ in range(8)]
     for stream in streams:
         stream.read(3)
-    until(lambda: server.running() == 8)
+    soon(lambda: server.running() == 8)
     owner = {}
     for child in server.processes("web"):
         for connection in child.net_connections("tcp"):
@@ -246,10 +237,10 @@ def test_a_killed_web_process_takes_only_its_own_streams(server):
     victim = max(set(mine), key=mine.count)
     os.kill(victim, signal.SIGKILL)
     lost = mine.count(victim)
-    until(lambda: server.running() == 8 - lost)
+    soon(lambda: server.running() == 8 - lost)
     for stream, pid in zip(streams, mine):
         assert stream.whole == (300 if pid != victim else False)
-    until(lambda: len(server.processes("web")) == 2)
+    soon(lambda: len(server.processes("web")) == 2)
     assert server.complete()[0] == 200
 
 
@@ -257,8 +248,8 @@ def test_a_killed_master_is_replaced(server):
     (master,) = server.processes("http")
     old = {child.pid for child in server.processes("web")}
     master.kill()
-    until(lambda: len(server.processes("web")) == 2 and not old & {child.pid for child in server.processes("web")})
-    until(lambda: server.health() == 200)
+    soon(lambda: len(server.processes("web")) == 2 and not old & {child.pid for child in server.processes("web")})
+    soon(lambda: server.health() == 200)
     assert server.complete()[0] == 200 and "was killed by SIGKILL; it is started again" in server.said
 
 
@@ -266,17 +257,17 @@ def test_a_killed_engine_comes_back(server):
     stream = server.stream(1000)
     stream.read(3)
     server.processes("engine")[0].kill()
-    until(lambda: server.health() == 503 or "is back" in server.said, 50)
+    soon(lambda: server.health() == 503 or "is back" in server.said, 50)
     pieces = stream.rest()
     assert "the engine" in json.loads(pieces[-1])["error"]["message"]
-    until(lambda: server.complete()[0] == 200)  # each web process connects by itself
+    soon(lambda: server.complete()[0] == 200)  # each web process connects by itself
     assert "was killed by SIGKILL; it is started again (1 of 3" in server.said
 
 
 def test_an_engine_that_dies_too_often_ends_the_server(tmp_path):
     with serve(tmp_path) as served:
         for _ in range(4):
-            until(lambda: served.process.poll() is not None or served.health() == 200)
+            soon(lambda: served.process.poll() is not None or served.health() == 200)
             (engine,) = served.processes("engine")
             engine.kill()
             engine.wait(DEADLINE)
@@ -294,7 +285,7 @@ def test_a_signal_lets_streams_end(tmp_path):
             stream.read(2)
         children = served.processes()
         served.process.terminate()
-        assert until(lambda: served.health() == 503) < 10
+        assert soon(lambda: served.health() == 503) < 10
         status, headers, body = served.complete()
         assert status == 503 and int(headers["Retry-After"]) >= 1 and b"shutting down" in body
         assert [stream.whole for stream in streams] == [60] * 32
@@ -322,7 +313,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
         stream.read(2)
         children = served.processes()
         served.process.terminate()
-        until(lambda: served.health() == 503)
+        soon(lambda: served.health() == 503)
         served.process.send_signal(signal.SIGINT)
         assert served.wait() == 130
         assert not psutil.wait_procs(children, timeout=DEADLINE)[1]
@@ -439,7 +430,7 @@ def test_a_model(tiny, tmp_path):
     command = ("-m", "jaxserve", "serve", "api_server", str(tiny), *options, "--num-tokens-per-iter", "16")
     (tmp_path / "first").mkdir()
     with launched(tmp_path / "first", *command, ready=False) as loading:
-        until(lambda: "KV cache" in loading.said)
+        soon(lambda: "KV cache" in loading.said)
         loading.process.terminate()
         assert loading.wait() == 143
     with launched(tmp_path, *command, "--model-name", "tiny") as served:

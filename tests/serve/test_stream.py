@@ -5,8 +5,9 @@ import socket
 
 import pytest
 
-from tests.serve.live import connect, live, soon
+from tests.serve.live import connect, live
 from tests.serve.local import MODEL
+from tests.waiting import soon
 
 CHAT = "/v1/chat/completions"
 LIMIT = 1.0  # ten times what is promised
