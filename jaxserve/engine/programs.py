@@ -61,9 +61,8 @@ def compile_all(jobs, devices, folder, progress=None, workers=None, alike=None):
         missing = {key: alike and alike(key) for key in names if key not in out}
         first = {like: key for key, like in reversed(missing.items()) if like is not None}
         running: dict = {}
-        for key in sorted(
-            missing, key=lambda key: first.get(missing[key], key) != key
-        ):  # who waits is behind the first
+        order = sorted(missing, key=lambda key: first.get(missing[key], key) != key)  # who waits is behind the first
+        for key in order:
             after = running.get(first.get(missing[key]))
             running[key] = pool.submit(finish, key, jobs[key][0].lower(*jobs[key][1]), after)
         for future in running.values():
