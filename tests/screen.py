@@ -37,7 +37,7 @@ class Screen:
         os.close(theirs)
         self.text = ""
 
-    def wait_for(self, text, seconds=20.0):
+    def wait_for(self, text, seconds=60.0):
         """What came up to and with `text`, which is taken from the screen."""
         end = time.monotonic() + seconds
         while text not in plain(self.text):

@@ -130,21 +130,24 @@ def test_keys(served):
         assert client.available_models[0] == "fake-1b"
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
+@pytest.fixture
+def nobody():
+    """An address that is taken, and nobody listens at it."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
 
 
-def test_no_server():
-    with APIClient(f"127.0.0.1:{free_port()}") as client, pytest.raises(ServerError, match="no server answers at"):
+def test_no_server(nobody):
+    with APIClient(nobody) as client, pytest.raises(ServerError, match="no server answers at"):
         list(client.models)
     for bad in ("ftp://h", "http://", "http://[", "http://h:99999"):
         with APIClient(bad) as client, pytest.raises(ServerError):
             list(client.models)
 
 
-def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(served, monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(served, monkeypatch, nobody):
+    monkeypatch.setenv("HTTP_PROXY", f"http://{nobody}")
     with APIClient(served()) as client:
         assert client.available_models
 
@@ -186,13 +189,13 @@ def test_a_full_session(served):
     assert "WARNING: exceed session max length. Please end the session." in err
 
 
-def test_errors(served):
+def test_errors(served, nobody):
     url = served(keys=["secret"])
     status, out, err = piped("", url)
     assert (status, out) == (1, "") and "asks for a key: --api-key or $JAXSERVE_API_KEY" in err
     assert "refused the key" in piped("", url, "--api-key", "wrong")[2]
     assert piped("hi\n\n", url, JAXSERVE_API_KEY="secret")[1] == "answer 1: hi\n"
-    status, out, err = piped("", f"127.0.0.1:{free_port()}")
+    status, out, err = piped("", nobody)
     assert status == 1 and "no server answers at" in err and "jaxserve serve MODEL" in err and "Traceback" not in err
 
 
