@@ -24,11 +24,12 @@ import sys
 import time
 
 import bench_offline
-from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from jaxserve import checkpoint
 from jaxserve.config import EngineConfig
 from jaxserve.engine import loading
+from jaxserve.engine.guide import Guide
 from jaxserve.engine.request import Request, SamplingParams
 from jaxserve.text.grammar import from_schema, token_table
 from jaxserve.text.tokenizer import Tokenizer
@@ -89,10 +90,10 @@ class Pieces:
     """Durations of methods, by name."""
 
     def __init__(self):
-        self.seconds, self._inner = {}, 0.0
+        self.seconds, self._spans = {}, {}
 
     def time(self, owner, name, label, each=True):
-        """Times a method from now on; not `each`: a step's calls together, which `watch` adds up."""
+        """Times a method from now on; not `each`: from the first of a step's calls to the end of the last."""
         method, found = getattr(owner, name), self.seconds.setdefault(label, [])
 
         def timed(*arguments):
@@ -100,11 +101,10 @@ class Pieces:
             try:
                 return method(*arguments)
             finally:
-                took = time.perf_counter() - began
                 if each:
-                    found.append(took)
+                    found.append(time.perf_counter() - began)
                 else:
-                    self._inner += took
+                    self._spans.setdefault(label, []).append((began, time.perf_counter()))
 
         setattr(owner, name, timed)
 
@@ -112,19 +112,22 @@ class Pieces:
         """Times an engine's guided steps."""
         guide, runner = engine.guide, engine.runner
         self.time(guide, "_follow", "follow", each=False)
+        self.time(guide, "_fill", "fill", each=False)
         for owner, name, label in (
-            (guide, "_fill", "fill"), (guide, "_masks", "masks"), (guide, "take", "wait"),
-            (guide, "make_way", "way"), (runner, "draw", "draw"),
-            (engine, "_read", "record"), (runner, "advance", "advance"), (engine.scheduler, "plan", "plan"),
-            (runner, "pack", "pack"), (engine, "_turn", "turn"),
+            (guide, "_masks", "masks"), (guide, "take", "wait"), (guide, "make_way", "way"),
+            (runner, "draw", "draw"), (engine, "_read", "record"), (runner, "advance", "advance"),
+            (runner, "send", "send"), (engine.scheduler, "plan", "plan"), (runner, "pack", "pack"),
+            (engine, "_turn", "turn"),
         ):  # fmt: skip
             self.time(owner, name, label)
         masks, start = guide._masks, guide.start
 
         def together(*arguments):
-            self._inner = 0.0
+            self._spans.clear()
             found = masks(*arguments)
-            self.seconds["follow"].append(self._inner)
+            for label, spans in self._spans.items():
+                began, ended = zip(*spans)
+                self.seconds[label].append(max(ended) - min(began))
             return found
 
         def started(rows, count, read, *without):
@@ -206,7 +209,7 @@ def main():
     engine = loading.load(options.model, config, print_progress, guide=vocabulary)
     ready, name = time.perf_counter() - began, os.path.basename(options.model.rstrip("/"))
     if options.threads:
-        engine.guide._executor = LLExecutor(options.threads)
+        engine.guide = Guide(vocabulary, engine.runner.vocab, options.threads)
     pieces, ways = Pieces(), [0, *(options.bound or (max(1, options.clients // 4), options.clients))]
     pieces.watch(engine)
     for way in ways:  # once, not counted

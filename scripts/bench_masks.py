@@ -1,13 +1,12 @@
 """What masks of guided decoding cost the host, without a model and without a GPU.
 
-    python scripts/bench_masks.py [--vocabulary DIR] [--rows 64] [--threads 1 2 4 8 12] [--work masks threads turns]
+    python scripts/bench_masks.py [--vocabulary DIR] [--rows 64] [--threads 1 2 4 8] [--work masks shares turns]
 
 masks: how long one mask takes a core, for several grammars: over all, and the longest of a step's --rows (which no
-number of threads makes shorter).  threads: filling the masks of a step, by threads, with a lexer for each answer and
-with one for all, as copies of one matcher have it; `loop` and `together` are following a token each, by one thread
-and by all.  turns: the engine's own loop over a device that only waits: a free
-step of --step-ms, as one of a 1.8B model on an H200, and launches of --launch-ms and --draw-ms that let other threads
-run; --fill-ms waits in the place of llguidance too, where this machine has fewer cores than the one in question.
+number of threads makes shorter).  shares: what Guide.allow does in a step, by threads: on the clock, and of each
+thread's share alone.  turns: the engine's own loop over a device that only waits: a free step of --step-ms, as one of
+a 1.8B model on an H200, and launches of --launch-ms and --draw-ms that let other threads run; --fill-ms waits in the
+place of llguidance too (milliseconds of all rows, by one thread), where this machine has fewer cores.
 
 --vocabulary: a folder with a tokenizer; without it, words of random letters.  Answers are tokens drawn evenly from
 what the masks allow.  Milliseconds; the lines with RESULT are JSON.
@@ -19,14 +18,15 @@ import os
 import tempfile
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 
 import bench_guided
 import numpy as np
 import tiny_checkpoint
-from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
-from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance.numpy import fill_next_token_bitmask
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import loading
@@ -41,7 +41,7 @@ from jaxserve.text.grammar import from_regex, from_schema, token_table
 from jaxserve.text.tokenizer import Tokenizer
 
 VOCAB = 92544
-ALONE = 0.2  # ms: the longest mask of a step, and waking the threads
+ALONE = 0.2  # ms: the longest mask, and waking the threads
 ANSWER = {
     "type": "object",
     "properties": {
@@ -89,23 +89,10 @@ def summary(seconds):
     return {key: round(float(x) * 1e3, 3) for key, x in (("mean", mean), ("p50", half), ("p99", most))}
 
 
-def follow(matchers, tokens):
-    return [each.consume_token(token) for each, token in zip(matchers, tokens)]
-
-
-def walk(matchers, steps, fill, follow=follow, seed=0):
-    """Calls fill(matchers, masks) and follows a token of each mask, `steps` times."""
-    draw, masks = np.random.default_rng(seed), np.full((len(matchers), -(-VOCAB // 32)), -1, np.int32)
-    fresh = [each.deep_copy() for each in matchers]
-    for _ in range(steps):
-        fill(matchers, masks)
-        tokens = []
-        for mask in masks:
-            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-            tokens.append(int(draw.choice(allowed)) if len(allowed) else 0)
-        for row, goes_on in enumerate(follow(matchers, tokens)):
-            if not goes_on:
-                matchers[row] = fresh[row].deep_copy()
+def drawn(mask, draw):
+    """A token that a mask allows."""
+    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+    return int(draw.choice(allowed)) if len(allowed) else 0
 
 
 def single(table, options):
@@ -115,15 +102,17 @@ def single(table, options):
         matcher(table, grammar)
         compiled, times = time.thread_time() - began, []
 
-        def fill(matchers, masks, times=times):
+        rows, draw = [matcher(table, grammar) for _ in range(options.rows)], np.random.default_rng(0)
+        masks = np.full((1, -(-VOCAB // 32)), -1, np.int32)
+        for _ in range(options.steps):
             step = []
-            for row, each in enumerate(matchers):
+            for row, each in enumerate(rows):
                 began = time.thread_time()
-                fill_next_token_bitmask(each, masks, row)
+                fill_next_token_bitmask(each, masks, 0)
                 step.append(time.thread_time() - began)
+                if not each.consume_token(drawn(masks[0], draw)):
+                    rows[row] = matcher(table, grammar)
             times.append(step)
-
-        walk([matcher(table, grammar) for _ in range(options.rows)], options.steps, fill)
         found = np.array(times)
         print("RESULT " + json.dumps(dict(
             work="masks", grammar=grammar, rows=options.rows, compile=round(compiled * 1e3, 2), one=summary(found),
@@ -131,34 +120,57 @@ def single(table, options):
         )), flush=True)  # fmt: skip
 
 
-def threads(table, options):
-    """Times of filling a step's masks, on the clock."""
+class OneByOne:
+    """A pool that does at once what it is given, and takes the times."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def submit(self, work, *arguments):
+        began, done = time.process_time(), Future()
+        done.set_result(work(*arguments))
+        self.seconds.append(time.process_time() - began)
+        return done
+
+
+def shares(table, options):
+    """Times of a step's masks by threads: on the clock, and of each thread's share alone.
+
+    The longest share is what the threads would take if they cost nothing: on a machine of few cores, look at that.
+    """
     for count in options.threads:
-        for shared in (False, True):
-            executor, times, used, told = LLExecutor(count), [], [], ([], [])
-
-            def fill(matchers, masks, executor=executor, times=times, used=used):
-                pairs = [(each, row) for row, each in enumerate(matchers)]
-                began, before = time.perf_counter(), time.process_time()
-                fill_next_token_bitmask_par(executor, pairs, masks)
-                times.append(time.perf_counter() - began)
-                used.append(time.process_time() - before)
-
-            def tell(matchers, tokens, executor=executor, told=told):
-                began, together = time.perf_counter(), len(told[0]) > len(told[1])
-                found = (
-                    executor.consume_token_par(list(zip(matchers, tokens))) if together else follow(matchers, tokens)
-                )
-                told[together].append(time.perf_counter() - began)
-                return found
-
-            first = matcher(table, "person")
-            made = [first.deep_copy() if shared else matcher(table, "person") for _ in range(options.rows)]
-            walk(made, options.steps, fill, tell)
-            print("RESULT " + json.dumps(dict(
-                work="threads", threads=count, lexers=1 if shared else options.rows, fill=summary(times),
-                processor=summary(used), loop=summary(told[0]), together=summary(told[1]), cores=os.cpu_count(),
-            )), flush=True)  # fmt: skip
+        guide, again = Guide(table, VOCAB, count), None
+        for alone in (False, True):
+            draw, times = np.random.default_rng(0), dict(clock=[], work=[], longest=[])
+            pool = OneByOne()
+            if alone:
+                guide._pool, guide._executors = pool, [None, *guide._executors]
+                split = guide._shares
+                guide._shares = lambda rows, split=split: [[], *split(rows)]
+            for _ in range(options.rounds):
+                rows = [(i, Request([1], VOCAB, grammar=GRAMMARS[options.grammar])) for i in range(options.rows)]
+                for _, request in rows:
+                    request.matcher = guide.open(request)
+                for _ in range(options.steps):
+                    pool.seconds.clear()
+                    began = time.perf_counter()
+                    masks, ended = guide.allow(rows, options.rows)
+                    times["clock"].append(time.perf_counter() - began)
+                    if alone:
+                        times["work"].append(sum(pool.seconds))
+                        times["longest"].append(max(pool.seconds))
+                    over = {request for request, _ in ended}
+                    rows = [(row, request) for row, request in rows if request not in over]
+                    for row, request in rows:
+                        request.tokens.append(drawn(masks[row], draw))
+                for _, request in rows:
+                    request.finish = "length"
+            if not alone:
+                again = summary(times["clock"])
+        print("RESULT " + json.dumps(dict(
+            work="shares", grammar=options.grammar, threads=count, rows=options.rows, clock=again,
+            together=summary(times["work"]), longest=summary(times["longest"]), cores=os.cpu_count(),
+        )), flush=True)  # fmt: skip
 
 
 class Later:
@@ -266,9 +278,10 @@ def turns(table, options):
     guide = Guide(table, VOCAB, options.threads[-1])
     if options.fill_ms is not None:
 
-        def fill(rows, count):
+        def fill(executor, rows, masks):
             time.sleep((ALONE + (options.fill_ms - ALONE) * len(rows) / options.rows) / 1e3)
-            return np.full((count, guide.words), 1, np.int32), []
+            masks[[row for row, _ in rows]] = 1
+            return []
 
         guide._fill = fill
     engine = Engine(runner, prefix_caching=False, guide=guide)
@@ -301,13 +314,14 @@ def turns(table, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", help="folder with a tokenizer")
-    works = dict(masks=single, threads=threads, turns=turns)
+    works = dict(masks=single, shares=shares, turns=turns)
     parser.add_argument("--work", nargs="+", choices=works, default=list(works))
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=100, help="tokens of an answer, for masks and threads")
+    parser.add_argument("--steps", type=int, default=100, help="tokens of an answer, for masks and shares")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of an answer, for turns")
-    parser.add_argument("--rounds", type=int, default=3, help="for turns; the best counts")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8, 12])
+    parser.add_argument("--rounds", type=int, default=3, help="for shares, and for turns, of which the best counts")
+    parser.add_argument("--grammar", choices=GRAMMARS, default="person", help="for shares")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--step-ms", type=float, default=2.45, help="a step on the device")
     parser.add_argument("--prompt-rate", type=float, default=180.0, help="prompt tokens that a step takes in a ms more")
     parser.add_argument("--draws-ms", type=float, default=0.4, help="the part of it that draws")
