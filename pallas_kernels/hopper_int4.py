@@ -20,9 +20,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.int4_mma import BITS, ROWS, UNIT, WORDS
 from pallas_kernels.triton_call import cdiv, cores
 
-WARPGROUPS = 2  # that multiply
-LINES = 64  # outputs of a warpgroup
-BLOCK = WARPGROUPS * LINES
+WARPGROUPS = 2  # that multiply, unless said
+LINES = 64  # outputs of an instruction
+BLOCK = WARPGROUPS * LINES  # what the number of outputs has to be a multiple of
 MEMORY = 220 << 10  # of the shared memory of a core
 
 
@@ -126,90 +126,182 @@ def _put(out, target):
     store(out, target)
 
 
+def _rows(dtype):
+    """How results stand in shared memory: rows of 128 bytes, swizzled."""
+    return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
+
+
+def _put_swizzled(out, target):
+    """Writes out [64 outputs, tokens], as wgmma leaves it, to target [tokens, 64] in swizzled shared memory.
+
+    Lanes write to all banks at once: 16-bit values by stmatrix, which transposes them, float32 one by one.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(_rows(out.dtype))))
+    def store(_, out, target):
+        i32 = ir.IntegerType.get_signless(32)
+
+        def const(n):
+            return mgpu_utils.c(n, i32)
+
+        def place(base, token, line, size):
+            """The address of a token's line: rows of 128 bytes, whose 16 bytes change places with the row."""
+            line_of = 128 // size  # lines a row
+            chunk = arith.xori(arith.divui(arith.remui(line, const(line_of)), const(16 // size)),
+                               arith.remui(token, const(8)))  # fmt: skip
+            row = arith.addi(token, arith.muli(arith.divui(line, const(line_of)), const(8)))  # tiles of 8 rows
+            if line_of < LINES:
+                tile = arith.divui(token, const(8))
+                row = arith.addi(row, arith.muli(tile, const(8 * (LINES // line_of - 1))))
+            within = arith.muli(arith.remui(line, const(16 // size)), const(size))
+            return arith.addi(base, arith.addi(arith.muli(row, const(128)), arith.addi(arith.shli(chunk, const(4)),
+                                                                                        within)))  # fmt: skip
+
+        thread = arith.remui(mgpu_utils.thread_idx(), const(128))
+        lane, warp = arith.remui(thread, const(32)), arith.divui(thread, const(32))
+        base, tokens = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(target)), out.shape[1]
+        registers = out.registers.reshape(tokens // 8, 2)
+        first = arith.muli(warp, const(16))
+        if mgpu_utils.bytewidth(out.mlir_dtype) == 4:
+            line = arith.addi(first, arith.divui(lane, const(4)))
+            column = arith.muli(arith.remui(lane, const(4)), const(2))
+            f32 = ir.F32Type.get()
+            for half in range(2):
+                for e in range(2):
+                    at = place(base, arith.addi(column, const(e)), arith.addi(line, const(8 * half)), 4)
+                    for j in range(tokens // 8):  # 8 tokens are 2 KiB
+                        value = llvm.bitcast(f32, vector.extract(registers[j, half], [], [e]))
+                        text = f"st.shared.f32 [$0 + {2048 * j}], $1;"
+                        llvm.inline_asm(None, [at, value], text, "r,f,~{memory}", has_side_effects=True)
+            return
+        matrix = arith.divui(lane, const(8))  # whose rows' addresses the lane gives: half, half, of the next tokens ...
+        line = arith.addi(first, arith.muli(arith.remui(matrix, const(2)), const(8)))
+        token = arith.addi(arith.remui(lane, const(8)), arith.muli(arith.divui(matrix, const(2)), const(8)))
+        at = place(base, token, line, 2)
+        for j in range(0, tokens // 8, 2):
+            values = [llvm.bitcast(i32, registers[j + n // 2, n % 2]) for n in range(4)]
+            text = f"stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0 + {1024 * j}], {{$1, $2, $3, $4}};"
+            llvm.inline_asm(None, [at, *values], text, "r,r,r,r,r,~{memory}", has_side_effects=True)
+
+    store(out, target)
+
+
 def _ordered(x):
     """Tokens with their inputs in the order of the tiles: what a lane has for one instruction, then for the next."""
     T, D = x.shape
     return x.reshape(T, D // 32, 4, 2, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(T, D)
 
 
-@functools.partial(jax.jit, static_argnames=("group", "dtype", "tokens", "split", "stages", "inputs"))
-def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, tokens=None, split=None, stages=4, inputs=None):
+def _split(blocks, turns):
+    """Parts of the inputs such that cores have something to do."""
+    split = 1
+    while blocks * split < 1.9 * cores() and turns % (2 * split) == 0 and turns // (2 * split) >= 2:
+        split *= 2
+    return split
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "group", "dtype", "tokens", "split", "stages", "inputs", "warpgroups", "high", "cluster", "overlap",
+        "swizzled",
+    ),
+)  # fmt: skip
+def int4_wgmma(
+    x, tiles, scale, zero, *, group, dtype=None, tokens=None, split=None, stages=4, inputs=None, warpgroups=WARPGROUPS,
+    high=1, cluster=1, overlap=False, swizzled=False,
+):  # fmt: skip
     """x [T, D] times the matrix of `tiles` (two-dimensional out), to [T, F]; F a multiple of 128.
 
-    tokens: of a block; split: parts of the inputs that are summed up afterwards; inputs: of a turn.
+    tokens: of a block; split: parts of the inputs that are summed up afterwards; inputs: of a turn; warpgroups: that
+    multiply, each 64 * high outputs; cluster: blocks that get the tokens' inputs together; overlap: a unit's values
+    are computed while the one before is multiplied, from one turn to the next too; swizzled: how results go
+    through shared memory.
     """
     (T, D), F, dtype = x.shape, scale.shape[1], jnp.dtype(dtype or x.dtype)
     tokens = tokens or min(128, max(16, 1 << (T - 1).bit_length()))
     inputs = inputs or (128 if D % 128 == 0 else 64)
-    padded = cdiv(T, tokens) * tokens
+    padded, mine = cdiv(T, tokens) * tokens, LINES * high  # of a warpgroup
+    block = warpgroups * mine
     if split is None:
-        split = 1
-        while (
-            F // BLOCK * (padded // tokens) * split < 1.9 * cores()
-            and D // inputs % (2 * split) == 0
-            and (D // inputs // (2 * split) >= 2)
-        ):
-            split *= 2
+        split = _split(F // block * (padded // tokens), D // inputs)
     x = _ordered(jnp.pad(x, ((0, padded - T), (0, 0))))
     turns, units, rows = D // inputs // split, inputs // UNIT, max(1, inputs // group)
     out_type = jnp.dtype(jnp.float32) if split > 1 else dtype
-    stage = tokens * inputs * 2 + BLOCK * inputs // 2 + rows * BLOCK * 3 + 1024
-    stages = min(stages, turns, (MEMORY - BLOCK * tokens * out_type.itemsize) // stage)
+    stage = tokens * inputs * 2 + block * inputs // 2 + rows * block * 3 + 1024
+    stages = min(stages, turns, (MEMORY - block * tokens * out_type.itemsize) // stage)
+    overlap = overlap and stages > 1
 
     def kernel(x_ref, tiles_ref, scale_ref, zero_ref, out_ref, result):
         warpgroup, n, part, m = (lax.axis_index(name) for name in ("warpgroup", "n", "part", "m"))
+        if cluster > 1:
+            n = n * cluster + lax.axis_index("beside")
 
         def context(run):
-            @functools.partial(pl.run_scoped, acc=plgpu.ACC((LINES, tokens), jnp.float32))
-            def _(acc):
-                run(acc)
-                _put(acc[...].astype(out_type), result.at[warpgroup])
+            def scoped(*accs):
+                run(accs)
+                plgpu.wgmma_wait(0)
+                for i, acc in enumerate(accs):
+                    put = _put_swizzled if swizzled else _put
+                    put(acc[...].astype(out_type), result.at[warpgroup * high + i])
                 plgpu.commit_smem()
-                at = out_ref.at[part, pl.ds(m * tokens, tokens), pl.ds(n * BLOCK + warpgroup * LINES, LINES)]
-                plgpu.copy_smem_to_gmem(result.at[warpgroup], at)
+                for i in range(high):
+                    at = out_ref.at[part, pl.ds(m * tokens, tokens),
+                                    pl.ds(n * block + warpgroup * mine + i * LINES, LINES)]  # fmt: skip
+                    plgpu.copy_smem_to_gmem(result.at[warpgroup * high + i], at)
                 plgpu.wait_smem_to_gmem(0)
 
-        def turn(_, x_part, words, scales, zeros, acc):
-            mine = pl.ds(warpgroup * LINES, LINES)
+            pl.run_scoped(scoped, *[plgpu.ACC((LINES, tokens), jnp.float32)] * high)
+
+        def turn(_, x_part, words, scales, zeros, accs):
             for u in range(units):
                 first, second = (64 * u // group, (64 * u + 32) // group) if inputs >= group else (0, 0)
-                values = _unit(x.dtype, scale.dtype, group, words.at[pl.ds(warpgroup * 4, 4), u],
-                               scales.at[first, mine], zeros.at[first, mine], scales.at[second, mine],
-                               zeros.at[second, mine])  # fmt: skip
-                plgpu.wgmma(acc, values, x_part.at[:, pl.ds(UNIT * u, UNIT)].T)
-            plgpu.wgmma_wait(0)
-            return acc
+                for i, acc in enumerate(accs):
+                    tile, lines = warpgroup * high + i, pl.ds(warpgroup * mine + i * LINES, LINES)
+                    values = _unit(x.dtype, scale.dtype, group, words.at[pl.ds(tile * 4, 4), u],
+                                   scales.at[first, lines], zeros.at[first, lines], scales.at[second, lines],
+                                   zeros.at[second, lines])  # fmt: skip
+                    plgpu.wgmma(acc, values, x_part.at[:, pl.ds(UNIT * u, UNIT)].T)
+                    if overlap:
+                        plgpu.wgmma_wait(1)
+            if not overlap:
+                plgpu.wgmma_wait(0)
+            return accs
 
-        swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        memory = {"memory_space": plgpu.SMEM}
+        tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        memory = {"memory_space": plgpu.SMEM, "delay_release": int(overlap)}
+        together = {"collective_axes": ("beside",)} if cluster > 1 else {}
 
         def group_at(k):
             return (k * inputs // group if inputs < group else k, 0)
 
         plgpu.emit_pipeline_warp_specialized(
-            turn, grid=(turns,), memory_registers=40, wg_axis="warpgroup", num_compute_wgs=WARPGROUPS,
+            turn, grid=(turns,), memory_registers=40, wg_axis="warpgroup", num_compute_wgs=warpgroups,
             max_concurrent_steps=stages, compute_context=context,
             in_specs=[
-                plgpu.BlockSpec((tokens, inputs), lambda k: (0, k), transforms=swizzled, **memory),
-                plgpu.BlockSpec((BLOCK // ROWS, units, WORDS), lambda k: (0, k, 0), **memory),
-                plgpu.BlockSpec((rows, BLOCK), group_at, **memory),
-                plgpu.BlockSpec((rows, BLOCK), group_at, **memory),
+                plgpu.BlockSpec((tokens, inputs), lambda k: (0, k), transforms=tiled, **memory, **together),
+                plgpu.BlockSpec((block // ROWS, units, WORDS), lambda k: (0, k, 0), **memory),
+                plgpu.BlockSpec((rows, block), group_at, **memory),
+                plgpu.BlockSpec((rows, block), group_at, **memory),
             ],
         )(
             x_ref.at[pl.ds(m * tokens, tokens), pl.ds(part * (D // split), D // split)],
-            tiles_ref.at[pl.ds(n * (BLOCK // ROWS), BLOCK // ROWS), pl.ds(part * (turns * units), turns * units)],
-            scale_ref.at[pl.ds(part * (D // split // group), D // split // group), pl.ds(n * BLOCK, BLOCK)],
-            zero_ref.at[pl.ds(part * (D // split // group), D // split // group), pl.ds(n * BLOCK, BLOCK)],
+            tiles_ref.at[pl.ds(n * (block // ROWS), block // ROWS), pl.ds(part * (turns * units), turns * units)],
+            scale_ref.at[pl.ds(part * (D // split // group), D // split // group), pl.ds(n * block, block)],
+            zero_ref.at[pl.ds(part * (D // split // group), D // split // group), pl.ds(n * block, block)],
         )  # fmt: skip
 
     out = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((split, padded, F), out_type),
-        grid=(F // BLOCK, split, padded // tokens),
+        grid=(F // block // cluster, split, padded // tokens),
         grid_names=("n", "part", "m"),
-        num_threads=WARPGROUPS + 1,
+        **({"cluster": (cluster,), "cluster_names": ("beside",)} if cluster > 1 else {}),
+        num_threads=warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=(plgpu.SMEM((WARPGROUPS, tokens, LINES), out_type),),
+        scratch_types=(
+            plgpu.SMEM((warpgroups * high, tokens, LINES), out_type, transforms=_rows(out_type) if swizzled else ()),
+        ),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(x, tiles, scale, zero)
     out = out[0] if split == 1 else out.sum(0)

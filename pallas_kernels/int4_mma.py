@@ -195,6 +195,117 @@ def _skinny(x_ptr, tiles_ptr, scale_ptr, zero_ptr, sizes_ptr, T, out_ptr, D: tl.
 
 
 @jit
+def _parameters(zero_ptr, scale_ptr, place, n, WIDTH: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """Zeros and scales of two rows, for each of some consecutive groups from that of unit `place` on."""
+    at = (place * 64 // GROUP) * WIDTH + n
+    out = (tl.load(zero_ptr + at), tl.load(zero_ptr + at + 8), tl.load(scale_ptr + at), tl.load(scale_ptr + at + 8))
+    for g in tl.static_range(1, GROUPS):
+        to = at + g * WIDTH
+        more = tl.load(zero_ptr + to), tl.load(zero_ptr + to + 8), tl.load(scale_ptr + to), tl.load(scale_ptr + to + 8)
+        out = out + more
+    return out
+
+
+@jit
+def _early(x_ptr, tiles_ptr, scale_ptr, zero_ptr, sizes_ptr, T, out_ptr, D: tl.constexpr, F: tl.constexpr,
+           EXPERTS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+           TOKENS: tl.constexpr, MINUS: tl.constexpr, LOAD: tl.constexpr, LOAD_KINDS: tl.constexpr,
+           LOADX: tl.constexpr, LOADX_KINDS: tl.constexpr, MMA: tl.constexpr, MMA_KINDS: tl.constexpr,
+           EARLY_X: tl.constexpr, TURNS: tl.constexpr):  # fmt: skip
+    """`_skinny`, but that all loads of a turn are under way before it begins.
+
+    ptxas puts each load right before its first use, behind barriers even, and waits for one after the other.  So there
+    is a 0 that needs all of them, and is in all that is multiplied.
+    """
+    UNITS: tl.constexpr = D // 64
+    HALVES: tl.constexpr = 2 if GROUP == 32 else 1
+    GROUPS: tl.constexpr = (AHEAD * 64 + GROUP - 1) // GROUP
+    thread = tl.arange(0, 32 * WARPS)
+    warp, lane = thread // 32, thread % 32
+    row, column = lane // 4, lane % 4
+    tile, first, last = tl.program_id(0), tl.program_id(1) * TOKENS * 8, T
+    if EXPERTS > 1:
+        expert, first, last = expert_tile(sizes_ptr, tl.program_id(1), TOKENS * 8, EXPERTS, PADDED, 0, EXPERTS)
+        if expert >= EXPERTS:
+            return
+        tile += expert * (F // 16)
+    n = tile * 16 + row
+    zero = tl.zeros([32 * WARPS], tl.float32)
+    acc = (zero,) * (4 * TOKENS)
+    base = tiles_ptr + tile.to(tl.int64) * (UNITS * 128) + lane * 4
+    unit = warp * AHEAD
+    types: tl.constexpr = (tl.int32,) * (4 * AHEAD)
+    words = tl.inline_asm_elementwise(LOAD, LOAD_KINDS, [(base + unit * 128).to(tl.int64), (unit < UNITS).to(tl.int32)],
+                                      dtype=types, is_pure=True, pack=1)  # fmt: skip
+    said = _parameters(zero_ptr, scale_ptr, tl.where(unit < UNITS, unit, 0), n, EXPERTS * F, GROUP, GROUPS)
+    for _ in tl.range(0, TURNS, 1, num_stages=1):
+        now, told = words, said
+        here = unit < UNITS
+        place = tl.where(here, unit, 0)
+        early = ()
+        if EARLY_X:
+            for j in tl.static_range(AHEAD * TOKENS):
+                token = first + 8 * (j % TOKENS) + row
+                of = (x_ptr + token * D + (place + j // TOKENS) * 64 + column * 8).to(tl.int64)
+                wanted = (here & (token < last)).to(tl.int32)
+                x = tl.inline_asm_elementwise(LOADX, LOADX_KINDS, [of, wanted], dtype=(tl.int32,) * 8, is_pure=True,
+                                              pack=1)  # fmt: skip
+                early = early + (x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7])  # noqa: RUF005
+        unit += WARPS * AHEAD
+        if TURNS > 1:
+            more = unit < UNITS
+            words = tl.inline_asm_elementwise(LOAD, LOAD_KINDS,
+                                              [(base + unit * 128).to(tl.int64), more.to(tl.int32)], dtype=types,
+                                              is_pure=True, pack=1)  # fmt: skip
+            said = _parameters(zero_ptr, scale_ptr, tl.where(more, unit, 0), n, EXPERTS * F, GROUP, GROUPS)
+        held = lane
+        for g in tl.static_range(GROUPS):
+            held ^= told[4 * g].to(tl.int32) ^ told[4 * g + 1].to(tl.int32)
+            for i in tl.static_range(2, 4):
+                held ^= told[4 * g + i].to(tl.int16, bitcast=True).to(tl.int32)
+        if EARLY_X:
+            for i in tl.static_range(8 * AHEAD * TOKENS):
+                held ^= early[i]
+        for i in tl.static_range(4 * AHEAD):
+            held ^= now[i]
+        held &= T >> 31  # 0, which the compiler does not know
+        for u in tl.static_range(AHEAD):
+            for half in tl.static_range(HALVES):
+                z0 = told[4 * ((64 * u + 32 * half) // GROUP)].to(tl.int32) | MINUS
+                z1 = told[4 * ((64 * u + 32 * half) // GROUP) + 1].to(tl.int32) | MINUS
+                z0, z1 = z0 | (z0 << 16) | held, z1 | (z1 << 16) | held
+                s0 = told[4 * ((64 * u + 32 * half) // GROUP) + 2].to(tl.float32)
+                s1 = told[4 * ((64 * u + 32 * half) // GROUP) + 3].to(tl.float32)
+                for m in tl.static_range(TOKENS):
+                    if EARLY_X:
+                        x = early[8 * (u * TOKENS + m) : 8 * (u * TOKENS + m) + 8]
+                    else:
+                        token = first + 8 * m + row
+                        of = (x_ptr + token * D + (place + u) * 64 + column * 8).to(tl.int64)
+                        wanted = (here & (token < last)).to(tl.int32)
+                        x = tl.inline_asm_elementwise(LOADX, LOADX_KINDS, [of, wanted], dtype=(tl.int32,) * 8,
+                                                      is_pure=True, pack=1)  # fmt: skip
+                    part = (zero,) * 4
+                    for i in tl.static_range(half, half + 3 - HALVES):
+                        part = tl.inline_asm_elementwise(
+                            MMA, MMA_KINDS,
+                            [now[4 * u + 2 * i], now[4 * u + 2 * i + 1], z0, z1, x[4 * i], x[4 * i + 1], x[4 * i + 2],
+                             x[4 * i + 3], part[0], part[1], part[2], part[3]],
+                            dtype=(tl.float32,) * 4, is_pure=False, pack=1)  # fmt: skip
+                    sums = (acc[4 * m] + part[0] * s0, acc[4 * m + 1] + part[1] * s0, acc[4 * m + 2] + part[2] * s1,
+                            acc[4 * m + 3] + part[3] * s1)  # fmt: skip
+                    acc = acc[: 4 * m] + sums + acc[4 * m + 4 :]
+    lane = tl.arange(0, 32)[:, None, None]
+    below, right = tl.arange(0, 2)[None, None, :], tl.arange(0, 2)[None, :, None]
+    n, token = tl.program_id(0) * 16 + lane // 4 + 8 * below, first + 2 * (lane % 4) + right
+    for m in tl.static_range(TOKENS):
+        sums = tl.join(tl.join(acc[4 * m], acc[4 * m + 1]), tl.join(acc[4 * m + 2], acc[4 * m + 3]))
+        total = tl.sum(tl.reshape(sums, [WARPS, 32, 2, 2]), 0)
+        t = token + 8 * m
+        tl.store(out_ptr + t * F + n, total.to(out_ptr.dtype.element_ty), mask=t < last)
+
+
+@jit
 def _write(tiles_ptr, scale_ptr, zero_ptr, first, out_ptr, D: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr,
            WARPS: tl.constexpr, MINUS: tl.constexpr, LOAD: tl.constexpr, LOAD_KINDS: tl.constexpr, STORE: tl.constexpr,
            STORE_KINDS: tl.constexpr):  # fmt: skip
@@ -229,12 +340,13 @@ def _write(tiles_ptr, scale_ptr, zero_ptr, first, out_ptr, D: tl.constexpr, F: t
 MINUS = {"bfloat16": 0xC300, "float16": 0xE400}
 
 
-@functools.partial(jax.jit, static_argnames=("group", "dtype", "warps", "ahead"))
-def int4_skinny(x, tiles, scale, zero, sizes=None, *, group, dtype=None, warps=None, ahead=None):
+@functools.partial(jax.jit, static_argnames=("group", "dtype", "warps", "ahead", "early"))
+def int4_skinny(x, tiles, scale, zero, sizes=None, *, group, dtype=None, warps=None, ahead=None, early=0):
     """x [T, D] times the matrix of `tiles` (of `int4_tiles`, two-dimensional out), to [T, F]; best for few tokens.
 
     sizes int32[E], where tokens of expert 0 stand before those of expert 1, ...: how many each has; then the matrix is
-    E of them, side by side, and the result [T, F / E].
+    E of them, side by side, and the result [T, F / E].  early: whether loads are kept before the multiplications (1),
+    those of the tokens too (2).
     """
     experts = 1 if sizes is None else sizes.shape[0]
     (T, D), F, name = x.shape, scale.shape[1] // experts, x.dtype.name
@@ -244,12 +356,15 @@ def int4_skinny(x, tiles, scale, zero, sizes=None, *, group, dtype=None, warps=N
     tokens = min(2, cdiv(T, 8 * experts))
     blocks = cdiv(T, 8 * tokens) if sizes is None else min(T, cdiv(T, 8 * tokens) + experts)
     load, kinds = load_words(ahead)
+    more = {}
+    if early:
+        more = {"EARLY_X": early > 1, "TURNS": cdiv(units, warps * ahead)}
     (out,) = triton_call(
-        _skinny, x, tiles, scale, zero, x if sizes is None else sizes, T,
+        _early if early else _skinny, x, tiles, scale, zero, x if sizes is None else sizes, T,
         out=[jax.ShapeDtypeStruct((T, F), dtype or x.dtype)], grid=(F // ROWS, blocks), warps=warps, stages=1, D=D, F=F,
         EXPERTS=experts, PADDED=power_of_two(experts), GROUP=group, WARPS=warps, AHEAD=ahead,
         TOKENS=tokens, MINUS=MINUS[name], LOAD=load, LOAD_KINDS=kinds, LOADX=LOAD_X, LOADX_KINDS=LOAD_X_KINDS,
-        MMA=multiply(name), MMA_KINDS=MULTIPLY_KINDS,
+        MMA=multiply(name), MMA_KINDS=MULTIPLY_KINDS, **more,
     )  # fmt: skip
     return out
 

@@ -96,6 +96,10 @@ SKINNY = [  # T, D, F, group, how the units are shared out
     (8, 320, 16, 32, {"warps": 2}),
     (20, 768, 16, 32, {"warps": 2, "ahead": 4}),  # 3 turns' worth for 2 warps; tokens are no whole blocks
     (33, 256, 16, 128, {"warps": 1, "ahead": 2}),
+    (3, 192, 16, 64, {"early": 1}),  # loads are held together
+    (9, 576, 16, 64, {"early": 2, "warps": 2, "ahead": 1}),
+    (20, 768, 16, 32, {"early": 2, "warps": 2, "ahead": 4}),
+    (16, 512, 32, 128, {"early": 1, "warps": 2, "ahead": 4}),
 ]
 
 
@@ -143,7 +147,11 @@ def test_experts(sizes, D, group, dtype):
     m = Matrix(D, E * F, group)
     x, q, sizes = m.tokens(sum(sizes), dtype), jnp.asarray(m.q.reshape(D, E, F)), jnp.asarray(sizes, jnp.int32)
     zero = jnp.asarray(m.zero)
-    found = skinny(x, tiles(q).reshape(E * F // 16, D // 64, 128), m.scale, zero, sizes, group=group, dtype=jnp.float32)
+    words = tiles(q).reshape(E * F // 16, D // 64, 128)
+    found, early = (
+        skinny(x, words, m.scale, zero, sizes, group=group, dtype=jnp.float32, early=early) for early in (0, 2)
+    )
+    close(early, found, 1e-6)
     expert = np.repeat(np.arange(E), sizes)
     matrices = m.values.reshape(D, E, F).swapaxes(0, 1)
     close(found, np.einsum("td,tdf->tf", np.asarray(x, np.float64), matrices[expert]), 1e-6)
