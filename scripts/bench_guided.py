@@ -1,17 +1,18 @@
 """Times generation with none, some and all requests bound to a JSON schema: what guided decoding costs, and where.
 
-    python scripts/bench_guided.py --model DIR [--clients 64] [--bound 16 64] [--tokens 256] [--threads 8]
+    python scripts/bench_guided.py --model DIR [--clients 64] [--bound 16 64] [--tokens 256] [--threads 4 8]
 
 Each round runs the same requests free, then bound; the figures are medians of the rounds, the last line is JSON.
 The check: every request has its number of tokens, and every bound answer follows its grammar.  A checkpoint without
 a tokenizer (random weights) gets words of random letters as its vocabulary.
 
-The pieces are milliseconds a step with bound rows, mean and 99th percentile.  On the guide's thread, one after the
+The pieces are milliseconds a step with bound rows, mean and 99th percentile.  On the guide's threads, one after the
 other: `token` (it waits for the device: as long as this is not next to nothing, the device sets the pace), `follow`
-(matchers are told the tokens), `fill` (llguidance, on --threads threads), `masks` (follow, fill, and ends of answers).
-On the engine's thread: `way` (until matchers have followed), `plan`, `pack`, `wait` (for the masks), `draw` (sends
-them, launches the drawing), `advance` (launches the next step's forward), `record` (tokens to their outboxes); `turn`
-is all of a turn.  What must fit into a step of the device is masks, draw and advance.
+(matchers are told the tokens) and `fill` (llguidance), each from the first thread's beginning to the last one's end,
+`masks` (follow, fill, and ends of answers).  On the engine's thread: `way` (until matchers have followed), `plan`,
+`pack`, `send`, `wait` (for the masks), `draw` (with `upload`, of the masks; launches the drawing), `advance` (launches
+the next step's forward), `record` (tokens to their outboxes); `turn` is all of a turn.  What must fit into a step of
+the device is masks, draw and advance.
 """
 
 import argparse
@@ -77,7 +78,9 @@ class Words:
 
 
 def table(model, vocab):
-    """The vocabulary of a checkpoint."""
+    """The vocabulary of a checkpoint, or of a folder with a tokenizer."""
+    if not os.path.exists(os.path.join(model, "config.json")):
+        return token_table(Tokenizer.load(model), vocab)
     with checkpoint.open(model) as source:
         try:
             return token_table(Tokenizer.load(source), vocab)
@@ -120,7 +123,14 @@ class Pieces:
             (engine, "_turn", "turn"),
         ):  # fmt: skip
             self.time(owner, name, label)
-        masks, start = guide._masks, guide.start
+        masks, start, put = guide._masks, guide.start, runner._put
+
+        def uploaded(array):
+            began = time.perf_counter()
+            found = put(array)
+            if getattr(array, "ndim", 0) == 2:
+                self.seconds.setdefault("upload", []).append(time.perf_counter() - began)
+            return found
 
         def together(*arguments):
             self._spans.clear()
@@ -139,7 +149,7 @@ class Pieces:
 
             start(rows, count, waits, *without)
 
-        guide._masks, guide.start = together, started
+        guide._masks, guide.start, runner._put = together, started, uploaded
 
     def clear(self):
         for found in self.seconds.values():
@@ -194,7 +204,8 @@ def main():
     parser.add_argument("--max-batch-size", type=int, default=256)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--bound", type=int, nargs="+", help="requests that are bound; default a quarter, and all")
-    parser.add_argument("--threads", type=int, help="that fill masks (default: as the engine does)")
+    parser.add_argument("--vocabulary", help="folder with a tokenizer, instead of the checkpoint's")
+    parser.add_argument("--threads", type=int, nargs="+", help="that fill masks (default: as the engine does)")
     options = parser.parse_args()
     config = EngineConfig(
         tp=options.tp,
@@ -204,38 +215,40 @@ def main():
     )
     with checkpoint.open(options.model) as source:
         vocab = loading.model_config(source, config).vocab
-    vocabulary, grammar = table(options.model, vocab), from_schema(ENDLESS)
+    vocabulary, grammar = table(options.vocabulary or options.model, vocab), from_schema(ENDLESS)
     began = time.perf_counter()
     engine = loading.load(options.model, config, print_progress, guide=vocabulary)
     ready, name = time.perf_counter() - began, os.path.basename(options.model.rstrip("/"))
-    if options.threads:
-        engine.guide = Guide(vocabulary, engine.runner.vocab, options.threads)
-    pieces, ways = Pieces(), [0, *(options.bound or (max(1, options.clients // 4), options.clients))]
-    pieces.watch(engine)
-    for way in ways:  # once, not counted
-        run(engine, options, grammar, way)
+    ways = options.bound or [max(1, options.clients // 4), options.clients]
     free = None
-    for way in ways:
-        pieces.clear()
-        walls, mistakes = [], 0
-        for _ in range(options.rounds):
-            wall, out = run(engine, options, grammar, way)
-            walls.append(wall)
-            mistakes += wrong(out, grammar, vocabulary, options.tokens)
-        speed = options.clients * options.tokens / statistics.median(walls)
-        free = free or speed
-        figures = dict(
-            model=name, clients=options.clients, bound=way, vocab=vocab, tok_s=round(speed, 1),
-            cost=round(1 - speed / free, 4), wrong=mistakes, pieces=pieces.summary(), ready_s=round(ready, 1),
-            tp=options.tp, threads=options.threads, cores=os.cpu_count(),
-        )  # fmt: skip
-        print(
-            f"{name}, {way} of {options.clients} bound: {speed:,.0f} tokens/s ({figures['cost']:.1%} less), "
-            f"{mistakes} wrong; ms a step, mean and p99: "
-            + ", ".join(f"{label} {mean} {most}" for label, (mean, most) in figures["pieces"].items()),
-            file=sys.stderr,
-        )
-        print("RESULT " + json.dumps(figures), flush=True)
+    for threads in options.threads or [engine.guide.hands]:
+        if threads != engine.guide.hands:
+            engine.guide.close()
+            engine.guide = Guide(vocabulary, engine.runner.vocab, threads)
+        pieces = Pieces()
+        pieces.watch(engine)
+        for way in [0, *ways] if free is None else ways:
+            run(engine, options, grammar, way)  # once, not counted
+            pieces.clear()
+            walls, mistakes = [], 0
+            for _ in range(options.rounds):
+                wall, out = run(engine, options, grammar, way)
+                walls.append(wall)
+                mistakes += wrong(out, grammar, vocabulary, options.tokens)
+            speed = options.clients * options.tokens / statistics.median(walls)
+            free = free or speed
+            figures = dict(
+                model=name, clients=options.clients, bound=way, vocab=vocab, tok_s=round(speed, 1),
+                cost=round(1 - speed / free, 4), wrong=mistakes, pieces=pieces.summary(), ready_s=round(ready, 1),
+                tp=options.tp, threads=threads, cores=os.cpu_count(),
+            )  # fmt: skip
+            print(
+                f"{name}, {way} of {options.clients} bound, {threads} threads: {speed:,.0f} tokens/s "
+                f"({figures['cost']:.1%} less), {mistakes} wrong; ms a step, mean and p99: "
+                + ", ".join(f"{label} {mean} {most}" for label, (mean, most) in figures["pieces"].items()),
+                file=sys.stderr,
+            )
+            print("RESULT " + json.dumps(figures), flush=True)
     engine.close()
 
 
