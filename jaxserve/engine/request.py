@@ -77,7 +77,7 @@ class Outbox(Protocol):
     def put(self, output: Output, /) -> Any: ...
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)  # read for every row of every step: a fifth faster so
 class Request:
     """One prompt, its answer so far, and where it stands."""
 

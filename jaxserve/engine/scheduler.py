@@ -184,19 +184,16 @@ class Scheduler:
             request = chunk.request
             if request.finish or chunk.emits <= step:
                 continue  # ended while this was on its way, or in the middle of a prompt
-            request.tokens.append(token)
+            known = request.tokens
+            known.append(token)
             request.in_flight -= 1
             self.generated_tokens += 1
-            finish = None
             if token in request.stop_ids:
-                finish = "stop"
-            elif len(request.tokens) > request.limit:
-                finish = "length"
-            output = Output(token, finish, logprob, top)
-            if finish:
-                self._end(request, output)
+                self._end(request, Output(token, "stop", logprob, top))
+            elif len(known) > request.limit:
+                self._end(request, Output(token, "length", logprob, top))
             elif request.outbox is not None:
-                request.outbox.put(output)
+                request.outbox.put(Output(token, None, logprob, top))
 
     def _room(self, request: Request) -> int:
         """Tokens that the request may still get: as many as it asked for, or as the session has left."""
