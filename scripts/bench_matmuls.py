@@ -25,7 +25,9 @@ import pallas_kernels as pk
 
 LIMITS = {"NVIDIA H200": (4.3e12, 790e12)}  # bytes/s of a copy and bf16 FLOP/s of a matmul, measured
 L2 = 60e6
-CALLS = 24  # at least, in a graph
+SPAN = 2e-3  # seconds that a graph takes, at least, so that the next one is dispatched before it ends
+CALLS = 256  # at most, in a graph
+START = 1.5e-6  # seconds a kernel takes besides its work
 MODELS = {  # inputs, outputs
     "il18": [(2048, 4096), (2048, 2048), (2048, 16384), (8192, 2048)],
     "l8b": [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)],
@@ -93,25 +95,32 @@ def expert_ways(kind, D):
     return {kind: run}
 
 
-def chain(way, x, matrices, calls, extra=()):
-    """`calls` products one after the other, each waiting for the one before."""
+def chain(way, total, x, matrices, calls, extra=()):
+    """`calls` products one after the other, each waiting for the one before; total [8] plus some of their elements."""
+    way, found = jax.jit(way), [x[:1]]  # lowered once
     for i in range(calls):
-        x, matrix = jax.lax.optimization_barrier((x, matrices[i % len(matrices)]))  # or XLA writes values out but once
-        out = x[:1, :1] if way is None else way(x, *matrix, *extra)[:1, :1].astype(x.dtype)
-        x = jax.lax.dynamic_update_slice(x, x[:1, :1] + 0 * out, (0, 0))
-    return x
+        # The matrix too, or XLA writes its values out but once.
+        x, matrix, found[-1] = jax.lax.optimization_barrier((x, matrices[i % len(matrices)], found[-1]))
+        found.append(way(x, *matrix, *extra))
+    found = jax.lax.optimization_barrier(found)
+    return functools.reduce(jnp.add, [y.reshape(-1)[:8].astype(jnp.float32) for y in found], total)
 
 
 def seconds(way, x, matrices, calls, extra=()):
-    run = jax.jit(functools.partial(chain, way, calls=calls, extra=extra))
-    for _ in range(3):
-        run(x, matrices).block_until_ready()
-    times = []
-    for _ in range(15):
+    """Of a call: the state is donated, and several graphs are dispatched before one is waited for."""
+    run = jax.jit(functools.partial(chain, way), static_argnums=3, donate_argnums=0, keep_unused=True)
+
+    def several(count):
+        total = jnp.zeros(8)
         begun = time.perf_counter()
-        run(x, matrices).block_until_ready()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times) / calls
+        for _ in range(count):
+            total = run(total, x, matrices, calls, extra)
+        total.block_until_ready()
+        return (time.perf_counter() - begun) / count
+
+    several(3)  # compiles, and records the graph
+    count = max(5, int(0.02 / several(3)))
+    return statistics.median(several(count) for _ in range(5)) / calls
 
 
 def reference(kind, x, arrays, extra, D):
@@ -134,18 +143,18 @@ def reference(kind, x, arrays, extra, D):
 
 def measure(name, kind, T, x, matrices, extra, D, parameters, flops, base, rows):
     """Lines and rows of a kind's ways; the time of bf16."""
-    calls = max(CALLS, len(matrices))
-    nothing = seconds(None, x, matrices, calls)
+    bandwidth, peak = LIMITS.get(jax.devices()[0].device_kind, (None, None))
+    bytes_ = parameters * BYTES[kind]
+    limit = bandwidth and max(bytes_ / bandwidth, flops / peak)
+    calls = min(CALLS, max(4, int(SPAN / ((limit or 1e-5) + START))))
     for label, way in (expert_ways(kind, D) if extra else ways(kind, T, D)).items():
-        took = max(seconds(way, x, matrices, calls, extra) - nothing, 1e-9)
+        took = seconds(way, x, matrices, calls, extra)
         base = took if label == "bf16" else base
         want, error = reference(kind, x, matrices[0], extra, D), None
         if want is not None:
             found = way(x, *matrices[0], *extra).astype(jnp.float32)
             error = float(jnp.linalg.norm(found - want.astype(jnp.float32)) / jnp.linalg.norm(want.astype(jnp.float32)))
-        bandwidth, peak = LIMITS.get(jax.devices()[0].device_kind, (None, None))
-        bytes_ = parameters * BYTES[kind]
-        share = bandwidth and max(bytes_ / bandwidth, flops / peak) / took
+        share = limit and limit / took
         row = {"matrix": name, "tokens": T, "way": label, "us": took * 1e6, "gb_s": bytes_ / took / 1e9}
         row |= {"tflop_s": flops / took / 1e12, "share": share, "of_bf16": base and base / took, "error": error}
         rows.append(row)
