@@ -6,6 +6,7 @@ Knows the formats that one model writes them in, and no protocol's JSON.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from jaxserve.bodies import ParamError
@@ -65,19 +66,24 @@ class Message:
     finish: str | None = None
     response: Response | None = None
 
-    def add(self, delta: Delta) -> None:
-        """Takes one more piece."""
-        self.content += delta.content
-        self.reasoning += delta.reasoning
-        for call in delta.calls:
+    @classmethod
+    def of(cls, deltas: Sequence[Delta]) -> Message:
+        """All pieces of a choice, joined at once: adding one after the other would copy the text every time."""
+        calls: list[tuple[CallDelta, list[str]]] = []
+        for call in (call for delta in deltas for call in delta.calls):
             if call.id is not None:
-                self.calls.append(Call(call.id, call.name or "", ""))
-            self.calls[call.index].arguments += call.arguments
-        if delta.logprobs is not None:
-            self.logprobs = self.logprobs or []
-            self.logprobs += delta.logprobs
-        self.token_ids += delta.token_ids
-        self.finish, self.response = delta.finish, delta.response
+                calls.append((call, []))
+            calls[call.index][1].append(call.arguments)
+        chances = [delta.logprobs for delta in deltas if delta.logprobs is not None]
+        return cls(
+            "".join(delta.content for delta in deltas),
+            "".join(delta.reasoning for delta in deltas),
+            [Call(call.id or "", call.name or "", "".join(arguments)) for call, arguments in calls],
+            [row for rows in chances for row in rows] if chances else None,
+            [token for delta in deltas for token in delta.token_ids],
+            deltas[-1].finish,
+            deltas[-1].response,
+        )
 
 
 class Voice:

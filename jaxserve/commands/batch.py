@@ -264,10 +264,7 @@ class Batch:
         form = (Chat if line.ask.chat else Completion)(line.ask, line.prompts, self.pipe.tokenizer)
         if isinstance(form, Completion):
             form.echo(self._scores)
-        messages = []
-        for voice in line.voices:
-            messages.append(Message())
-            messages[-1].add(voice.split(voice.reply.whole))
+        messages = [Message.of([voice.split(voice.reply.whole)]) for voice in line.voices]
         firsts = [voice.reply.whole for voice in line.voices if voice.reply.whole.choice == 0]
         return {
             "id": f"{form.prefix}-{line.number}",

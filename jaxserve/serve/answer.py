@@ -110,16 +110,16 @@ class Answer:
 
     def collect(self) -> list[Message]:
         """The whole answers, in the order of their choices.  ApiError if one of them failed, or the client left."""
-        messages = [Message() for _ in self._voices]
+        deltas: list[list[Delta]] = [[] for _ in self._voices]
         for choice, delta in self:
             if delta is not None:
-                messages[choice].add(delta)
+                deltas[choice].append(delta)
                 if delta.finish in ("error", "abort"):
                     self.close()
                     raise failure(delta)
         if self.closed:
             raise ApiError(CLIENT_GONE, "the client has left")
-        return best(messages, self.ask)
+        return best(list(map(Message.of, deltas)), self.ask)
 
     def close(self) -> None:
         """Aborts what still runs.  From any thread; twice is fine."""

@@ -91,6 +91,7 @@ class Writer:
         self.resource = resource
         self._sequence = 0
         self._open: object = None  # REASONING, MESSAGE, or the number of a call
+        self._pieces: list[str] = []  # of the open item's text, which it gets when it is closed
         self._ids: set[str] = set()
 
     def begin(self) -> Iterator[dict]:
@@ -111,7 +112,7 @@ class Writer:
         for call in calls:
             yield from self._enter(call.index, call)
             if call.arguments:
-                self._item["arguments"] += call.arguments
+                self._pieces.append(call.arguments)
                 yield self._of_item("response.function_call_arguments.delta", delta=call.arguments)
 
     def end(self, finish: str, usage: dict, at: int, error: dict | None = None) -> Iterator[dict]:
@@ -167,22 +168,24 @@ class Writer:
         kind, self._open = self._open, None
         if kind is None:
             return
-        item = self._item
+        item, text = self._item, "".join(self._pieces)
+        self._pieces.clear()
         if kind in (REASONING, MESSAGE):
             (part,) = item["content"]
+            part["text"] = text
             if kind == MESSAGE:
-                yield self._of_part("response.output_text.done", text=part["text"], logprobs=part["logprobs"])
+                yield self._of_part("response.output_text.done", text=text, logprobs=part["logprobs"])
             else:
-                yield self._of_part("response.reasoning_text.done", text=part["text"])
+                yield self._of_part("response.reasoning_text.done", text=text)
             yield self._of_part("response.content_part.done", part=part)
         else:
-            kind = "response.function_call_arguments.done"
-            yield self._of_item(kind, name=item["name"], arguments=item["arguments"])
+            item["arguments"] = text
+            yield self._of_item("response.function_call_arguments.done", name=item["name"], arguments=text)
         item["status"] = status
         yield self.event("response.output_item.done", output_index=self._index, item=item)
 
     def _grow(self, kind: str, text: str, **more) -> Iterator[dict]:
-        self._item["content"][0]["text"] += text
+        self._pieces.append(text)
         yield self._of_part(kind, delta=text, **more)
 
     @property
