@@ -125,7 +125,9 @@ def _scale_and_zero(parameters):
 
 
 # What `values` gives is more than the code by so much: integers become floats in the low bits of a larger number.
-OFFSET = {("int4", "bfloat16"): 128, ("int4", "float16"): 1024, ("int8", "bfloat16"): -128, ("int8", "float16"): 1024}
+OFFSET = {("int4", "bfloat16"): 128, ("int4", "float16"): 64, ("int8", "bfloat16"): -128, ("int8", "float16"): -128}
+# What brings weights times scales away from float16's denormals, and not over its largest number whatever the values.
+BOOST = {"int4": 4, "int8": 64, "fp8": 256}
 
 
 def kernel_constants(kind, dtype):
@@ -135,7 +137,7 @@ def kernel_constants(kind, dtype):
         "KIND": kind,
         "VALUES": 16 // BITS[kind],  # of a word
         "OFFSET": OFFSET.get((kind, name), 0),
-        "BOOST": 1024 if name == "float16" else 1,  # keeps weights times scales away from denormals
+        "BOOST": BOOST[kind] if name == "float16" else 1,
         "ASM": not interpreted(),
     }
 
@@ -176,28 +178,33 @@ def values(words, J: tl.constexpr, KIND: tl.constexpr, dtype: tl.constexpr, ASM:
         code = (words >> (8 * J)) & 0xFF
     if dtype == tl.float32:
         return code.to(tl.float32)
+    elif KIND == "int8":
+        return (code.to(tl.float32) - 128.0).to(dtype)
     elif dtype == tl.float16:
-        return (code | 0x6400).to(tl.uint16).to(tl.float16, bitcast=True)
-    elif KIND == "int4":
-        return (code | 0x4300).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return ((code << 4) | 0x5400).to(tl.uint16).to(tl.float16, bitcast=True)
     else:
-        return (code.to(tl.float32) - 128.0).to(tl.bfloat16)
+        return (code | 0x4300).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @jit
 def _packed_values(words, J: tl.constexpr, KIND: tl.constexpr, dtype: tl.constexpr):
     """`values` of two words at once."""
     WIDE: tl.constexpr = dtype == tl.bfloat16
-    if KIND == "int4":
-        MAGIC: tl.constexpr = "0x43004300" if WIDE else "0x64006400"
-        CODE: tl.constexpr = f"shr.b32 t, $1, {4 * J}; lop3.b32 $0, t, 0x000F000F, {MAGIC}, 0xEA;"
+    if KIND == "int4" and WIDE:
+        CODE: tl.constexpr = f"shr.b32 t, $1, {4 * J}; lop3.b32 $0, t, 0x000F000F, 0x43004300, 0xEA;"
+    elif KIND == "int4":  # four bits higher up, where they need as many instructions and come with a smaller number
+        MOVE: tl.constexpr = f"shr.b32 t, $1, {4 * J - 4};" if J else "shl.b32 t, $1, 4;"
+        CODE: tl.constexpr = MOVE + " lop3.b32 $0, t, 0x00F000F0, 0x54005400, 0xEA;"
     elif KIND == "int8" and WIDE:  # 7 bits have room below the exponent: 128 + those, less 256, or 128 with the eighth
         CODE: tl.constexpr = (
             f"shr.b32 t, $1, {8 * J}; lop3.b32 u, t, 0x00800080, 0x43004300, 0xAE; "
             "lop3.b32 t, t, 0x007F007F, 0x43004300, 0xEA; mov.b32 v, 0xBF80BF80; fma.rn.bf16x2 $0, u, v, t;"
         )
-    elif KIND == "int8":
-        CODE: tl.constexpr = f"shr.b32 t, $1, {8 * J}; lop3.b32 $0, t, 0x00FF00FF, 0x64006400, 0xEA;"
+    elif KIND == "int8":  # 1024 more, then 1152 less
+        CODE: tl.constexpr = (
+            f"mov.b32 t, 0x64646464; prmt.b32 t, $1, t, {0x4341 if J else 0x4240}; mov.b32 u, 0x3C003C00; "
+            "mov.b32 v, 0xE480E480; fma.rn.f16x2 $0, t, u, v;"
+        )
     else:  # bits of e4m3 where those of the wider type are, then the exponent put right
         SHIFT: tl.constexpr = "4" if WIDE else "1"
         MASK: tl.constexpr = "0x07F007F0" if WIDE else "0x3F803F80"

@@ -11,7 +11,7 @@ from jax import lax
 
 from pallas_kernels import tuning
 from pallas_kernels.kv_quant import QuantizedPool, dequantize, kernel_arguments, kernel_constants
-from pallas_kernels.pieces import combine, cut, pages_of
+from pallas_kernels.pieces import cut, finish, pages_of, piece_at
 from pallas_kernels.quantized_attention import attend_codes
 from pallas_kernels.triton_call import cdiv, jit, power_of_two, tl, triton_call
 
@@ -92,13 +92,8 @@ def _attend(
     row = tl.load(work)
     if row < 0:
         return
-    token = tl.load(work + 1)
+    token, begin, end, oldest, first, pieces = piece_at(work)
     first_page = tl.load(first_page_ptr)
-    begin = tl.load(work + 2)
-    end = tl.load(work + 3)
-    oldest = tl.load(work + 4)
-    first = tl.load(work + 5)
-    pieces = tl.load(work + 6)
     g = tl.arange(0, GP)
     h = tl.arange(0, HP)
     mine = (g < G)[:, None] & (h < H)[None, :]
@@ -135,13 +130,10 @@ def _attend(
     else:
         partial = piece * (K * G) + heads
         tl.store(sums_ptr + partial[:, None] * H + h[None, :], sums, mask=mine)
-        tl.store(tops_ptr + partial, top, mask=g < G)
-        tl.store(totals_ptr + partial, total, mask=g < G)
-        tl.debug_barrier()  # all threads have stored before one of them counts
-        done = work_ptr + first * (7 + K) + 7 + head
-        if tl.atomic_add(done, 1) == pieces - 1:
-            tl.store(done, 0)  # as the next launch wants it
-            combine(first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr, K, G, H, HP, GC, PARTS)
+        finish(
+            work_ptr, partial, g < G, top, total, first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr,
+            K, G, H, HP, GC, PARTS,
+        )  # fmt: skip
 
 
 def paged_decode(
@@ -166,6 +158,7 @@ def paged_decode(
     held = most if most > R else 0  # else no row has two pieces
     constants = kernel_constants(kind, q.dtype) if kind else {}
     group, padded = power_of_two(G), max(power_of_two(H), 16 * constants.get("VALUES", 1))
+    smallest = 8 if kind else 16  # what tensor cores take: queries are columns there, rows here
     partial = [jax.ShapeDtypeStruct((max(1, held * K * G * n),), jnp.float32) for n in (H, 1, 1)]
     pools = (k_pool, v_pool) if kind is None else (*kernel_arguments(k_pool), *kernel_arguments(v_pool))
     inputs = (q, *pools, pages, work, jnp.full(1, layer * N, jnp.int32), P)
@@ -174,7 +167,7 @@ def paged_decode(
     results = triton_call(
         attend_codes if kind else _attend, *inputs, *(() if fresh else (out,)), out=made,
         in_place=() if fresh else (len(inputs),), grid=(K, most), warps=size["warps"], stages=size["stages"],
-        SCALE=scale, WINDOW=window or 0, S=S, K=K, G=G, H=H, GP=max(16, group), HP=padded, BLOCK=size["block"],
+        SCALE=scale, WINDOW=window or 0, S=S, K=K, G=G, H=H, GP=max(smallest, group), HP=padded, BLOCK=size["block"],
         STAGES=size["stages"], PRECISION="ieee" if q.dtype == jnp.float32 else "tf32", GC=group,
         PARTS=max(1, 4096 // (group * padded)), **constants,
     )  # fmt: skip

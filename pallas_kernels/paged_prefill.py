@@ -14,7 +14,7 @@ from pallas_kernels.mosaic import lowers
 from pallas_kernels.paged_decode import BLOCK, MASKED, gather_pages, paged_decode, paged_decode_reference
 from pallas_kernels.pieces import pages_of
 from pallas_kernels.quantized_attention import attend_tile_codes
-from pallas_kernels.tiles import tiles
+from pallas_kernels.tiles import tile_at, tiles
 from pallas_kernels.triton_call import device, jit, power_of_two, tl, triton_call
 
 TILE = 64  # consecutive tokens of one row that the reference handles at once
@@ -144,11 +144,7 @@ def _attend_tile(
 ):  # fmt: skip
     """One tile for one kv head: grid (K, tiles).  SCALE includes the base of the exponential, 2."""
     head = tl.program_id(0)
-    tile = tiles_ptr + (tl.num_programs(1) - 1 - tl.program_id(1)) * 8  # the costly ones, at the end of a row, first
-    row = tl.load(tile)
-    token = tl.load(tile + 1)
-    tokens = tl.load(tile + 2)
-    position = tl.load(tile + 3)
+    row, token, tokens, position = tile_at(tiles_ptr)
     if tokens <= 0:
         return
     x = tl.arange(0, ROWS)

@@ -23,7 +23,7 @@ def pages_of(pages_ptr, at, end, S: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @jit
-def combine(
+def _combine(
     first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr,
     K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, GC: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -56,6 +56,28 @@ def combine(
     out = sums / tl.maximum(total, 1.0e-30)[:, None]
     place = (token * (K * G) + heads)[:, None] * H + h[None, :]
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=(g < G)[:, None] & (h < H)[None, :])
+
+
+@jit
+def piece_at(work):
+    """Of a piece: token, first key, end, oldest visible key, the row's first piece, its number of pieces (see _cut)."""
+    return (tl.load(work + 1), tl.load(work + 2), tl.load(work + 3), tl.load(work + 4), tl.load(work + 5),
+            tl.load(work + 6))  # fmt: skip
+
+
+@jit
+def finish(
+    work_ptr, partial, mine, top, total, first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr,
+    K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, GC: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Leaves what a piece of several knows beside its sums, and adds all up where it is the row's last to be done."""
+    tl.store(tops_ptr + partial, top, mask=mine)
+    tl.store(totals_ptr + partial, total, mask=mine)
+    tl.debug_barrier()  # all threads have stored before one of them counts
+    done = work_ptr + first * (7 + K) + 7 + head
+    if tl.atomic_add(done, 1) == pieces - 1:
+        tl.store(done, 0)  # as the next launch wants it
+        _combine(first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr, K, G, H, HP, GC, PARTS)
 
 
 @jit

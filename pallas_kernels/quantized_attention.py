@@ -1,7 +1,8 @@
 """The kernels of `paged_decode` and `paged_prefill` for QuantizedPools: codes are what they read, and multiply.
 
 With keys c * s + z, q.k = s * (q.c) + z * sum(q).  With values c * s + z, a key's weight is multiplied by s before its
-product with c, and z goes into a sum of its own.
+product with c, and z goes into a sum of its own.  Where queries are few, for decoding, they are the narrow side of the
+products (8 columns), and keys and elements the 16 rows: instructions, of which scores took half, are what limits it.
 Letters as in paged_decode.py; a head has words of VALUES values each (see kv_quant.py).
 
 To prompts, too, codes are brought to the tensor cores, by Triton on every GPU.  The alternative, to write the pages of
@@ -12,7 +13,8 @@ attention to prompts, which is a tenth of the time of a step of 4096 tokens of a
 """
 
 from pallas_kernels.kv_quant import column, scale_and_zero, values
-from pallas_kernels.pieces import combine, pages_of
+from pallas_kernels.pieces import finish, pages_of, piece_at
+from pallas_kernels.tiles import tile_at
 from pallas_kernels.triton_call import jit, tl
 
 
@@ -26,73 +28,106 @@ def power(x, ASM: tl.constexpr):
 
 
 @jit
-def _queries(q_ptr, place, mine, w, KIND: tl.constexpr, VALUES: tl.constexpr, H: tl.constexpr, HP: tl.constexpr):
-    """Rows of queries that begin at `place`, as VALUES matrices, and float32 sums over each row."""
+def _narrow(x, dtype: tl.constexpr, ASM: tl.constexpr):
+    """x as dtype; two bfloat16 at once, which Triton would make one by one, a quarter as fast."""
+    if ASM and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, True, 2)
+    else:
+        return x.to(dtype)
+
+
+@jit
+def _queries(q_ptr, place, mine, w, KEYS: tl.constexpr, KIND: tl.constexpr, VALUES: tl.constexpr, H: tl.constexpr):
+    """The queries that begin at `place`, the axis 1 - KEYS of VALUES matrices, and float32 sums over each of them."""
     q = ()
     total = tl.zeros([place.shape[0]], tl.float32)
     for j in tl.static_range(VALUES):
-        q = q + (tl.load(q_ptr + place[:, None] + column(w, j, KIND, H)[None, :], mask=mine, other=0.0),)  # noqa: RUF005
-        total += tl.sum(q[j].to(tl.float32), 1)
+        at = tl.expand_dims(place, KEYS) + tl.expand_dims(column(w, j, KIND, H), 1 - KEYS)
+        q = q + (tl.load(q_ptr + at, mask=mine, other=0.0),)  # noqa: RUF005  Triton knows no stars
+        total += tl.sum(q[j].to(tl.float32), KEYS)
     return q, total
 
 
 @jit
-def _none(ROWS: tl.constexpr, WIDE: tl.constexpr, VALUES: tl.constexpr):
+def _none(ROWS: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr):
     """A running softmax of no keys: the largest score, sum of weights, what zeros add to every element, sums."""
     sums = ()
     for _ in tl.static_range(VALUES):
-        sums = sums + (tl.zeros([ROWS, WIDE], tl.float32),)  # noqa: RUF005  Triton knows no stars
+        if KEYS == 0:
+            sums = sums + (tl.zeros([WIDE, ROWS], tl.float32),)  # noqa: RUF005
+        else:
+            sums = sums + (tl.zeros([ROWS, WIDE], tl.float32),)  # noqa: RUF005
     return tl.full([ROWS], -1.0e30, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32), sums
+
+
+@jit
+def _words(ptr, slot, w, loaded, MASK: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr):
+    """The words of the keys in `slot`, which are the axis KEYS."""
+    place = tl.expand_dims(slot * W, 1 - KEYS) + tl.expand_dims(w, KEYS)
+    there = tl.expand_dims(w < W, KEYS)
+    if MASK:
+        there &= tl.expand_dims(loaded, 1 - KEYS)
+    return tl.load(ptr + place, mask=there, other=0)
 
 
 @jit
 def _turn(
     q, q_sum, slot, w, loaded, seen, top, total, base, sums, k_words, k_parameters_ptr, v_words, v_parameters_ptr,
-    MASK: tl.constexpr, SCALE: tl.constexpr, W: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr,
-    VALUES: tl.constexpr, OFFSET: tl.constexpr, BOOST: tl.constexpr, ASM: tl.constexpr,
+    MASK: tl.constexpr, SCALE: tl.constexpr, W: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr,
+    KIND: tl.constexpr, VALUES: tl.constexpr, OFFSET: tl.constexpr, BOOST: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys in `slot` to a running softmax.
+    """Adds the keys in `slot`, the axis KEYS of the scores, to a running softmax.
 
-    With MASK, only those that are `loaded` [BLOCK] are read, and only those that are `seen` [.., BLOCK] count.  SCALE
-    includes the base of the exponential, 2.
+    With MASK, only those that are `loaded` [BLOCK] are read, and only those that are `seen` count.  SCALE includes the
+    base of the exponential, 2.
     """
     dtype: tl.constexpr = q[0].dtype
-    place = (slot * W)[:, None] + w[None, :]
+    OTHER: tl.constexpr = 1 - KEYS
     if MASK:
-        cached = loaded[:, None] & (w < W)[None, :]
         k_parameters = tl.load(k_parameters_ptr + slot, mask=loaded, other=0)
         v_parameters = tl.load(v_parameters_ptr + slot, mask=loaded, other=0)
-        k = tl.load(k_words + place, mask=cached, other=0)
-        v = tl.load(v_words + place, mask=cached, other=0)
     else:
         k_parameters = tl.load(k_parameters_ptr + slot)
         v_parameters = tl.load(v_parameters_ptr + slot)
-        k = tl.load(k_words + place, mask=(w < W)[None, :], other=0)
-        v = tl.load(v_words + place, mask=(w < W)[None, :], other=0)
+    k = _words(k_words, slot, w, loaded, MASK, W, 0)
+    v = _words(v_words, slot, w, loaded, MASK, W, OTHER)
     k_scale, k_zero = scale_and_zero(k_parameters)
     v_scale, v_zero = scale_and_zero(v_parameters)
-    k = tl.trans(k)
-    scores = tl.zeros([q_sum.shape[0], slot.shape[0]], tl.float32)
-    for j in tl.static_range(VALUES):
-        scores = tl.dot(q[j], values(k, j, KIND, dtype, ASM), scores, input_precision=PRECISION)
+    if KEYS == 0:
+        scores = tl.zeros([slot.shape[0], q_sum.shape[0]], tl.float32)
+        for j in tl.static_range(VALUES):
+            scores = tl.dot(values(k, j, KIND, dtype, ASM), q[j], scores, input_precision=PRECISION)
+    else:
+        k = tl.trans(k)
+        scores = tl.zeros([q_sum.shape[0], slot.shape[0]], tl.float32)
+        for j in tl.static_range(VALUES):
+            scores = tl.dot(q[j], values(k, j, KIND, dtype, ASM), scores, input_precision=PRECISION)
     k_scale *= SCALE
     k_zero = k_zero * SCALE - OFFSET * k_scale
-    scores = scores * k_scale[None, :] + q_sum[:, None] * k_zero[None, :]
+    scores = scores * tl.expand_dims(k_scale, OTHER) + tl.expand_dims(q_sum, KEYS) * tl.expand_dims(k_zero, OTHER)
     if MASK:
         scores = tl.where(seen, scores, -1.0e30)
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    weight = power(scores - new_top[:, None], ASM)
+    new_top = tl.maximum(top, tl.max(scores, KEYS))
+    weight = power(scores - tl.expand_dims(new_top, KEYS), ASM)
     fade = power(top - new_top, ASM)
-    total = total * fade + tl.sum(weight, 1)
-    narrow = (weight * (v_scale * BOOST)[None, :]).to(dtype)
-    extra = weight * (v_zero * BOOST)[None, :]
+    total = total * fade + tl.sum(weight, KEYS)
+    narrow = _narrow(weight * tl.expand_dims(v_scale * BOOST, OTHER), dtype, ASM)
+    extra = weight * tl.expand_dims(v_zero, OTHER)
     if OFFSET != 0:
-        extra -= narrow.to(tl.float32) * OFFSET
-    base = base * fade + tl.sum(extra, 1)
+        extra -= narrow.to(tl.float32) * (OFFSET / BOOST)
+    base = base * fade + tl.sum(extra, KEYS)
     added = ()
     for j in tl.static_range(VALUES):
-        part = sums[j] * fade[:, None]
-        part = tl.dot(narrow, values(v, j, KIND, dtype, ASM), part, input_precision=PRECISION)
+        wide = tl.broadcast_to(tl.expand_dims(fade, KEYS), sums[j].shape)
+        # Tensor cores round towards zero.  Where OFFSET makes all that they add positive, what they lose of a running
+        # sum adds up over the keys, so there they begin each turn at zero (a `+` Triton would make one sum again).
+        part = sums[j] * wide if OFFSET <= 0 else tl.zeros_like(sums[j])
+        if KEYS == 0:
+            part = tl.dot(values(v, j, KIND, dtype, ASM), narrow, part, input_precision=PRECISION)
+        else:
+            part = tl.dot(narrow, values(v, j, KIND, dtype, ASM), part, input_precision=PRECISION)
+        if OFFSET > 0:
+            part = tl.fma(sums[j], wide, part)
         added = added + (part,)  # noqa: RUF005
     return new_top, total, base, added
 
@@ -113,20 +148,15 @@ def attend_codes(
     row = tl.load(work)
     if row < 0:
         return
-    token = tl.load(work + 1)
+    token, begin, end, oldest, first, pieces = piece_at(work)
     first_page = tl.load(first_page_ptr)
-    begin = tl.load(work + 2)
-    end = tl.load(work + 3)
-    oldest = tl.load(work + 4)
-    first = tl.load(work + 5)
-    pieces = tl.load(work + 6)
     W: tl.constexpr = H // VALUES
     g = tl.arange(0, GP)
     w = tl.arange(0, HP // VALUES)
-    mine = (g < G)[:, None] & (w < W)[None, :]
+    mine = (g < G)[None, :] & (w < W)[:, None]
     heads = head * G + g
-    q, q_sum = _queries(q_ptr, (token * (K * G) + heads) * H, mine, w, KIND, VALUES, H, HP)
-    top, total, base, sums = _none(GP, HP // VALUES, VALUES)
+    q, q_sum = _queries(q_ptr, (token * (K * G) + heads) * H, mine, w, 0, KIND, VALUES, H)
+    top, total, base, sums = _none(GP, HP // VALUES, 0, VALUES)
     k_words = k_ptr.to(tl.pointer_type(tl.uint16))
     v_words = v_ptr.to(tl.pointer_type(tl.uint16))
     pages = pages_ptr + row * P
@@ -139,28 +169,24 @@ def attend_codes(
         slot = ((first_page + page).to(tl.int64) * K + head) * S + position % S
         page = pages_of(pages, at + BLOCK, end, S, BLOCK)
         top, total, base, sums = _turn(
-            q, q_sum, slot, w, seen, seen[None, :], top, total, base, sums, k_words, k_parameters_ptr, v_words,
-            v_parameters_ptr, True, SCALE * 1.4426950408889634, W, PRECISION, KIND, VALUES, OFFSET, BOOST, ASM,
+            q, q_sum, slot, w, seen, seen[:, None], top, total, base, sums, k_words, k_parameters_ptr, v_words,
+            v_parameters_ptr, True, SCALE * 1.4426950408889634, W, PRECISION, 0, KIND, VALUES, OFFSET, BOOST, ASM,
         )  # fmt: skip
-    total *= BOOST
     if pieces == 1:
         share = 1.0 / tl.maximum(total, 1.0e-30)  # a row of length 0 has sums of 0
         for j in tl.static_range(VALUES):
-            place = (token * (K * G) + heads)[:, None] * H + column(w, j, KIND, H)[None, :]
-            out = (sums[j] + base[:, None]) * share[:, None]
+            place = (token * (K * G) + heads)[None, :] * H + column(w, j, KIND, H)[:, None]
+            out = (sums[j] / BOOST + base[None, :]) * share[None, :]
             tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mine)
     else:
         partial = piece * (K * G) + heads
         for j in tl.static_range(VALUES):
-            place = partial[:, None] * H + column(w, j, KIND, H)[None, :]
-            tl.store(sums_ptr + place, sums[j] + base[:, None], mask=mine)
-        tl.store(tops_ptr + partial, top, mask=g < G)
-        tl.store(totals_ptr + partial, total, mask=g < G)
-        tl.debug_barrier()  # all threads have stored before one of them counts
-        done = work_ptr + first * (7 + K) + 7 + head
-        if tl.atomic_add(done, 1) == pieces - 1:
-            tl.store(done, 0)  # as the next launch wants it
-            combine(first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr, K, G, H, HP, GC, PARTS)
+            place = partial[None, :] * H + column(w, j, KIND, H)[:, None]
+            tl.store(sums_ptr + place, sums[j] / BOOST + base[None, :], mask=mine)
+        finish(
+            work_ptr, partial, g < G, top, total, first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr,
+            K, G, H, HP, GC, PARTS,
+        )  # fmt: skip
 
 
 @jit
@@ -172,11 +198,7 @@ def attend_tile_codes(
 ):  # fmt: skip
     """One tile for one kv head, as `_attend_tile` of paged_prefill.py: grid (K, tiles)."""
     head = tl.program_id(0)
-    tile = tiles_ptr + (tl.num_programs(1) - 1 - tl.program_id(1)) * 8  # the costly ones, at the end of a row, first
-    row = tl.load(tile)
-    token = tl.load(tile + 1)
-    tokens = tl.load(tile + 2)
-    position = tl.load(tile + 3)
+    row, token, tokens, position = tile_at(tiles_ptr)
     if tokens <= 0:
         return
     W: tl.constexpr = H // VALUES
@@ -190,8 +212,8 @@ def attend_tile_codes(
             to = place[:, None] + column(w, j, KIND, H)[None, :]
             tl.store(out_ptr + to, tl.zeros([ROWS, HP // VALUES], out_ptr.dtype.element_ty), mask=mine)
         return
-    q, q_sum = _queries(q_ptr, place, mine, w, KIND, VALUES, H, HP)
-    top, total, base, sums = _none(ROWS, HP // VALUES, VALUES)
+    q, q_sum = _queries(q_ptr, place, mine, w, 1, KIND, VALUES, H)
+    top, total, base, sums = _none(ROWS, HP // VALUES, 1, VALUES)
     k_words = k_ptr.to(tl.pointer_type(tl.uint16))
     v_words = v_ptr.to(tl.pointer_type(tl.uint16))
     visible = position + x // G  # the newest key that a row sees
@@ -209,7 +231,7 @@ def attend_tile_codes(
             page = pages_of(pages, at + BLOCK, end, S, BLOCK)
             top, total, base, sums = _turn(
                 q, q_sum, slot, w, True, True, top, total, base, sums, k_words, k_parameters_ptr, v_words,
-                v_parameters_ptr, False, SCALE, W, PRECISION, KIND, VALUES, OFFSET, BOOST, ASM,
+                v_parameters_ptr, False, SCALE, W, PRECISION, 1, KIND, VALUES, OFFSET, BOOST, ASM,
             )  # fmt: skip
         begin = full
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
@@ -221,10 +243,10 @@ def attend_tile_codes(
             seen &= key[None, :] > visible[:, None] - WINDOW
         top, total, base, sums = _turn(
             q, q_sum, slot, w, (key < end) & (key >= oldest), seen, top, total, base, sums, k_words, k_parameters_ptr,
-            v_words, v_parameters_ptr, True, SCALE, W, PRECISION, KIND, VALUES, OFFSET, BOOST, ASM,
+            v_words, v_parameters_ptr, True, SCALE, W, PRECISION, 1, KIND, VALUES, OFFSET, BOOST, ASM,
         )  # fmt: skip
-    share = 1.0 / tl.maximum(total * BOOST, 1.0e-30)
+    share = 1.0 / tl.maximum(total, 1.0e-30)
     for j in tl.static_range(VALUES):
-        out = (sums[j] + base[:, None]) * share[:, None]
+        out = (sums[j] / BOOST + base[:, None]) * share[:, None]
         to = place[:, None] + column(w, j, KIND, H)[None, :]
         tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), mask=mine)

@@ -46,6 +46,16 @@ def _tiles(
     tl.store(tile + 6, tl.where(tokens > 0, keys + used.to(tl.int32), 0), mask=stored)
 
 
+@jit
+def tile_at(tiles_ptr):
+    """The tile that program 1 of the grid takes: row, first token, tokens, position.
+
+    The costly ones, at the end of a row, come first.
+    """
+    tile = tiles_ptr + (tl.num_programs(1) - 1 - tl.program_id(1)) * 8
+    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+
+
 def tiles(first, count, start, tokens, tile):
     """What `_tiles` writes.  The same in every layer of a step, where XLA computes it once."""
     R = count.shape[0]
