@@ -204,19 +204,19 @@ def _split(blocks, turns):
     jax.jit,
     static_argnames=(
         "group", "dtype", "tokens", "split", "stages", "inputs", "warpgroups", "high", "cluster", "overlap",
-        "swizzled",
+        "swizzled", "ordered",
     ),
 )  # fmt: skip
 def int4_wgmma(
     x, tiles, scale, zero, *, group, dtype=None, tokens=None, split=None, stages=4, inputs=None, warpgroups=WARPGROUPS,
-    high=1, cluster=1, overlap=False, swizzled=False,
+    high=1, cluster=1, overlap=False, swizzled=False, ordered=False,
 ):  # fmt: skip
     """x [T, D] times the matrix of `tiles` (two-dimensional out), to [T, F]; F a multiple of 128.
 
     tokens: of a block; split: parts of the inputs that are summed up afterwards; inputs: of a turn; warpgroups: that
     multiply, each 64 * high outputs; cluster: blocks that get the tokens' inputs together; overlap: a unit's values
     are computed while the one before is multiplied, from one turn to the next too; swizzled: how results go
-    through shared memory.
+    through shared memory; ordered: the tokens' inputs stand in the order of the tiles already.
     """
     (T, D), F, dtype = x.shape, scale.shape[1], jnp.dtype(dtype or x.dtype)
     tokens = tokens or min(128, max(16, 1 << (T - 1).bit_length()))
@@ -225,7 +225,7 @@ def int4_wgmma(
     block = warpgroups * mine
     if split is None:
         split = _split(F // block * (padded // tokens), D // inputs)
-    x = _ordered(jnp.pad(x, ((0, padded - T), (0, 0))))
+    x = jnp.pad(x if ordered else _ordered(x), ((0, padded - T), (0, 0)))
     turns, units, rows = D // inputs // split, inputs // UNIT, max(1, inputs // group)
     out_type = jnp.dtype(jnp.float32) if split > 1 else dtype
     stage = tokens * inputs * 2 + block * inputs // 2 + rows * block * 3 + 1024
