@@ -98,12 +98,7 @@ def choose_dtype(held, folder) -> str:
 
 def begun(held, calibration: Calibration, scheme: Scheme) -> tuple[Folder, Calibration]:
     """The folder that is to be written, and the calibration without open numbers."""
-    if hasattr(held.source, "restore"):
-        raise ValueError(f"{held.source.path}: was made by `jaxserve convert`; give the model it was made from")
-    if method := getattr(held.source, "method", None):
-        raise ValueError(
-            f"{held.source.path}: its weights are quantized already ({method}); take the unquantized model"
-        )
+    _must_have_values(held.source)
     calibration = calibration.settled(held.mesh.devices.flat[0].platform)
     if calibration.length > held.cfg.max_position:
         raise ValueError(f"--calib-seqlen {calibration.length} is more than the model's {held.cfg.max_position}")
@@ -113,6 +108,7 @@ def begun(held, calibration: Calibration, scheme: Scheme) -> tuple[Folder, Calib
 
 
 def _must_have_values(source) -> None:
+    """ValueError for a checkpoint whose weights are not the model's own."""
     if hasattr(source, "restore"):
         raise ValueError(f"{source.path}: was made by `jaxserve convert`; give the model it was made from")
     if method := getattr(source, "method", None):
