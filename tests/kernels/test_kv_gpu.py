@@ -1,4 +1,11 @@
-"""The kernels for quantized pages against the definitions on a GPU, both there: every head size, kind and dtype."""
+"""The kernels for quantized pages against the definitions on a GPU, both there.
+
+Compiling takes the time, so a choice of combinations runs.  Attention: every kind with every head size (padded ones
+among them) and every dtype, every dtype with every head size, a window with each of them, and what is served most:
+bfloat16 with int8 and int4 at 64 and 128.  Steps mix prompts and single tokens, which have a kernel each, with rows cut
+into pieces and rows that are not.  Group and page sizes come with one head size, kinds in turn.  Definitions run on
+the numbers that codes stand for, which tests on a CPU show to be the same, so that they are compiled once a shape.
+"""
 
 import functools
 
@@ -9,14 +16,39 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import triton_call
-from pallas_kernels.kv_quant import BITS
+from pallas_kernels.kv_quant import BITS, dequantize
 from tests.kernels.cases import Case, quantized
-from tests.kernels.test_gpu import LENGTHS, both, close
+from tests.kernels.test_gpu import close, run
 
 pytestmark = pytest.mark.gpu
 
-HEADS = (64, 80, 96, 128, 256)
+KINDS = ("int8", "int4", "fp8")
 DTYPES = ("bfloat16", "float16", "float32")
+MIXED = [  # kind, head dim, dtype, window: a Latin square, with windows along a diagonal of it
+    (kind, head_dim, DTYPES[(h + k) % 3], 300 if h and h % 3 == k else None)
+    for h, head_dim in enumerate((64, 80, 96, 128, 256))
+    for k, kind in enumerate(KINDS)
+]
+MIXED += [("int4", 64, "bfloat16", None), ("int8", 128, "bfloat16", None), ("int4", 128, "bfloat16", None)]
+HEADS = [  # kind, kv heads, query heads a kv head, page size
+    ("int8", 1, 1, 16),
+    ("int4", 3, 3, 32),
+    ("fp8", 4, 7, 128),
+    ("int4", 1, 20, 16),
+    ("int8", 2, 8, 32),
+]
+WRITES = [  # kind, head dim, tokens, whether with norms, dtype
+    ("int8", 64, 37, False, "bfloat16"),
+    ("int4", 64, 1500, False, "bfloat16"),
+    ("fp8", 80, 37, True, "bfloat16"),
+    ("int4", 80, 37, True, "float16"),
+    ("int8", 256, 37, True, "float32"),
+    ("int4", 256, 37, False, "float32"),
+    ("fp8", 256, 1500, False, "float16"),
+]
+prefill_reference, decode_reference = (
+    jax.jit(f, static_argnames=("scale", "window")) for f in (pk.paged_prefill_reference, pk.paged_decode_reference)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -26,70 +58,63 @@ def able(request):
         pytest.skip("needs compute capability 8.9")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", BITS)
-@pytest.mark.parametrize("head_dim, window", [*((h, None) for h in HEADS), (80, 300), (128, 300)])
-def test_decode(head_dim, window, kind, dtype):
-    case = Case(LENGTHS, [min(n, 1) for n in LENGTHS], padding=1, kv_heads=4, group=4, head_dim=head_dim,
-                page_size=64, dtype=jnp.dtype(dtype), window=window)  # fmt: skip
-    args = (*quantized(case, kind), 1, jnp.asarray(case.pages), jnp.asarray(case.length))
-    close(*both("paged_decode", jnp.asarray(case.q), *args, scale=head_dim**-0.5, window=window))
+def numbers(pool):
+    """The pool [L, N, S, K, H] that a QuantizedPool stands for, float32."""
+    return jnp.swapaxes(dequantize(pool.codes, pool.parameters, pool.kind), 2, 3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", BITS)
-@pytest.mark.parametrize("head_dim, window", [*((h, None) for h in HEADS), (80, 300), (128, 300)])
-def test_prefill(head_dim, window, kind, dtype):
-    new = [5, 900, 0, 1, 1, 1, 65, 100]
-    case = Case(LENGTHS, new, padding=150, kv_heads=2, group=3, head_dim=head_dim, page_size=64, dtype=jnp.dtype(dtype),
-                window=window)  # fmt: skip
-    args = (jnp.asarray(case.q), *quantized(case, kind), 1, *case.rows())
-    close(*both("paged_prefill", *args, scale=head_dim**-0.5, window=window))
+def check_mixed(case, kind, scale, window=None):
+    """paged_prefill, which has paged_decode attend for the rows of one token."""
+    q, pools, rows = jnp.asarray(case.q), quantized(case, kind), case.rows()
+    expected = prefill_reference(q.astype(jnp.float32), *map(numbers, pools), 1, *rows, scale=scale, window=window)
+    close(run(pk.paged_prefill, q, *pools, 1, *rows, scale=scale, window=window), expected.astype(q.dtype))
 
 
-@pytest.mark.parametrize("kind", BITS)
-@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 7), (1, 20)])
-@pytest.mark.parametrize("page_size", [16, 32, 128])
-def test_other_heads_and_pages(page_size, heads, kind):
-    kv_heads, group = heads
-    case = Case(LENGTHS, [1, 33, 0, 64, 1, 1, 1, 257], padding=3, kv_heads=kv_heads, group=group, head_dim=64,
-                page_size=page_size, dtype=jnp.bfloat16)  # fmt: skip
-    q, pools = jnp.asarray(case.q), quantized(case, kind)
-    close(*both("paged_prefill", q, *pools, 1, *case.rows(), scale=0.125))
-    pages, length = map(jnp.asarray, (case.pages, case.length))
-    close(*both("paged_decode", q[: len(LENGTHS)], *pools, 1, pages, length, scale=0.125))
+@pytest.mark.parametrize("kind, head_dim, dtype, window", MIXED)
+def test_attention(kind, head_dim, dtype, window):
+    case = Case([5, 3000, 0, 128, 1, 2900, 65, 257], [5, 900, 0, 1, 1, 1, 65, 100], padding=150, kv_heads=2, group=3,
+                head_dim=head_dim, page_size=64, dtype=jnp.dtype(dtype), window=window)  # fmt: skip
+    check_mixed(case, kind, head_dim**-0.5, window)
 
 
-@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize("kind, kv_heads, group, page_size", HEADS)
+def test_other_heads_and_pages(kind, kv_heads, group, page_size):
+    case = Case([5, 3000, 0, 128, 1, 700, 65, 257], [1, 33, 0, 64, 1, 1, 1, 257], padding=3, kv_heads=kv_heads,
+                group=group, head_dim=64, page_size=page_size, dtype=jnp.bfloat16)  # fmt: skip
+    check_mixed(case, kind, 0.125)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_many_rows(kind):
     """More rows than pieces, and a long one among short ones; every launch leaves the counters of pieces at zero."""
     random = np.random.default_rng(0)
-    lengths = [*random.integers(1, 200, 255), 9000]
-    case = Case(lengths, [1] * 256, kv_heads=8, group=2, head_dim=128, page_size=64, dtype=jnp.bfloat16)
-    args = (jnp.asarray(case.q), *quantized(case, kind), 1, jnp.asarray(case.pages), jnp.asarray(case.length))
+    lengths = [0, *random.integers(1, 200, 254), 9000]
+    case = Case(lengths, [0] + [1] * 255, padding=1, kv_heads=8, group=2, head_dim=128, page_size=64,
+                dtype=jnp.bfloat16)  # fmt: skip
+    q, pools = jnp.asarray(np.roll(case.q, 1, 0)), quantized(case, kind)  # row 0 has the padding's query
+    rows = jnp.asarray(case.pages), jnp.asarray(case.length)
+    expected = decode_reference(q.astype(jnp.float32), *map(numbers, pools), 1, *rows, scale=0.1).astype(q.dtype)
+    attend = jax.jit(lambda q, k, v, *rows: pk.paged_decode(q, k, v, 1, *rows, scale=0.1))
     for _ in range(3):
-        close(*both("paged_decode", *args, scale=0.1))
+        close(attend(q, *pools, *rows), expected)
 
 
-@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", BITS)
-def test_keys_and_values_of_any_size(kind, dtype, size):
-    """Small values times small weights must not vanish, and large ones not run over."""
-    case = Case([300, 5, 1000], [1] * 3, kv_heads=2, group=4, head_dim=128, page_size=64, dtype=jnp.dtype(dtype))
-    case.v = (case.v.astype(np.float32) * size + size).astype(case.v.dtype)
-    args = (*quantized(case, kind), 1, jnp.asarray(case.pages), jnp.asarray(case.length))
-    got, expected = both("paged_decode", jnp.asarray(case.q), *args, scale=0.1)
-    close((got / size).astype(got.dtype), (expected / size).astype(got.dtype))
+def test_values_of_any_size(kind):
+    """float16: small values times small weights must not vanish, and large ones not run over."""
+    attend = jax.jit(lambda q, k, v, *rows: pk.paged_decode(q, k, v, 1, *rows, scale=0.1))
+    for size in (1e-3, 1.0, 100.0, 6000.0):
+        case = Case([300, 5, 1000], [1] * 3, kv_heads=2, group=4, head_dim=128, page_size=64, dtype=np.float16)
+        case.v = (case.v.astype(np.float32) * size + size).astype(case.v.dtype)
+        q, pools, rows = jnp.asarray(case.q), quantized(case, kind), map(jnp.asarray, (case.pages, case.length))
+        rows = tuple(rows)
+        expected = decode_reference(q.astype(jnp.float32), *map(numbers, pools), 1, *rows, scale=0.1) / size
+        got = attend(q, *pools, *rows).astype(jnp.float32) / size
+        close(got.astype(q.dtype), expected.astype(q.dtype))
 
 
-@pytest.mark.parametrize(
-    "tokens, norms, dtype",
-    [*((37, False, dtype) for dtype in DTYPES), (37, True, "bfloat16"), (1500, False, "bfloat16")],
-)
-@pytest.mark.parametrize("kind", BITS)
-@pytest.mark.parametrize("head_dim", [64, 80, 256])
-def test_rope_and_write(head_dim, kind, tokens, norms, dtype):
+@pytest.mark.parametrize("kind, head_dim, tokens, norms, dtype", WRITES)
+def test_rope_and_write(kind, head_dim, tokens, norms, dtype):
     random = np.random.default_rng(0)
     kv_heads, group = 3, 5
 
@@ -116,7 +141,7 @@ def test_rope_and_write(head_dim, kind, tokens, norms, dtype):
             assert (array == other).mean() > 0.97  # what lies between two codes may go to either
 
 
-@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize("kind", ["int4"])
 def test_in_place(kind):
     """Two layers of a step: the pools keep their addresses and nothing of their size is allocated beside them."""
 

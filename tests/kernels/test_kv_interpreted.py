@@ -1,6 +1,9 @@
 """The kernels for quantized pages in Triton's interpreter against the definitions, as test_interpreted.py."""
 
+import types
+
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -13,8 +16,11 @@ from pallas_kernels import (
     rope_kv_write,
     rope_kv_write_reference,
 )
+from pallas_kernels.kv_quant import OFFSET, values
+from pallas_kernels.triton_call import jit, tl
+from tests.kernels import asm
 from tests.kernels.cases import Case, quantized
-from tests.kernels.test_interpreted import interpreter, tuning  # noqa: F401  the whole module is skipped with it
+from tests.kernels.test_interpreted import Memory, interpreter, tuning  # noqa: F401  the module is skipped with it
 
 KINDS = ("int8", "int4", "fp8")
 
@@ -72,3 +78,65 @@ def test_rope_and_write(tokens, kv_heads, group, head_dim, norms, kind):
             got, want = np.asarray(got)[:, 1:], np.asarray(want)[:, 1:]  # page 0 is junk
             np.testing.assert_array_equal(got[0], want[0])  # another layer
             assert (got == want).mean() > 0.98  # ties may go the other way
+
+
+def towards_zero(a, b, sums):
+    """a @ b + sums as tensor cores have it: sixteen products and the sum so far at once, rounded towards zero."""
+    for k in range(0, a.shape[1], 16):
+        exact = sums + a[:, k : k + 16].astype(np.float64) @ b[k : k + 16]
+        sums = exact.astype(np.float32)
+        sums = np.where(np.abs(sums) > np.abs(exact), np.nextafter(sums, np.float32(0)), sums)
+    return sums
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("new", [1, 2])
+def test_no_error_grows_with_the_keys(new, kind, monkeypatch):
+    """The values are positive, and so is what codes have in addition: whatever each sum lost would add up."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def dot(self, a, b, sums, *_):
+        return TensorHandle(towards_zero(a.data, b.data, sums.data), sums.dtype.scalar)
+
+    case = Case([1500], [new], page_size=64, kv_heads=1, group=1, head_dim=64, dtype=np.float16)
+    args = (jnp.asarray(case.q), *quantized(case, kind), 1, *case.rows())
+    expected = paged_prefill_reference(*args, scale=0.1)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(tuning, "lookup", lambda *_: {"block": 32, "warps": 1, "stages": 1, "smallest": 2048,
+                                                      "programs": 1, "rows": 16})  # fmt: skip
+    got = paged_prefill(*args, scale=0.1)
+    assert abs(np.mean(np.asarray(got, np.float64) - np.asarray(expected, np.float64))) < 1e-4
+
+
+@jit
+def unpack(words_ptr, out_ptr, N: tl.constexpr, J: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr):
+    dtype: tl.constexpr = tl.bfloat16 if WIDE else tl.float16
+    at = tl.arange(0, N)
+    numbers = values(tl.load(words_ptr + at).to(tl.uint16), J, KIND, dtype, True)
+    tl.store(out_ptr + at, numbers.to(tl.uint16, bitcast=True).to(tl.int32))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_instructions_that_unpack(kind, dtype, monkeypatch):
+    """All words, two at once."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def inline_asm(_, text, kinds, operands, results, is_pure, pack):
+        assert pack == 2
+        (bits,) = asm.run(text, kinds, [operands[0].data.view(np.uint32)])
+        return types.SimpleNamespace(get_result=lambda _: TensorHandle(bits.view(np.uint16), results[0].scalar))
+
+    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", inline_asm)
+    words = np.arange(1 << 16, dtype=np.int32)
+    size = 4 if kind == "int4" else 8
+    number = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
+    for j in range(16 // size):
+        out = np.zeros_like(words)
+        unpack[(1,)](Memory(words), Memory(out), N=len(words), J=j, KIND=kind, WIDE=dtype == "bfloat16")
+        codes = (words >> (size * j)) & (2**size - 1)
+        exact = codes.astype(np.uint8).view(ml_dtypes.float8_e4m3fn) if kind == "fp8" else codes
+        exact = exact.astype(np.float32) + OFFSET.get((kind, dtype), 0)
+        ours = out.astype(np.uint16).view(number).astype(np.float32)
+        number_is = ~np.isnan(exact)  # not that of 127 and 255, which nothing is coded as
+        np.testing.assert_array_equal(ours[number_is], exact[number_is])
