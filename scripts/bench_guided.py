@@ -6,10 +6,10 @@ Each round runs the same requests free, then bound; the figures are medians of t
 The check: every request has its number of tokens, and every bound answer follows its grammar.  A checkpoint without
 a tokenizer (random weights) gets words of random letters as its vocabulary.
 
-The pieces are milliseconds a step with bound rows, mean and 99th percentile.  On the guide's threads, one after the
+The pieces are milliseconds a step with bound rows, mean and 99th percentile.  On the guide's thread, one after the
 other: `token` (it waits for the device: as long as this is not next to nothing, the device sets the pace), `follow`
-(matchers are told the tokens) and `fill` (llguidance), each from the first thread's beginning to the last one's end,
-`masks` (follow, fill, and ends of answers).  On the engine's thread: `way` (until matchers have followed), `plan`,
+(matchers are told the tokens), `fill` (llguidance, on --threads threads), `masks` (both, what is forced, and ends of
+answers).  On the engine's thread: `way` (until matchers have followed), `plan`,
 `pack`, `send`, `wait` (for the masks), `draw` (with `upload`, of the masks; launches the drawing), `advance` (launches
 the next step's forward), `record` (tokens to their outboxes); `turn` is all of a turn.  What must fit into a step of
 the device is masks, draw and advance.
@@ -93,10 +93,10 @@ class Pieces:
     """Durations of methods, by name."""
 
     def __init__(self):
-        self.seconds, self._spans = {}, {}
+        self.seconds = {}
 
-    def time(self, owner, name, label, each=True):
-        """Times a method from now on; not `each`: from the first of a step's calls to the end of the last."""
+    def time(self, owner, name, label):
+        """Times a method from now on."""
         method, found = getattr(owner, name), self.seconds.setdefault(label, [])
 
         def timed(*arguments):
@@ -104,40 +104,28 @@ class Pieces:
             try:
                 return method(*arguments)
             finally:
-                if each:
-                    found.append(time.perf_counter() - began)
-                else:
-                    self._spans.setdefault(label, []).append((began, time.perf_counter()))
+                found.append(time.perf_counter() - began)
 
         setattr(owner, name, timed)
 
     def watch(self, engine):
         """Times an engine's guided steps."""
         guide, runner = engine.guide, engine.runner
-        self.time(guide, "_follow", "follow", each=False)
-        self.time(guide, "_fill", "fill", each=False)
         for owner, name, label in (
-            (guide, "_masks", "masks"), (guide, "take", "wait"), (guide, "make_way", "way"),
+            (guide, "_follow", "follow"), (guide, "_fill", "fill"), (guide, "_masks", "masks"),
+            (guide, "take", "wait"), (guide, "make_way", "way"),
             (runner, "draw", "draw"), (engine, "_read", "record"), (runner, "advance", "advance"),
             (runner, "send", "send"), (engine.scheduler, "plan", "plan"), (runner, "pack", "pack"),
             (engine, "_turn", "turn"),
         ):  # fmt: skip
             self.time(owner, name, label)
-        masks, start, put = guide._masks, guide.start, runner._put
+        start, put = guide.start, runner._put
 
         def uploaded(array):
             began = time.perf_counter()
             found = put(array)
             if getattr(array, "ndim", 0) == 2:
                 self.seconds.setdefault("upload", []).append(time.perf_counter() - began)
-            return found
-
-        def together(*arguments):
-            self._spans.clear()
-            found = masks(*arguments)
-            for label, spans in self._spans.items():
-                began, ended = zip(*spans)
-                self.seconds[label].append(max(ended) - min(began))
             return found
 
         def started(rows, count, read, *without):
@@ -149,7 +137,7 @@ class Pieces:
 
             start(rows, count, waits, *without)
 
-        guide._masks, guide.start, runner._put = together, started, uploaded
+        guide.start, runner._put = started, uploaded
 
     def clear(self):
         for found in self.seconds.values():
@@ -221,8 +209,8 @@ def main():
     ready, name = time.perf_counter() - began, os.path.basename(options.model.rstrip("/"))
     ways = options.bound or [max(1, options.clients // 4), options.clients]
     free = None
-    for threads in options.threads or [engine.guide.hands]:
-        if threads != engine.guide.hands:
+    for threads in options.threads or [None]:
+        if threads is not None:
             engine.guide.close()
             engine.guide = Guide(vocabulary, engine.runner.vocab, threads)
         pieces = Pieces()
@@ -243,7 +231,7 @@ def main():
                 tp=options.tp, threads=threads, cores=os.cpu_count(),
             )  # fmt: skip
             print(
-                f"{name}, {way} of {options.clients} bound, {threads} threads: {speed:,.0f} tokens/s "
+                f"{name}, {way} of {options.clients} bound, {threads or 'default'} threads: {speed:,.0f} tokens/s "
                 f"({figures['cost']:.1%} less), {mistakes} wrong; ms a step, mean and p99: "
                 + ", ".join(f"{label} {mean} {most}" for label, (mean, most) in figures["pieces"].items()),
                 file=sys.stderr,

@@ -1,12 +1,13 @@
 """What masks of guided decoding cost the host, without a model and without a GPU.
 
-    python scripts/bench_masks.py [--vocabulary DIR] [--rows 64] [--threads 1 2 4 8] [--work masks shares turns]
+    python scripts/bench_masks.py [--vocabulary DIR] [--rows 64] [--threads 1 2 4 8] [--work masks steps turns]
 
 masks: how long one mask takes a core, for several grammars: over all, and the longest of a step's --rows (which no
-number of threads makes shorter).  shares: what Guide.allow does in a step, by threads: on the clock, and of each
-thread's share alone.  turns: the engine's own loop over a device that only waits: a free step of --step-ms, as one of
-a 1.8B model on an H200, and launches of --launch-ms and --draw-ms that let other threads run; --fill-ms waits in the
-place of llguidance too (milliseconds of all rows, by one thread), where this machine has fewer cores.
+number of threads makes shorter).  steps: what Guide.allow takes on the clock, by threads (`all`, and `fill`, which is
+llguidance's part), and for one thread what of a processor: `serial` is all but the masks, `together` all masks and
+`longest` one of a step, `free` thousands of rows that need one.  turns: the engine's own loop over a device that only
+waits: a free step of --step-ms, as one of a 1.8B model on an H200, and launches of --launch-ms and --draw-ms that let
+other threads run; --fill-ms waits in the place of llguidance too, where this machine has fewer cores.
 
 --vocabulary: a folder with a tokenizer; without it, words of random letters.  Answers are tokens drawn evenly from
 what the masks allow.  Milliseconds; the lines with RESULT are JSON.
@@ -18,7 +19,6 @@ import os
 import tempfile
 import threading
 import time
-from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -120,56 +120,52 @@ def single(table, options):
         )), flush=True)  # fmt: skip
 
 
-class OneByOne:
-    """A pool that does at once what it is given, and takes the times."""
-
-    def __init__(self):
-        self.seconds = []
-
-    def submit(self, work, *arguments):
-        began, done = time.process_time(), Future()
-        done.set_result(work(*arguments))
-        self.seconds.append(time.process_time() - began)
-        return done
-
-
-def shares(table, options):
-    """Times of a step's masks by threads: on the clock, and of each thread's share alone.
-
-    The longest share is what the threads would take if they cost nothing: on a machine of few cores, look at that.
-    """
+def steps(table, options):
+    """What Guide.allow takes in a step, by threads, and the parts that no number of threads makes shorter."""
     for count in options.threads:
-        guide, again = Guide(table, VOCAB, count), None
-        for alone in (False, True):
-            draw, times = np.random.default_rng(0), dict(clock=[], work=[], longest=[])
-            pool = OneByOne()
-            if alone:
-                guide._pool, guide._executors = pool, [None, *guide._executors]
-                split = guide._shares
-                guide._shares = lambda rows, split=split: [[], *split(rows)]
+        guide, draw, times = Guide(table, VOCAB, count), np.random.default_rng(0), dict(all=[], fill=[])
+        times |= dict(serial=[], longest=[], together=[], free=[]) if count == 1 else {}
+        fill = guide._fill
+
+        def timed(rows, size, fill=fill, times=times):
+            began = time.perf_counter()
+            found = fill(rows, size)
+            times["fill"].append(time.perf_counter() - began)
+            return found
+
+        def single(rows, size, times=times):
+            masks, each = np.full((size, -(-VOCAB // 32)), -1, np.int32), [0.0]
+            for row, request in rows:
+                began = time.thread_time()
+                fill_next_token_bitmask(request.matcher.matcher, masks, row)
+                each.append(time.thread_time() - began)
+            times["longest"].append(max(each))
+            times["together"].append(sum(each))
+            times["free"].append(len(rows) / 1e3)
+            return masks, []
+
+        for alone in (False, True)[: 1 + (count == 1)]:
+            guide._fill = single if alone else timed
             for _ in range(options.rounds):
                 rows = [(i, Request([1], VOCAB, grammar=GRAMMARS[options.grammar])) for i in range(options.rows)]
                 for _, request in rows:
                     request.matcher = guide.open(request)
                 for _ in range(options.steps):
-                    pool.seconds.clear()
-                    began = time.perf_counter()
+                    began, used = time.perf_counter(), time.thread_time()
                     masks, ended = guide.allow(rows, options.rows)
-                    times["clock"].append(time.perf_counter() - began)
                     if alone:
-                        times["work"].append(sum(pool.seconds))
-                        times["longest"].append(max(pool.seconds))
+                        times["serial"].append(time.thread_time() - used - times["together"][-1])
+                    else:
+                        times["all"].append(time.perf_counter() - began)
                     over = {request for request, _ in ended}
                     rows = [(row, request) for row, request in rows if request not in over]
                     for row, request in rows:
                         request.tokens.append(drawn(masks[row], draw))
                 for _, request in rows:
                     request.finish = "length"
-            if not alone:
-                again = summary(times["clock"])
         print("RESULT " + json.dumps(dict(
-            work="shares", grammar=options.grammar, threads=count, rows=options.rows, clock=again,
-            together=summary(times["work"]), longest=summary(times["longest"]), cores=os.cpu_count(),
+            work="steps", grammar=options.grammar, threads=count, rows=options.rows,
+            **{name: summary(found) for name, found in times.items()}, cores=os.cpu_count(),
         )), flush=True)  # fmt: skip
 
 
@@ -278,10 +274,9 @@ def turns(table, options):
     guide = Guide(table, VOCAB, options.threads[-1])
     if options.fill_ms is not None:
 
-        def fill(executor, rows, masks):
+        def fill(rows, count):
             time.sleep((ALONE + (options.fill_ms - ALONE) * len(rows) / options.rows) / 1e3)
-            masks[[row for row, _ in rows]] = 1
-            return []
+            return np.full((count, guide.words), 1, np.int32), []
 
         guide._fill = fill
     engine = Engine(runner, prefix_caching=False, guide=guide)
@@ -314,13 +309,13 @@ def turns(table, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", help="folder with a tokenizer")
-    works = dict(masks=single, shares=shares, turns=turns)
+    works = dict(masks=single, steps=steps, turns=turns)
     parser.add_argument("--work", nargs="+", choices=works, default=list(works))
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=100, help="tokens of an answer, for masks and shares")
+    parser.add_argument("--steps", type=int, default=100, help="tokens of an answer, for masks and steps")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of an answer, for turns")
-    parser.add_argument("--rounds", type=int, default=3, help="for shares, and for turns, of which the best counts")
-    parser.add_argument("--grammar", choices=GRAMMARS, default="person", help="for shares")
+    parser.add_argument("--rounds", type=int, default=3, help="for steps, and for turns, of which the best counts")
+    parser.add_argument("--grammar", choices=GRAMMARS, default="person", help="for steps")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--step-ms", type=float, default=2.45, help="a step on the device")
     parser.add_argument("--prompt-rate", type=float, default=180.0, help="prompt tokens that a step takes in a ms more")

@@ -4,18 +4,19 @@ llguidance does the work; a grammar is its JSON text, checked before it comes he
 tokens that the host has seen, so it survives preemption and lost steps as it is.  Knows nothing of the device.
 
 A mask takes a core 5 us to 0.6 ms (SmolLM2's tokens; patterns and strings of bounded length are the dear ones), 64 of
-them 3 ms: several threads fill them, while the device computes and the engine's thread prepares the step after.
+them 3 ms: many threads fill them, while the device computes and the engine's thread prepares the step after.
+
+Where a grammar forces a text, its tokens are asked for at once, and their masks need no more of llguidance.  It would
+ask itself, in the midst of a mask, and what spells texts is Python: each thread would wait for the interpreter.
 """
 
-import itertools
 import logging
-import os
 import queue
 import threading
+import time
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -26,9 +27,11 @@ from jaxserve.engine.request import Request
 log = logging.getLogger("jaxserve")
 # A grammar that was checked before with the same or tighter limits stays within these; a step takes 8 ms at most.
 LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=20_000, verbose_errors=False)
-HANDS = 8  # threads that fill masks at most, and lexers of one grammar
-WORN = 50_000  # tokens that answers followed with a lexer, after which it is not lent again
-KEPT = 128  # lexers in all, of 0.1 to 0.5 MB as a rule and at most 20 MB (see LIMITS) ...
+DEAR = 0.003  # seconds of a processor to compile a grammar, from which on few lexers must do for many answers
+FEW = 8
+MANY = 64  # lexers of one grammar; 0.1 to 0.5 MB each as a rule
+WORN = 5_000  # tokens that answers followed with a lexer, after which it is not lent again; ten times as many if dear
+KEPT = 256  # lexers in all, of at most 10 MB by then ...
 KEPT_BYTES = 8 << 20  # ... and the text of their grammars at most
 MESSAGE = 200  # characters of llguidance's errors that are shown
 
@@ -36,14 +39,19 @@ MESSAGE = 200  # characters of llguidance's errors that are shown
 class Source:
     """A compiled grammar before its first token.
 
-    Its copies share its lexer: what it has worked out for one answer it knows for the next, but behind a lock, so one
-    thread fills the masks of them all.
+    Its copies share its lexer: what it has worked out for one answer it knows for the next, but masks of two copies
+    are filled one after the other.
     """
 
-    def __init__(self, matcher: LLMatcher):
-        self.matcher = matcher
+    def __init__(self, matcher: LLMatcher, dear: bool):
+        self.matcher, self.dear = matcher, dear
         self.answers = 1  # that follow a copy of it now
         self.tokens = 0  # that such have followed
+
+    @property
+    def worn(self) -> bool:
+        """Whether its lexer may have grown large."""
+        return self.tokens >= (10 * WORN if self.dear else WORN)
 
 
 class Matcher:
@@ -52,9 +60,33 @@ class Matcher:
     def __init__(self, source: Source, request: Request, ends: Iterable[int]):
         """ends: token ids that end the answer, as far as the mask has them."""
         self.matcher, self.source = source.matcher.deep_copy(), source
-        self.seen, self.ends = request.prompt_len, tuple(ends)
-        self.last: int | None = None  # the newest token that it has followed; its request may have yet to get it
+        self.prompt_len, self.ends = request.prompt_len, tuple(ends)
+        self.followed: list[int] = []  # tokens of the answer; its request may have yet to get the newest
+        self.told = 0  # how many of these llguidance's matcher has been told
+        self.forced: list[int] = []  # tokens that must come next; until the last has, nothing is told
         self.alone = False  # whether no other answer ever used its lexer
+
+    @property
+    def seen(self) -> int:
+        """Tokens of its request that it has followed, with the prompt."""
+        return self.prompt_len + len(self.followed)
+
+    def follow(self, tokens: Sequence[int]) -> list[int]:
+        """Notes tokens that have come.  Returns what llguidance's matcher is to be told now."""
+        for token in tokens:
+            self.forced = self.forced[1:] if self.forced[:1] == [token] else []
+        self.followed += tokens
+        self.source.tokens += len(tokens)
+        return [] if self.forced else self.followed[self.told :]
+
+    def ahead(self) -> list[int]:
+        """Tokens that must come next, where the grammar leaves no choice; its matcher has been told what was due."""
+        if not self.forced:
+            try:
+                self.forced = self.matcher.compute_ff_tokens()  # an empty answer is kept, for the mask
+            except BaseException as error:  # a panic of Rust code; the mask will meet it, too
+                log.debug("forced tokens are not known: %s", _short(str(error)))
+        return self.forced
 
     def trouble(self) -> str:
         """What went wrong in it, or ""."""
@@ -76,15 +108,12 @@ class Guide:
     def __init__(self, table: LLTokenizer | Callable[[], LLTokenizer], vocab: int, threads: int | None = None):
         """table: the vocabulary's bytes, or what makes them, when they are needed first.  vocab: columns of a mask.
 
-        threads: that fill masks; None: half of the machine's processors, at most HANDS.
+        threads: that fill masks; None: most of the machine's processors.
         """
         self.words, self._table_words = -(-vocab // 32), 0
         self._make = table if callable(table) else lambda: table
         self._table: LLTokenizer | None = None
-        self.hands = threads or min(HANDS, max(1, len(os.sched_getaffinity(0)) // 2))
-        self._executors = [LLExecutor(1) for _ in range(self.hands)]
-        self._pool = ThreadPoolExecutor(self.hands, "jaxserve-masks")
-        self._eos = np.zeros(0, np.int64)
+        self._executor, self._eos = LLExecutor(threads), np.zeros(0, np.int64)
         self._sources: OrderedDict[str, list[Source]] = OrderedDict()
         self._lent: list[tuple[weakref.ref[Request], Source]] = []
         self._lock = threading.Lock()
@@ -110,10 +139,11 @@ class Guide:
         table = self.prepare()
         source = self._idle(request.grammar)
         if source is None:
+            began = time.thread_time()  # not the clock: other threads may have the interpreter for milliseconds
             matcher = LLMatcher(table, request.grammar, log_level=0, limits=LIMITS)
             if matcher.is_error():
                 raise ValueError(f"the grammar does not work: {_short(matcher.get_error())}")
-            source = Source(matcher)
+            source = Source(matcher, time.thread_time() - began > DEAR)
             self._keep(request.grammar, source)
         with self._lock:
             self._lent.append((weakref.ref(request), source))
@@ -121,7 +151,7 @@ class Guide:
         return Matcher(source, request, ends)
 
     def _idle(self, grammar: str) -> Source | None:
-        """What to copy for one more answer; None: another is to be compiled, for another thread."""
+        """What to copy for one more answer; None: another is to be compiled, lest two answers wait for each other."""
         with self._lock:
             lent, self._lent = self._lent, []
             for who, source in lent:
@@ -130,12 +160,12 @@ class Guide:
                     source.answers -= 1
                 else:
                     self._lent.append((who, source))
-            sources = [source for source in self._sources.pop(grammar, ()) if source.tokens < WORN]
+            sources = [source for source in self._sources.pop(grammar, ()) if not source.worn]
             if not sources:
                 return None
             self._sources[grammar] = sources
             least = min(sources, key=lambda source: source.answers)
-            if least.answers and len(sources) < self.hands:
+            if least.answers and len(sources) < (FEW if least.dear else MANY):
                 return None
             least.answers += 1
             return least
@@ -200,10 +230,8 @@ class Guide:
         return job
 
     def close(self) -> None:
-        """Ends the guide's threads."""
+        """Ends the guide's thread."""
         self._jobs.put(None)
-        if self._thread is None:
-            self._pool.shutdown(wait=False)
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -216,7 +244,6 @@ class Guide:
             job.followed.set()
             job.done.set()
             del job
-        self._pool.shutdown(wait=False)
 
     def _next(self, rows, drawn):
         """The rows that go on, each with what its matcher has yet to follow, when `drawn` have come."""
@@ -234,33 +261,26 @@ class Guide:
         One that was lost with its step, after the matcher had followed it, is taken back.
         """
         state = request.matcher
-        if state.last is not None:
+        if state.followed:
             last = request.tokens[state.seen - 1 : known] or came[state.seen - 1 - known :]
-            if not last or last[0] != state.last:
+            if not last or last[0] != state.followed[-1]:
                 self._renew(request, request.tokens[request.prompt_len : known])
         return [*request.tokens[state.seen : known], *came[max(0, state.seen - known) :]]
 
     def _masks(self, rows: Sequence[tuple[int, Request, list[int]]], count: int, followed=None):
         """`allow` for rows with the tokens that each has yet to follow; followed: an event to set when they have."""
-        masks = np.full((count, self._table_words), -1, np.int32)
-        shares, told = self._shares(rows), itertools.count(1)
-
-        def work(executor, share):
-            found = self._follow(executor, share)
-            if followed is not None and next(told) == len(shares):
-                followed.set()
-            return *found, self._fill(executor, found[0], masks)
-
-        others = [self._pool.submit(work, *pair) for pair in zip(self._executors[1:], shares[1:])]
-        try:
-            done = [work(self._executors[0], share) for share in shares[:1]]
-        finally:
-            wait(others)
-        done += [other.result() for other in others]
-        going = [pair for found, _, _ in done for pair in found]
-        broken = [pair for _, _, found in done for pair in found]
-        ended = [pair for _, found, _ in done for pair in found] + broken
-        masks = self._widened(masks, going)
+        going, ended = self._follow(rows)
+        forced = {row: tokens[0] for row, request in going if (tokens := request.matcher.ahead())}
+        going = [(row, request) for row, request in going if row not in forced]
+        if followed is not None:
+            followed.set()
+        masks, broken = self._fill(going, count)
+        ended += broken
+        if forced:
+            at, tokens = np.array(list(forced)), np.array(list(forced.values()))
+            words = np.minimum(tokens // 32, self.words - 1)
+            masks[at] = 0
+            masks[at, words] = np.where(tokens < 32 * self.words, 1 << tokens % 32, 0).astype(np.uint32).view(np.int32)
         if not going:
             return masks, ended
         failed = {request for request, _ in broken}
@@ -286,61 +306,56 @@ class Guide:
             masks[these, token // 32] |= _bit(token)
         return ended
 
-    def _shares(self, rows: Sequence[tuple[int, Request, list[int]]]) -> list[list]:
-        """The rows in about equal parts, one for each thread; those that share a lexer are in one."""
-        lexers = defaultdict(list)
-        for row in rows:
-            lexers[id(row[1].matcher if row[1].matcher.alone else row[1].matcher.source)].append(row)
-        shares: list[list] = [[] for _ in range(min(self.hands, len(lexers), -(-len(rows) // 2)))]
-        for these in sorted(lexers.values(), key=len, reverse=True):
-            min(shares, key=len).extend(these)
-        return shares
-
-    def _follow(self, executor: LLExecutor, rows: Sequence[tuple[int, Request, list[int]]]):
+    def _follow(self, rows: Sequence[tuple[int, Request, list[int]]]):
         """Tells matchers the tokens that have come since.
 
         Returns (row, request) of those that go on, and (request, why) of those that do not: "" when the answer is
         complete, a message on errors.
         """
-        single = [(request.matcher, tokens[0]) for _, request, tokens in rows if len(tokens) == 1]
-        went: Iterable[bool] = ()
-        if len(single) > 1:  # beside the interpreter; of one it would not be
+        single = []
+        for _, request, tokens in rows:
+            due = request.matcher.follow(tokens)
+            if len(due) == 1:
+                single.append((request.matcher, due[0]))
+        if len(single) > 1:  # by many threads, and beside the interpreter
             try:
-                went = executor.consume_token_par([(state.matcher, token) for state, token in single])
-            except TypeError:  # something in the place of a matcher; none was told yet
-                single = []
-        told = {state: ok for (state, _), ok in zip(single, went)}
+                went = self._executor.consume_token_par([(state.matcher, token) for state, token in single])
+            except TypeError:  # something in the place of a matcher: none was told yet
+                went = []
+            for (state, _), well in zip(single, went):
+                state.told += well  # where it is not, it is asked again
         going, ended = [], []
-        for row, request, tokens in rows:
-            why = self._told(request, tokens, told.get(request.matcher))
+        for row, request, _ in rows:
+            why = None if request.matcher.forced else self._told(request)
             if why is None:
                 going.append((row, request))
             else:
                 ended.append((request, why))
         return going, ended
 
-    def _told(self, request: Request, tokens: list[int], went: bool | None) -> str | None:
-        """Why an answer ends, or None, when its matcher has been told `tokens`: now, or with what came of it."""
+    def _told(self, request: Request) -> str | None:
+        """Tells a matcher what is due.  "" when the answer is complete, a message on errors, else None."""
         state = request.matcher
-        for token in tokens:
-            if went is None:
-                went = state.matcher.consume_token(token)
-            if not (went or (self._again(request) and state.matcher.consume_token(token))):
+        for token in state.followed[state.told :]:
+            if not (
+                state.matcher.consume_token(token) or (self._again(request) and state.matcher.consume_token(token))
+            ):
                 return state.trouble() or f"token {token} does not match the grammar"
-            state.seen, state.last, went = state.seen + 1, token, None
-            state.source.tokens += 1
+            state.told += 1
         if not state.matcher.is_stopped():
             return None
         return state.trouble()
 
-    def _fill(self, executor: LLExecutor, rows: Sequence[tuple[int, Request]], masks: np.ndarray):
-        """Fills masks, before ends of answers are looked at; requests whose matchers failed, and how."""
-        broken = []
+    def _fill(self, rows, count):
+        """The masks of `allow` before ends of answers are looked at, and requests whose matchers failed, and how."""
+        masks, broken = np.full((count, self._table_words), -1, np.int32), []
+        # Neighbours tend to be one thread's work: those that share a lexer would wait for each other on two.
+        rows = sorted(rows, key=lambda pair: id(pair[1].matcher.source))
         try:
             if len(rows) == 1:
                 fill_next_token_bitmask(rows[0][1].matcher.matcher, masks, rows[0][0])
             elif rows:
-                fill_next_token_bitmask_par(executor, [(r.matcher.matcher, row) for row, r in rows], masks)
+                fill_next_token_bitmask_par(self._executor, [(r.matcher.matcher, row) for row, r in rows], masks)
             for row, request in rows:
                 if request.matcher.matcher.is_error() and self._again(request):
                     fill_next_token_bitmask(request.matcher.matcher, masks, row)
@@ -352,17 +367,13 @@ class Guide:
                 except BaseException as error:
                     broken.append((request, _short(str(error)) or type(error).__name__))
                     masks[row] = -1
-        return broken
-
-    def _widened(self, masks: np.ndarray, rows: Sequence[tuple[int, Request]]) -> np.ndarray:
-        """Masks as wide as the model's logits; tokens that the table does not have are not allowed in `rows`."""
         if self._table_words == self.words:
-            return masks
-        wide = np.full((len(masks), self.words), -1, np.int32)
+            return masks, broken
+        wide = np.full((count, self.words), -1, np.int32)
         width, at = min(self.words, self._table_words), [row for row, _ in rows]
         wide[at, :] = 0
         wide[at, :width] = masks[at, :width]
-        return wide
+        return wide, broken
 
     def _again(self, request: Request) -> bool:
         """After an error: whether a lexer of its own may help, which it has now.
@@ -374,10 +385,9 @@ class Guide:
             return False
         with self._lock:
             self._sources.pop(request.grammar or "", None)
-        followed = request.tokens[request.prompt_len : state.seen]
-        if state.last is not None and len(followed) < state.seen - request.prompt_len:
-            followed.append(state.last)
-        self._renew(request, followed)
+        due = state.followed[state.told :]
+        self._renew(request, state.followed[: state.told])
+        state.followed += due
         return not state.matcher.is_error()
 
     def _renew(self, request: Request, tokens: list[int]) -> None:
@@ -386,7 +396,7 @@ class Guide:
         assert request.grammar is not None
         state.matcher, state.alone = LLMatcher(self.prepare(), request.grammar, log_level=0, limits=LIMITS), True
         state.matcher.consume_tokens(tokens)
-        state.seen, state.last = request.prompt_len + len(tokens), tokens[-1] if tokens else None
+        state.followed, state.told, state.forced = list(tokens), len(tokens), []
 
 
 def _bit(token: int) -> np.int32:
