@@ -1,4 +1,9 @@
-"""The kernels against the definitions on a GPU, both there: every head size and dtype."""
+"""The kernels against the definitions on a GPU, both there.
+
+Compiling takes the time, so a choice of combinations runs: every dtype with small, padded and large heads and with a
+window, every head size in bfloat16.  Steps mix prompts and single tokens, which have a kernel each, with rows cut into
+pieces and rows that are not; what hopper_prefill.py takes of them has cases of its own besides.
+"""
 
 import functools
 
@@ -16,6 +21,14 @@ pytestmark = pytest.mark.gpu
 
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 2e-2}  # relative to the largest values, which are about 1
 LENGTHS = [5, 3000, 0, 128, 1, 700, 65, 257]
+MIXED = [  # head dim, dtype, window
+    *((head_dim, "bfloat16", None) for head_dim in (64, 80, 96, 128, 256)),
+    *((head_dim, "float16", None) for head_dim in (64, 80, 256)),
+    *((head_dim, "float32", None) for head_dim in (64, 96, 256)),
+    (80, "float16", 300),
+    (80, "float32", 300),
+    (128, "bfloat16", 300),
+]
 
 
 def run(function, *args, **options):
@@ -38,36 +51,38 @@ def test_available():
     assert pk.available() is None
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("head_dim, window", [(64, None), (80, 300), (96, None), (128, None), (128, 300), (256, None)])
-def test_decode(head_dim, dtype, window):
-    case = Case(LENGTHS, [min(n, 1) for n in LENGTHS], padding=1, kv_heads=4, group=4, head_dim=head_dim,
-                page_size=64, dtype=jnp.dtype(dtype), window=window)  # fmt: skip
-    args = map(jnp.asarray, (case.q, case.k, case.v, case.pages, case.length))
-    q, k, v, pages, length = args
-    close(*both("paged_decode", q, k, v, 1, pages, length, scale=head_dim**-0.5, window=window))
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("head_dim, window", [(64, None), (80, 300), (96, None), (128, None), (128, 300), (256, None)])
-def test_prefill(head_dim, dtype, window):
-    new = [5, 900, 0, 1, 1, 1, 65, 100]
-    case = Case(LENGTHS, new, padding=150, kv_heads=2, group=3, head_dim=head_dim, page_size=64, dtype=jnp.dtype(dtype),
-                window=window)  # fmt: skip
+@pytest.mark.parametrize("head_dim, dtype, window", MIXED)
+def test_attention(head_dim, dtype, window):
+    """paged_prefill, which has paged_decode attend for the rows of one token."""
+    case = Case([5, 3000, 0, 128, 1, 2900, 65, 257], [5, 900, 0, 1, 1, 1, 65, 100], padding=150, kv_heads=2, group=3,
+                head_dim=head_dim, page_size=64, dtype=jnp.dtype(dtype), window=window)  # fmt: skip
     args = (*map(jnp.asarray, (case.q, case.k, case.v)), 1, *case.rows())
     close(*both("paged_prefill", *args, scale=head_dim**-0.5, window=window))
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 7), (1, 20)])
-@pytest.mark.parametrize("page_size", [16, 32, 128])
-def test_other_heads_and_pages(heads, page_size):
-    kv_heads, group = heads
+def test_decode_alone():
+    case = Case(LENGTHS, [min(n, 1) for n in LENGTHS], padding=1, kv_heads=4, group=4, head_dim=128, page_size=64,
+                dtype=jnp.bfloat16)  # fmt: skip
+    q, k, v, pages, length = map(jnp.asarray, (case.q, case.k, case.v, case.pages, case.length))
+    close(*both("paged_decode", q, k, v, 1, pages, length, scale=0.1))
+
+
+@pytest.mark.parametrize(
+    "kv_heads, group, page_size, dtype",
+    [
+        (1, 1, 16, "float32"),
+        (3, 3, 32, "bfloat16"),
+        (4, 7, 128, "float32"),
+        (1, 20, 16, "bfloat16"),
+        (2, 8, 32, "float32"),
+    ],
+)
+def test_other_heads_and_pages(kv_heads, group, page_size, dtype):
+    """On Hopper, prompts in bfloat16 are for the kernel of hopper_prefill.py."""
     case = Case(LENGTHS, [1, 33, 0, 64, 1, 1, 1, 257], padding=3, kv_heads=kv_heads, group=group, head_dim=64,
-                page_size=page_size, dtype=jnp.bfloat16)  # fmt: skip
+                page_size=page_size, dtype=jnp.dtype(dtype))  # fmt: skip
     q, k, v = map(jnp.asarray, (case.q, case.k, case.v))
     close(*both("paged_prefill", q, k, v, 1, *case.rows(), scale=0.125))
-    pages, length = map(jnp.asarray, (case.pages, case.length))
-    close(*both("paged_decode", q[: len(LENGTHS)], k, v, 1, pages, length, scale=0.125))
 
 
 HOPPER = {  # lengths, new tokens, padding, kv heads, query heads a kv head, head dim, page size
@@ -120,9 +135,17 @@ def test_many_rows():
     close(*both("paged_decode", q, k, v, 1, pages, length, scale=0.1))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("head_dim", [64, 80, 256])
-@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(
+    "head_dim, dtype, norms",
+    [
+        (64, "bfloat16", True),
+        (80, "bfloat16", False),
+        (80, "float16", True),
+        (256, "float16", False),
+        (256, "float32", True),
+        (64, "float32", False),
+    ],
+)
 def test_rope_and_write(head_dim, dtype, norms):
     random = np.random.default_rng(0)
     tokens, kv_heads, group = 37, 3, 5
