@@ -32,6 +32,9 @@ def stages(wanted: bool | None = None) -> Iterator[Callable[[str, int, int], Non
             shown, name = bar(total, wanted, desc=what, leave=False, **STYLES.get(what, {})), what
         shown.total = total
         shown.update(done - shown.n)
+        if done >= total:  # lines that come now begin where it was
+            shown.close()
+            name = None
 
     try:
         yield progress

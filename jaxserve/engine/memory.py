@@ -54,8 +54,8 @@ class MemoryPlan:
             ("  weights", self.weights, ""),
             ("  KV cache" + (f", {self.kv}" if self.kv else ""), self.cache,
              f"{self.tokens:,} tokens in pages of {self.page_size}: "
-             f"{max(self.tokens // self.session_len, 1)} requests of {self.session_len:,} tokens"),
-            ("  workspace", self.workspace, f"estimate: steps of {self.budget:,} tokens and {self.lanes} requests"),
+             f"{_requests(max(self.tokens // self.session_len, 1))} of {self.session_len:,} tokens"),
+            ("  workspace", self.workspace, f"estimate: steps of {self.budget:,} tokens and {_requests(self.lanes)}"),
             ("  stays free", rest, ""),
         ]  # fmt: skip
         lines = [f"{name:<36}{size / GIB:9.2f} GiB  {what}".rstrip() for name, size, what in rows]
@@ -133,8 +133,8 @@ def make_plan(cfg, config, devices, weights, dtype, values=0):
     if left - workspace < 2 * page:
         raise ValueError(
             f"the model does not fit: {weights / GIB:.2f} GiB of weights, {workspace / GIB:.2f} GiB of workspace "
-            f"(steps of {budget:,} tokens and {lanes} requests) and a KV cache need more than the {free / GIB:.2f} GiB "
-            f"that are free on {devices[0].device_kind}. {_remedies(config, devices, dtype)}"
+            f"(steps of {budget:,} tokens and {_requests(lanes)}) and a KV cache need more than the "
+            f"{free / GIB:.2f} GiB that are free on {devices[0].device_kind}. {_remedies(config, devices, dtype)}"
         )
     pages = _pages(config, cpu, free, left, workspace, page, notes)
     tokens = (pages - 1) * page_size
@@ -150,7 +150,7 @@ def make_plan(cfg, config, devices, weights, dtype, values=0):
         notes.append(f"session_len cut from {cfg.max_position:,} to {session_len:,} tokens, which is what fits")
     if lanes > pages - 1:
         lanes = pages - 1
-        notes.append(f"batch cut to {lanes} requests: each needs a page")
+        notes.append(f"batch cut to {_requests(lanes)}: each needs a page")
     return MemoryPlan(
         device=devices[0].device_kind,
         devices=tp,
@@ -174,7 +174,7 @@ def _steps(config, cpu, left, needs, notes):
     if config.num_tokens_per_iter and lanes > budget:
         lanes = budget
         if config.max_batch_size:
-            notes.append(f"batch cut to {lanes} requests: a step of {budget} tokens has no more")
+            notes.append(f"batch cut to {_requests(lanes)}: a step of {budget} tokens has no more")
     budget = max(budget, lanes)
     before = lanes, budget
     while needs(budget, lanes) > left // 3:
@@ -187,7 +187,7 @@ def _steps(config, cpu, left, needs, notes):
         else:
             break
     if (lanes, budget) != before:
-        notes.append(f"steps cut to {budget:,} tokens and {lanes} requests to leave memory for the KV cache")
+        notes.append(f"steps cut to {budget:,} tokens and {_requests(lanes)} to leave memory for the KV cache")
     return lanes, budget, needs(budget, lanes)
 
 
@@ -220,3 +220,7 @@ def _remedies(config, devices, dtype, *first):
         ways.append("use dtype=bfloat16" + (", which is slower on most CPUs" if cpu else ""))
     ways += ["free memory that other programs hold", "take a smaller model"]
     return "What would help: " + "; ".join(ways) + "."
+
+
+def _requests(number):
+    return f"{number:,} request{'s' * (number != 1)}"
