@@ -71,12 +71,17 @@ def texts(
     A named set that cannot be loaded gives a warning of one line, and None.  ValueError says what is wrong with a file.
     """
     if str(source) in NAMED and not Path(source).exists():
+        attempts = logging.getLogger("huggingface_hub")  # of which it tells; what became of them is one line here
+        before = attempts.level
         try:
+            attempts.setLevel(logging.ERROR)
             found = _named(NAMED[str(source)], test)
         except Exception as error:  # the library's and the network's, of any kind
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             log.warning("the data set %s cannot be loaded: %s", source, reason)
             return None
+        finally:
+            attempts.setLevel(before)
         return _sampled(selected(found, part, skip, take, str(source)), count, seed)
     path = Path(source).expanduser()
     if not path.is_file():

@@ -40,6 +40,7 @@ def windows(
     by "self".  ValueError where a text does not fill one window.
     """
     if dataset != SELF:
+        report(f"reading {dataset}")
         found = corpus.texts(dataset, count=TEXTS * count)
         if found is not None:
             with checkpoint.open(hub.resolve(model, config.revision, config.download_dir)) as source:

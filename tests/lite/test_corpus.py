@@ -1,6 +1,7 @@
 """Texts from files and named sets, and windows of them."""
 
 import json
+import logging
 import sys
 
 import numpy as np
@@ -92,7 +93,13 @@ def test_no_such_file(tmp_path):
 
 
 def test_a_named_set_that_cannot_be_loaded(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "datasets", None)
+    class Datasets:
+        @staticmethod
+        def load_dataset(path, **settings):
+            logging.getLogger("huggingface_hub.utils").warning("tried in vain")
+            raise ConnectionError("no\nway")
+
+    monkeypatch.setitem(sys.modules, "datasets", Datasets)
     assert corpus.texts("wikitext2") is None
     (record,) = caplog.records
     assert "the data set wikitext2 cannot be loaded: " in record.message and "\n" not in record.message
