@@ -122,10 +122,10 @@ def chat(model, **given):
 @engine_options
 @log_level
 def batch(source, target, model, **given):
-    """Answer the requests of IN.jsonl, lines as in OpenAI's batch files, into OUT.jsonl, in order.
+    """Answer the requests of IN.jsonl, in order, into OUT.jsonl.
 
-    Chat completions and completions.  A line that cannot be answered gets an error for an answer.  The same command
-    after an interruption goes on where OUT.jsonl ends.
+    Lines are as in OpenAI's batch files: chat completions and completions.  A line that cannot be answered gets an
+    error for an answer.  The same command after an interruption goes on where OUT.jsonl ends.
     """
     config = engine_config(given)
     from jaxserve.commands.batch import run
@@ -139,9 +139,9 @@ def batch(source, target, model, **given):
 @engine_options
 @log_level
 def convert(model, folder, **given):
-    """Save MODEL in DIR as the engine keeps it in memory, so that later starts convert nothing.
+    """Save MODEL in DIR as the engine keeps it in memory.
 
-    The result is for the same --tp and --dtype.  `jaxserve chat DIR` uses it.
+    Later starts convert nothing.  The result is for the same --tp and --dtype.  `jaxserve chat DIR` uses it.
     """
     config = engine_config(given)
     with mistakes():

@@ -1,9 +1,9 @@
 """The command line: help, spellings, mistakes."""
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from dataclasses import fields
 
 import pytest
@@ -35,11 +35,12 @@ def test_help_is_quick_and_imports_nothing_slow():
     )
     times = []
     for arguments in (["--help"], ["chat", "--help"], ["--version"]):
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-        times.append(time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
         assert done.returncode == 0, done.stderr
-    assert min(times) < 0.5
+    assert min(times) < 0.5  # seconds of a core, however busy the machine is
 
 
 def test_help_names_all_commands(run):
@@ -50,6 +51,9 @@ def test_help_names_all_commands(run):
         shown = run(command, "-h")
         assert shown.exit_code == 0 and "Usage: jaxserve " + command in shown.output
     assert run().exit_code == 2 and "Usage:" in run().output
+    for group in ((), ("lite",), ("bench",)):
+        _, *lines = run(*group, "--help").output.splitlines()
+        assert not [line for line in lines if line.endswith("...")]  # what a command does fits into its line
 
 
 def test_version(run):

@@ -76,10 +76,10 @@ def lite():
 ))  # fmt: skip
 @together(ENGINE)
 def evaluate(models, quant_policy, json_file, **given):
-    """Measure perplexity, and how often the likeliest token is that of the first row.
+    """Measure perplexity, and agreement with the first MODEL.
 
-    A row for every model and KV cache; the first is what the others are compared with.  Without MODEL, or with its
-    name, it is SmolLM2-135M-Instruct.  For example:
+    A row for every model and KV cache; agreement is how often the likeliest token is that of the first row.  Without
+    MODEL, or with its name, it is SmolLM2-135M-Instruct.  For example:
 
     \b
       jaxserve lite eval MODEL MODEL-awq --text chats.jsonl --part second-half --quant-policy 0,8
@@ -124,7 +124,8 @@ GPTQ = (
 def auto_gptq(model, w_bits, w_sym, w_group_size, act_order, desc_act, damping, **given):
     """Write MODEL with weights of 4 or 8 bits: a GPTQ folder.
 
-    Frantar et al., 2022: weights that are rounded later make up for the errors of those before.
+    Frantar et al., 2022: weights that are rounded later make up for the errors of those before.  A mixture of
+    experts is refused.
     """
     with mistakes():
         from jaxserve.lite import gptq_folder as gptq
@@ -150,9 +151,10 @@ def auto_gptq(model, w_bits, w_sym, w_group_size, act_order, desc_act, damping, 
 ))  # fmt: skip
 @together(ENGINE)
 def smooth_quant(model, quant_dtype, alpha, **given):
-    """Write MODEL with weights of 8 bits, for activations of 8 bits: LMDeploy's smooth_quant folder.
+    """Write MODEL with weights of 8 bits: a smooth_quant folder.
 
-    Xiao et al., 2022: outliers of the activations are moved into the weights.
+    LMDeploy's, for activations of 8 bits.  Xiao et al., 2022: outliers of the activations are moved into the weights.
+    A mixture of experts is refused.
     """
     with mistakes():
         from jaxserve.lite import smooth_quant as smooth
@@ -224,9 +226,10 @@ def auto_awq(model, w_bits, w_sym, w_group_size, search_scale, **given):
 @together(CALIBRATION)
 @together(ENGINE)
 def calibrate(model, **given):
-    """Write what comes into every linear map of MODEL: the largest and the mean size of each input.
+    """Write how large the inputs of MODEL's linear maps are.
 
-    The file is activations.safetensors in --work-dir: float32[inputs] under NAME.absmax and NAME.absmean.
+    Of each input the largest and the mean size.  The file is activations.safetensors in --work-dir: float32[inputs]
+    under NAME.absmax and NAME.absmean.
     """
     config, calibration = calibration_of(given)
     with mistakes(), interruptible():

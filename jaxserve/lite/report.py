@@ -61,6 +61,8 @@ def table(rows: list[dict]) -> list[str]:
         lines.append(f"{words:<32}{before[key] / mib:>12,.1f}{after[key] / mib:>12,.1f}")
     lines.append(f"{'perplexity':<32}{before['perplexity']:>12.4f}{after['perplexity']:>12.4f}  {after['change']:+.2%}")
     lines.append(f"{'the same likeliest token':<32}{'':>12}{after['agreement']:>12.1%}")
+    if after["weights"] >= before["weights"]:
+        lines.append("in memory a CPU with room keeps values, since it computes faster with them; a GPU keeps integers")
     lines.append(f"measured on {after['tokens']:,} tokens that were not calibrated with")
     return lines
 

@@ -40,14 +40,15 @@ def windows(
     by "self".  ValueError where a text does not fill one window.
     """
     if dataset != SELF:
-        report(f"reading {dataset}")
+        if dataset in corpus.NAMED:
+            report(f"loading the data set {dataset}")
         found = corpus.texts(dataset, count=TEXTS * count)
         if found is not None:
             with checkpoint.open(hub.resolve(model, config.revision, config.download_dir)) as source:
                 tokenizer = Tokenizer.load(source)
                 template = ChatTemplate.for_model(source.config, tokenizer)
             return corpus.windows(found, tokenizer, template, length, count)
-        report(f"the model writes its own calibration text in place of {dataset}")
+    report(f"the model writes its own calibration text: {count} windows of {length} tokens")
     return written(model, config, count, length, show)
 
 

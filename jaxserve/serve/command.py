@@ -154,7 +154,10 @@ UI_OPTIONS = (
 @together(UI_OPTIONS)
 @engine_options
 def ui(model_or_url, server_name, server_port, api_key, share, **given):
-    """A web page (gradio) for the server at a URL, or for MODEL, which is then served too."""
+    """A web page (gradio) for the server at a URL, or for MODEL.
+
+    A MODEL is served, too, until the page ends.
+    """
     config = engine_config(given)
     if share:
         click.echo("warning: --share is ignored: the page is not sent through another's computer", err=True)

@@ -148,10 +148,9 @@ class Launcher:
         if self.engine is None or self.engine.info is None:
             self._stop_web()
             return
-        running, seconds = count(self.engine.inside, "request"), self.options.graceful_timeout
-        log.warning(
-            "stopping: %s may go on for %g s, new ones are refused; a second signal stops at once", running, seconds
-        )
+        running, seconds = self.engine.inside, self.options.graceful_timeout
+        allowed = f"{count(running, 'request')} may go on for {seconds:g} s, " if running else ""
+        log.warning("stopping: %snew requests are refused; a second signal stops at once", allowed)
         self.engine.line.tell(say="drain")
         self.grace = time.monotonic() + seconds
 
