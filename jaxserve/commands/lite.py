@@ -200,7 +200,8 @@ def auto_awq(model, w_bits, w_sym, w_group_size, search_scale, **given):
     """Write MODEL with weights of 4 bits: an AWQ folder.
 
     Lin et al., 2023: inputs that matter are scaled up before rounding, and ranges are cut; then integers are chosen
-    that make up for what the rounding before them left behind.
+    that make up for what the rounding before them left behind.  The experts of a mixture are rounded to nearest in that
+    last step, since each sees little text; routers stay as they are but for the scales.
     """
     with mistakes():
         from jaxserve.lite import awq

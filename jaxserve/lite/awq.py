@@ -5,6 +5,7 @@ Layer by layer, and in a layer map by map, each with the inputs that the rounded
    AWQ): scales act^a / weight^b of every input, a and b by the error of the map's outputs.  They go into the norm
    before qkv and before gate and up, into v before o, and into up before down, so that the model stays the same.
 2. Each group's range, and every integer, is chosen as `rounding` says.
+A mixture's experts have scales too, and the rest of it is simpler: `experts`.
 The result has no more in it than any AWQ folder: integers, scales, zeros and norms.
 
 Measured (2026-11-21, 2 busy CPU cores, 16 windows of 512 tokens that the model wrote): SmolLM2-135M-Instruct in groups
@@ -23,17 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.lite import awq_layout as layout
-from jaxserve.lite import calibrate, rounding
+from jaxserve.lite import calibrate, experts, rounding
 from jaxserve.lite.calibrate import at, placed
+from jaxserve.lite.scales import fold, search
 from jaxserve.models import family
 from jaxserve.models.layers import GatedMLP
 
 GROUPS = (128, 64, 32, 16, 8)
-VERSION = 1  # of what is done to the layers: a run that another one began is not gone on with
+VERSION = 2  # of what is done to the layers: a run that another one began is not gone on with
 SEARCHES = {"none": (), "norms": ("mixer.qkv", "ffn.gate_up"), "all": calibrate.MAPS}
-POWERS = tuple((a / 20, b) for a in range(2, 15, 2) for b in (0.0, a / 20))  # (a, b) that are tried beside (0, 0)
-OUTPUTS = 1024  # of a map that a scale is judged by
-WORTH = 0.99  # a scale has to make the error smaller than this share
 
 
 class Settings(NamedTuple):
@@ -133,7 +132,10 @@ def quantized(block, settings: Settings, tokens: int) -> tuple[dict, dict]:
         layer = placed(layer, path, found.values().reshape(weight.shape))
         tensors |= layout.biases(block, path, layer)
     if sparse:
-        tensors |= _experts(block, middle.power(layer, plain), settings)
+        layer, packed, lost = experts.quantized(
+            block, layer, settings.group, settings.symmetric, SEARCHES[settings.search]
+        )
+        tensors, errors = tensors | packed, errors | lost
     tensors |= layout.norms(block, layer)
     largest = max(float(jnp.abs(x).max()) for x in block.exact)
     return tensors, {"errors": errors, "largest": largest}
@@ -182,15 +184,6 @@ class Middle:
             total = _summed(total, x, y, owed)
             count += x.shape[0] * x.shape[1]
         return jax.tree.map(lambda part: part / count, total)
-
-    def power(self, layer, plain):
-        """float32[D]: the mean square of each input of the router and the experts."""
-        both, total, count = (layer, plain), jnp.zeros(self.cfg.width), 0
-        self._to_the_middle(both)
-        for pair in self.inner:
-            x, _ = self._each(_ready, both, pair)
-            total, count = total + jnp.sum(jnp.square(x), (0, 1)), count + x.shape[0] * x.shape[1]
-        return total / count
 
     def _to_the_middle(self, both):
         self.inner = [
@@ -256,10 +249,10 @@ def searched(block, path, layer, moments, settings):
 
     v and up, which the inputs of o and down come from, are rounded with q and gate.
     """
-    asked = SEARCHES[settings.search]
+    asked, ways = SEARCHES[settings.search], (settings.group, settings.symmetric)
     if path in ("mixer.o", "ffn.down"):
         return []
-    out = [(path, search(at(layer, path).weight, moments, settings))] if path in asked else []
+    out = [(path, search(at(layer, path).weight, moments, *ways))] if path in asked else []
     behind = {"mixer.qkv": "mixer.o", "ffn.gate_up": "ffn.down"}[path]
     if behind in asked:
         shape = at(layer, path).weight.shape  # of q, k and v: [D, K, G+2, H]
@@ -267,78 +260,8 @@ def searched(block, path, layer, moments, settings):
         total, count = 0.0, 0
         for taken in block.inputs(behind, layer=layer):
             total, count = total + taken[behind].T @ taken[behind], count + len(taken[behind])
-        out.append((behind, search(at(layer, behind).weight, total / count, settings, tie)))
+        out.append((behind, search(at(layer, behind).weight, total / count, *ways, tie)))
     return out
-
-
-@partial(jax.jit, static_argnames=("settings", "tie"))
-def search(weight, moments, settings: Settings, tie: tuple | None = None):
-    """Scales float32[inputs] by which inputs are divided and weights multiplied; ones where none is worth it.
-
-    weight [inputs, *outputs]; tie: (K, G, H) where the inputs of G queries share a scale.
-    """
-    flat = weight.reshape(len(weight), -1)
-
-    def shared(x):
-        return x if tie is None else jnp.broadcast_to(x.reshape(tie).mean(1, keepdims=True), tie).reshape(-1)
-
-    power, size = shared(jnp.diag(moments)), shared(jnp.abs(flat).mean(1))
-    act = jnp.sqrt(jnp.maximum(power, 1e-12 * jnp.maximum(power.max(), 1e-30)))
-    size = jnp.maximum(size, 1e-4 * jnp.maximum(size.max(), 1e-30))
-    judged = flat[:, :: max(1, flat.shape[1] // OUTPUTS)]
-
-    def tried(powers):
-        scale = act ** powers[0] / size ** powers[1]
-        scale = jnp.clip(scale / jnp.sqrt(scale.max() * scale.min()), 1 / 64, 64)
-        return scale, _judged(judged, moments, scale, settings.group, settings.symmetric)
-
-    scales, lost = jax.lax.map(tried, jnp.array(((0.0, 0.0), *POWERS), jnp.float32))
-    return scales[jnp.argmin(lost.at[0].multiply(WORTH))]
-
-
-def _judged(weight, moments, scale, group, symmetric):
-    """The error of a map whose inputs are scaled, with clipped ranges and nothing else."""
-    found = rounding.clipped(weight * scale[:, None], jnp.diag(moments) / scale**2, group, symmetric)
-    return rounding.error(weight, found.values() / scale[:, None], moments)[0]
-
-
-def fold(layer, path, scale):
-    """The same layer with the inputs of `path` divided by `scale` [inputs], its weight multiplied."""
-    weight = at(layer, path).weight
-    layer = placed(layer, path, weight * scale.reshape(-1, *[1] * (weight.ndim - 1)))
-    if path == "mixer.qkv":
-        return layer.replace(norm1=layer.norm1 / scale)
-    if path == "ffn.gate_up":
-        return layer.replace(norm2=layer.norm2 / scale)
-    before, which = {"mixer.o": ("mixer.qkv", -1), "ffn.down": ("ffn.gate_up", 1)}[
-        path
-    ]  # v of [K, G+2, H], up of [2, F]
-    node = at(layer, before)
-    if path == "mixer.o":
-        _, heads, rows, width = node.weight.shape
-        scale = scale.reshape(heads, rows - 2, width)[:, 0]  # the same for all queries of a head
-    share = jnp.ones(node.weight.shape[1:]).at[..., which, :].set(1 / scale)
-    new = {"weight": node.weight * share[None]}
-    if node.bias is not None:
-        new["bias"] = node.bias * share
-    part, name = before.split(".")
-    return layer.replace(**{part: getattr(layer, part).replace(**{name: node.replace(**new)})})
-
-
-def _experts(block, power, settings):
-    """Experts, rounded to nearest in clipped ranges: gate and up by the power of all tokens, down by none."""
-    layer = block.layer
-    tensors: dict = {}
-    for path in ("ffn.gate_up", "ffn.down"):
-        row, weight = block.rows[path], at(layer, path).weight  # [E, in, *out]
-        known = power if path == "ffn.gate_up" else jnp.ones(weight.shape[1])
-        for expert, one in enumerate(weight):
-            found = rounding.clipped(one.reshape(len(one), -1), known, settings.group, settings.symmetric)
-            sources = [np.split(np.asarray(array), len(row.sources), 1) for array in found]  # gate first, then up
-            for number, source in enumerate(row.sources):
-                part = rounding.Rounded(*(parts[number] for parts in sources))  # type: ignore[arg-type]
-                tensors |= layout.words(source.format(block.index, expert), part)
-    return tensors
 
 
 def _errors(weight, moments, **ways):

@@ -70,6 +70,9 @@ def restored(block, tensors):
         **{name: jnp.asarray(tensors[f"{block.rows[name].sources[0].format(block.index)}.weight"])
            for name in ("norm1", "norm2")}
     )  # fmt: skip
+    if "ffn.router" in block.rows:
+        (source,) = block.rows["ffn.router"].sources
+        layer = placed(layer, "ffn.router", jnp.asarray(tensors[f"{source.format(block.index)}.weight"].T))
     for path in calibrate.MAPS:
         if path not in block.rows:
             continue

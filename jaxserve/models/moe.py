@@ -20,14 +20,23 @@ class MoE:
 
     def __call__(self, cfg, x):
         """x [T, D] to [T, D]."""
+        share, order, sizes = self.route(cfg, x)
+        rows = x[order // cfg.experts_per_token]  # [T*X, D]
+        out = self.down.grouped_dot(self.inner(rows, sizes), sizes, rows=True)
+        back = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(*share.shape, -1)
+        return jnp.einsum("txd,tx->td", back, share.astype(x.dtype))
+
+    def route(self, cfg, x):
+        """The shares [T, X] of each token's experts, the order [T*X] in which an expert's tokens are side by side, and
+        how many each expert has, int32[E]."""
         scores = jax.nn.softmax(self.router.dot(x, jnp.float32), -1)  # [T, E]
         share, expert = jax.lax.top_k(scores, cfg.experts_per_token)  # [T, X]
         if cfg.norm_topk:
             share = share / share.sum(-1, keepdims=True)
-        order = jnp.argsort(expert.reshape(-1), stable=True)  # the tokens of an expert side by side
-        sizes = jnp.bincount(expert.reshape(-1), length=cfg.experts).astype(jnp.int32)
-        rows = x[order // cfg.experts_per_token]  # [T*X, D]
+        order = jnp.argsort(expert.reshape(-1), stable=True)
+        return share, order, jnp.bincount(expert.reshape(-1), length=cfg.experts).astype(jnp.int32)
+
+    def inner(self, rows, sizes):
+        """What comes into `down`, [T*X, F], of the tokens of expert 0, then those of expert 1, ..."""
         both = self.gate_up.grouped_dot(rows, sizes, rows=False)  # [T*X, 2, F]
-        out = self.down.grouped_dot(jax.nn.silu(both[:, 0]) * both[:, 1], sizes, rows=True)
-        back = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(*share.shape, -1)
-        return jnp.einsum("txd,tx->td", back, share.astype(x.dtype))
+        return jax.nn.silu(both[:, 0]) * both[:, 1]

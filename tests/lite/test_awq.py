@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from jaxserve import checkpoint
 from jaxserve.config import EngineConfig
 from jaxserve.engine import loading
-from jaxserve.lite import awq, awq_layout, calibrate, rounding
+from jaxserve.lite import awq, awq_layout, calibrate, experts, rounding, scales
 from jaxserve.lite.folder import Folder
 from jaxserve.models.config import from_hf
 from jaxserve.quant.int4 import nearest
@@ -92,7 +92,11 @@ def test_scales_leave_the_model_as_it_is(tmp_path, architecture):
             if path == "mixer.o":  # one for all queries of a head
                 scale = scale.reshape(cfg.kv_heads, -1, cfg.head_dim)
                 scale = np.broadcast_to(scale[:, :1], scale.shape).reshape(-1)
-            layer = awq.fold(layer, path, jnp.asarray(scale))
+            layer = scales.fold(layer, path, jnp.asarray(scale))
+        if "ffn.router" in block.rows:
+            seen, width, inner = experts.look(block, layer), cfg.width, (cfg.experts, cfg.expert_ffn)
+            layer, _ = experts.scaled_together(layer, seen, np.exp(random.standard_normal(width)).astype(np.float32))
+            layer, seen = experts.scaled_apart(layer, seen, np.exp(random.standard_normal(inner)).astype(np.float32))
         for before, after in zip(block.outputs(), block.outputs(layer)):
             np.testing.assert_allclose(after, before, atol=2e-4)
         tensors = awq_layout.norms(block, layer)
