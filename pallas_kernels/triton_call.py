@@ -110,7 +110,7 @@ def _launch_03(kernel, inputs, out, grid, in_place, warps, stages, constants):
     aliases = {sum(not isinstance(x, int) for x in inputs[:i]): len(out) + n for n, i in enumerate(in_place)}
     results = [*out, *(jax.ShapeDtypeStruct(inputs[i].shape, inputs[i].dtype) for i in in_place)]
     run = jax.ffi.ffi_call("triton_kernel_call_ffi", results, input_output_aliases=aliases)
-    # At every launch of a program XLA hashes and compares these bytes for each kernel in it, twice.
+    # At every launch of a program XLA looks each kernel in it up by all of these bytes.
     lean = without_field(call.to_proto(kernel.__name__, b""), TRITON_IR)
     return tuple(run(*arrays, opaque=zlib.compress(lean, 9)))
 
