@@ -6,7 +6,6 @@ Imports nothing slow: `jaxserve --help` answers at once.
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -170,29 +169,25 @@ def engine_config(given: dict[str, Any], **more) -> EngineConfig:
     for name, field in RENAMED.items():
         if value := given.pop(name, None):  # 0 is LMDeploy's "choose"
             known[field] = value
-    for name, (default, reason) in {**UNUSED_COMMAND, **MISSING_COMMAND}.items():
-        value = given.pop(name, None)
-        if value is None or value == default:
-            continue
-        if name in MISSING_COMMAND:
-            raise click.UsageError(f"--{name.replace('_', '-')} {value} is not supported: {reason}")
-        click.echo(f"warning: --{name.replace('_', '-')} {value} is ignored: {reason}", err=True)
-    for name in {*UNUSED_ENGINE, *MISSING_ENGINE} & given.keys():
-        value, neutral = given.pop(name), {**UNUSED_ENGINE, **MISSING_ENGINE}[name][0]
-        if value is not None and str(value) != str(neutral):
-            known[name] = value
-    with mistakes(), told_warnings():
+    without_use(given, {**UNUSED_COMMAND, **UNUSED_ENGINE}, {**MISSING_COMMAND, **MISSING_ENGINE})
+    with mistakes():
         return EngineConfig(**known, **more)
 
 
-@contextmanager
-def told_warnings() -> Iterator[None]:
-    """Prints warnings as one line each."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for warning in caught:
-        click.echo(f"warning: {warning.message}", err=True)
+def without_use(given: dict[str, Any], unused: dict[str, tuple], missing: dict[str, tuple]) -> None:
+    """Takes LMDeploy's options out of `given` that are no use here; tables as for `config.accepts`.
+
+    Another value than the neutral one gives a line that says why it is ignored, or UsageError where it is missing.
+    """
+    for name, (neutral, reason) in {**unused, **missing}.items():
+        value = given.pop(name, None)
+        if value is None or str(value) == str(neutral):
+            continue
+        words = name.rstrip("_").replace("_", "-")
+        said = f"--{'' if value else 'no-'}{words}" if isinstance(value, bool) else f"--{words} {value}"
+        if name in missing:
+            raise click.UsageError(f"{said} is not supported: {reason}")
+        click.echo(f"warning: {said} is ignored: {reason}", err=True)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import click
 
-from jaxserve.options import Command, Option, engine_config, engine_options, mistakes, together, told_warnings
+from jaxserve.options import Command, Option, engine_config, engine_options, mistakes, together, without_use
 from jaxserve.serve.options import UNUSED_SERVER, WORDS, ServerOptions, server_options
 
 LISTS = {f"--{knob.name.replace('_', '-')}" for knob in fields(ServerOptions) if knob.metadata["kind"] is WORDS}
@@ -92,11 +92,8 @@ def api_server(ctx, model, **given):
 def server_config(given: dict) -> ServerOptions:
     """The ServerOptions of what `server_options` added, which it takes out of `given`."""
     known = {knob.name: given.pop(knob.name) for knob in fields(ServerOptions) if knob.name in given}
-    for name, (neutral, _) in UNUSED_SERVER.items():
-        value = given.pop(name, None)
-        if value is not None and value != neutral:
-            known[name] = value
-    with mistakes(), told_warnings():
+    without_use(given, UNUSED_SERVER, {})
+    with mistakes():
         return ServerOptions(**known)
 
 

@@ -93,9 +93,9 @@ def test_commands_of_lmdeploy(run, seen, name):
     ((model, _, options),) = seen
     assert model in ("/m", "./workspace") and isinstance(options, ServerOptions)
     ignored = {
-        "camp 1": ["instance_num"],
-        "0.5.3": ["trust_remote_code"],
-        "0.18": ["proxy_url", "max_log_len", "allow_terminate_by_client", "enable_abort_handling", "eager_mode"],
+        "camp 1": ["instance-num 64"],
+        "0.5.3": ["trust-remote-code"],
+        "0.18": ["proxy-url", "max-log-len", "allow-terminate-by-client", "enable-abort-handling", "eager-mode"],
     }
     warned = "".join(line for line in result.stderr.splitlines() if line.startswith("warning: "))
     for option in ignored.get(name, []):
