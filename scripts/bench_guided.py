@@ -7,12 +7,12 @@ The check: every request has its number of tokens, and every bound answer follow
 a tokenizer (random weights) gets words of random letters as its vocabulary.
 
 The pieces are milliseconds a step with bound rows, mean and 99th percentile.  On the guide's thread, one after the
-other: `token` (it waits for the device: as long as this is not next to nothing, the device sets the pace), `follow`
-(matchers are told the tokens), `fill` (llguidance, on --threads threads), `masks` (both, what is forced, and ends of
-answers).  On the engine's thread: `way` (until matchers have followed), `plan`,
-`pack`, `send`, `wait` (for the masks), `draw` (with `upload`, of the masks; launches the drawing), `advance` (launches
-the next step's forward), `record` (tokens to their outboxes); `turn` is all of a turn.  What must fit into a step of
-the device is masks, draw and advance.
+other: `next` (what each row has to follow; with `token`, which waits for the device: as long as this is not next to
+nothing, the device sets the pace), `follow` (matchers are told the tokens, and asked for what is forced), `fill`
+(llguidance, on --threads threads), `masks` (both, and ends of answers).  On the engine's thread: `way` (until matchers
+have followed), `plan`, `pack`, `send`, `wait` (for the masks), `draw` (with `upload`, of the masks; launches the
+drawing), `advance` (launches the next step's forward), `record` (tokens to their outboxes); `turn` is all of a turn.
+What must fit into a step of the device is next without token, masks, draw and advance.
 """
 
 import argparse
@@ -112,8 +112,8 @@ class Pieces:
         """Times an engine's guided steps."""
         guide, runner = engine.guide, engine.runner
         for owner, name, label in (
-            (guide, "_follow", "follow"), (guide, "_fill", "fill"), (guide, "_masks", "masks"),
-            (guide, "take", "wait"), (guide, "make_way", "way"),
+            (guide, "_next", "next"), (guide, "_follow", "follow"), (guide, "_fill", "fill"),
+            (guide, "_masks", "masks"), (guide, "take", "wait"), (guide, "make_way", "way"),
             (runner, "draw", "draw"), (engine, "_read", "record"), (runner, "advance", "advance"),
             (runner, "send", "send"), (engine.scheduler, "plan", "plan"), (runner, "pack", "pack"),
             (engine, "_turn", "turn"),
@@ -130,10 +130,15 @@ class Pieces:
 
         def started(rows, count, read, *without):
             def waits():
-                began = time.perf_counter()
-                drawn = read()
-                self.seconds.setdefault("token", []).append(time.perf_counter() - began)
-                return drawn
+                waited, steps = 0.0, iter(read())
+                while True:
+                    began = time.perf_counter()
+                    drawn = next(steps, None)
+                    waited += time.perf_counter() - began
+                    if drawn is None:
+                        break
+                    yield drawn
+                self.seconds.setdefault("token", []).append(waited)
 
             start(rows, count, waits, *without)
 

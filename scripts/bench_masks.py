@@ -127,14 +127,14 @@ def steps(table, options):
         times |= dict(serial=[], longest=[], together=[], free=[]) if count == 1 else {}
         fill = guide._fill
 
-        def timed(rows, size, fill=fill, times=times):
+        def timed(rows, masks, fill=fill, times=times):
             began = time.perf_counter()
-            found = fill(rows, size)
+            found = fill(rows, masks)
             times["fill"].append(time.perf_counter() - began)
             return found
 
-        def single(rows, size, times=times):
-            masks, each = np.full((size, -(-VOCAB // 32)), -1, np.int32), [0.0]
+        def single(rows, masks, times=times):
+            each = [0.0]
             for row, request in rows:
                 began = time.thread_time()
                 fill_next_token_bitmask(request.matcher.matcher, masks, row)
@@ -142,7 +142,7 @@ def steps(table, options):
             times["longest"].append(max(each))
             times["together"].append(sum(each))
             times["free"].append(len(rows) / 1e3)
-            return masks, []
+            return []
 
         for alone in (False, True)[: 1 + (count == 1)]:
             guide._fill = single if alone else timed
@@ -274,9 +274,9 @@ def turns(table, options):
     guide = Guide(table, VOCAB, options.threads[-1])
     if options.fill_ms is not None:
 
-        def fill(rows, count):
+        def fill(rows, masks):
             time.sleep((ALONE + (options.fill_ms - ALONE) * len(rows) / options.rows) / 1e3)
-            return np.full((count, guide.words), 1, np.int32), []
+            return []
 
         guide._fill = fill
     engine = Engine(runner, prefix_caching=False, guide=guide)

@@ -315,7 +315,7 @@ class Engine:
             if following is not None and following.guided:
                 steps = list(self.pending)
                 ended = {request for each in steps for request, _ in each.over}
-                self.guide.start(following.guided, following.shape.drawn, lambda: [s.drew() for s in steps], ended)
+                self.guide.start(following.guided, following.shape.drawn, lambda: (s.drew() for s in steps), ended)
         self._half = None
 
     def _launched(self, step):

@@ -71,13 +71,12 @@ class Matcher:
         """Tokens of its request that it has followed, with the prompt."""
         return self.prompt_len + len(self.followed)
 
-    def follow(self, tokens: Sequence[int]) -> list[int]:
-        """Notes tokens that have come.  Returns what llguidance's matcher is to be told now."""
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Notes tokens that have come.  llguidance's matcher is to be told them unless more are forced."""
         for token in tokens:
-            self.forced = self.forced[1:] if self.forced[:1] == [token] else []
+            self.forced = self.forced[1:] if self.forced and self.forced[0] == token else []
         self.followed += tokens
         self.source.tokens += len(tokens)
-        return [] if self.forced else self.followed[self.told :]
 
     def ahead(self) -> list[int]:
         """Tokens that must come next, where the grammar leaves no choice; its matcher has been told what was due."""
@@ -187,19 +186,20 @@ class Guide:
         are free: with "" where the answer is complete, with a message where it cannot go on.
         """
         self._wait()
-        return self._masks([(row, request, self._missed(request, len(request.tokens))) for row, request in rows], count)
+        due = [(row, request, self._missed(request, len(request.tokens), [])) for row, request in rows]
+        return self._masks(due, self._blank(count))
 
     def start(
         self,
         rows: Sequence[tuple[int, Request]],
         count: int,
-        read: Callable[[], Sequence[Mapping[Request, int]]],
+        read: Callable[[], Iterable[Mapping[Request, int]]],
         without: Container[Request] = (),
     ) -> None:
         """Begins `allow` on another thread, for requests whose newest tokens are on their way; `take` ends it.
 
-        read: waits for those tokens and returns them for each step in flight, the oldest first; one below 0 is no
-        token.  Rows stay free whose requests are `without`, or end with a token that comes.
+        read: gives those tokens for each step in flight, the oldest first, as they come; one below 0 is no token.  Rows
+        stay free whose requests are `without`, or end with a token that comes.
         """
         self._wait()
         if self._thread is None:
@@ -238,43 +238,59 @@ class Guide:
     def _work(self):
         while (job := self._jobs.get()) is not None:
             try:
-                job.found = self._masks(self._next(job.rows, job.read()), job.count, job.followed)
+                blank = self._blank(job.count)  # while the tokens are on their way
+                job.found = self._masks(self._next(job.rows, job.read()), blank, job.followed)
             except BaseException as error:  # whoever waits does it again, and meets it there
                 log.debug("masks were not made ahead: %s", _short(str(error)))
             job.followed.set()
             job.done.set()
             del job
 
-    def _next(self, rows, drawn):
-        """The rows that go on, each with what its matcher has yet to follow, when `drawn` have come."""
-        found = []
-        for row, request, known in rows:
-            came = [tokens[request] for tokens in drawn if request in tokens]
-            ends = any(token < 0 or token in request.stop_ids for token in came)
-            if not ends and known + len(came) <= request.limit:
-                found.append((row, request, self._missed(request, known, came)))
-        return found
+    def _blank(self, count: int) -> np.ndarray:
+        return np.full((count, self.words), -1, np.int32)
 
-    def _missed(self, request: Request, known: int, came: Sequence[int] = ()) -> list[int]:
+    def _next(self, rows, steps):
+        """The rows that go on, each with what its matcher has yet to follow, when the tokens of `steps` have come."""
+        going: list[tuple[int, Request, int, list[int]]] = [(*each, []) for each in rows]
+        for drawn in steps:  # all but the newest are there: what they ask for is done while that is waited for
+            left = []
+            for each in going:
+                request = each[1]
+                if (token := drawn.get(request)) is not None:
+                    if token < 0 or token in request.stop_ids:
+                        continue
+                    each[3].append(token)
+                left.append(each)
+            going = left
+        return [
+            (row, request, self._missed(request, known, came))
+            for row, request, known, came in going
+            if known + len(came) <= request.limit
+        ]
+
+    def _missed(self, request: Request, known: int, came: list[int]) -> list[int]:
         """The tokens that a matcher has yet to follow, of the first `known` and those that came since.
 
         One that was lost with its step, after the matcher had followed it, is taken back.
         """
         state = request.matcher
         if state.followed:
-            last = request.tokens[state.seen - 1 : known] or came[state.seen - 1 - known :]
+            seen = state.seen
+            last = request.tokens[seen - 1 : known] if seen <= known else came[seen - 1 - known : seen - known]
             if not last or last[0] != state.followed[-1]:
                 self._renew(request, request.tokens[request.prompt_len : known])
-        return [*request.tokens[state.seen : known], *came[max(0, state.seen - known) :]]
+        seen = state.seen
+        return came[seen - known :] if seen >= known else [*request.tokens[seen:known], *came]
 
-    def _masks(self, rows: Sequence[tuple[int, Request, list[int]]], count: int, followed=None):
-        """`allow` for rows with the tokens that each has yet to follow; followed: an event to set when they have."""
-        going, ended = self._follow(rows)
-        forced = {row: tokens[0] for row, request in going if (tokens := request.matcher.ahead())}
-        going = [(row, request) for row, request in going if row not in forced]
+    def _masks(self, rows: Sequence[tuple[int, Request, list[int]]], masks: np.ndarray, followed=None):
+        """`allow` for rows with the tokens that each has yet to follow, into masks that allow all.
+
+        followed: an event to set when they have.
+        """
+        going, forced, ended = self._follow(rows)
         if followed is not None:
             followed.set()
-        masks, broken = self._fill(going, count)
+        broken = self._fill(going, masks)
         ended += broken
         if forced:
             at, tokens = np.array(list(forced)), np.array(list(forced.values()))
@@ -283,17 +299,17 @@ class Guide:
             masks[at, words] = np.where(tokens < 32 * self.words, 1 << tokens % 32, 0).astype(np.uint32).view(np.int32)
         if not going:
             return masks, ended
-        failed = {request for request, _ in broken}
         at = np.array([row for row, _ in going])
-        can_end = (masks[at[:, None], self._eos // 32] >> (self._eos % 32) & 1).any(1).tolist()
-        ending = [(row, request) for (row, request), can in zip(going, can_end) if can and request not in failed]
-        if ending:
+        can_end = (masks[at[:, None], self._eos // 32] >> (self._eos % 32) & 1).any(1)
+        if can_end.any():
+            failed = {request for request, _ in broken}
+            ending = [(row, request) for (row, request), can in zip(going, can_end) if can and request not in failed]
             ended += self._ends(masks, ending)
         return masks, ended
 
     def _ends(self, masks: np.ndarray, rows: Sequence[tuple[int, Request]]) -> list[tuple[Request, str]]:
         """Puts what ends each request in the place of what ends texts of its grammar; those that can only end."""
-        at, ended, stops = np.array([row for row, _ in rows]), [], defaultdict(list)
+        at, ended, stops = np.array([row for row, _ in rows], np.intp), [], defaultdict(list)
         for token in self._eos.tolist():
             masks[at, token // 32] &= ~_bit(token)
         for (row, request), more in zip(rows, masks[at].any(1).tolist()):
@@ -309,29 +325,24 @@ class Guide:
     def _follow(self, rows: Sequence[tuple[int, Request, list[int]]]):
         """Tells matchers the tokens that have come since.
 
-        Returns (row, request) of those that go on, and (request, why) of those that do not: "" when the answer is
-        complete, a message on errors.
+        Returns (row, request) of those that need a mask, {row: token} of those where only that may come, and (request,
+        why) of those that end: "" when the answer is complete, a message on errors.  2 to 5 us a row, all of which hold
+        the interpreter: by many threads it took no less, for they have to be woken.
         """
-        single = []
-        for _, request, tokens in rows:
-            due = request.matcher.follow(tokens)
-            if len(due) == 1:
-                single.append((request.matcher, due[0]))
-        if len(single) > 1:  # by many threads, and beside the interpreter
-            try:
-                went = self._executor.consume_token_par([(state.matcher, token) for state, token in single])
-            except TypeError:  # something in the place of a matcher: none was told yet
-                went = []
-            for (state, _), well in zip(single, went):
-                state.told += well  # where it is not, it is asked again
-        going, ended = [], []
-        for row, request, _ in rows:
-            why = None if request.matcher.forced else self._told(request)
-            if why is None:
-                going.append((row, request))
-            else:
-                ended.append((request, why))
-        return going, ended
+        going, forced, ended = [], {}, []
+        for row, request, tokens in rows:
+            state = request.matcher
+            state.follow(tokens)
+            if not state.forced:
+                why = self._told(request)
+                if why is not None:
+                    ended.append((request, why))
+                    continue
+                if not request.matcher.ahead():
+                    going.append((row, request))
+                    continue
+            forced[row] = state.forced[0]
+        return going, forced, ended
 
     def _told(self, request: Request) -> str | None:
         """Tells a matcher what is due.  "" when the answer is complete, a message on errors, else None."""
@@ -346,34 +357,38 @@ class Guide:
             return None
         return state.trouble()
 
-    def _fill(self, rows, count):
-        """The masks of `allow` before ends of answers are looked at, and requests whose matchers failed, and how."""
-        masks, broken = np.full((count, self._table_words), -1, np.int32), []
+    def _fill(self, rows: Sequence[tuple[int, Request]], masks: np.ndarray) -> list[tuple[Request, str]]:
+        """Fills the masks of `allow`, before ends of answers are looked at.
+
+        Returns the requests whose matchers failed, and how.
+        """
+        if not rows:
+            return []
+        narrow = self._table_words != self.words
+        found, broken = np.empty((len(masks), self._table_words), np.int32) if narrow else masks, []
         # Neighbours tend to be one thread's work: those that share a lexer would wait for each other on two.
         rows = sorted(rows, key=lambda pair: id(pair[1].matcher.source))
         try:
             if len(rows) == 1:
-                fill_next_token_bitmask(rows[0][1].matcher.matcher, masks, rows[0][0])
-            elif rows:
-                fill_next_token_bitmask_par(self._executor, [(r.matcher.matcher, row) for row, r in rows], masks)
+                fill_next_token_bitmask(rows[0][1].matcher.matcher, found, rows[0][0])
+            else:
+                fill_next_token_bitmask_par(self._executor, [(r.matcher.matcher, row) for row, r in rows], found)
             for row, request in rows:
                 if request.matcher.matcher.is_error() and self._again(request):
-                    fill_next_token_bitmask(request.matcher.matcher, masks, row)
+                    fill_next_token_bitmask(request.matcher.matcher, found, row)
         except BaseException as error:  # a panic of Rust code is no Exception
             log.warning("filling masks failed, row by row again: %s", _short(str(error)))
             for row, request in rows:
                 try:
-                    fill_next_token_bitmask(request.matcher.matcher, masks, row)
+                    fill_next_token_bitmask(request.matcher.matcher, found, row)
                 except BaseException as error:
                     broken.append((request, _short(str(error)) or type(error).__name__))
-                    masks[row] = -1
-        if self._table_words == self.words:
-            return masks, broken
-        wide = np.full((count, self.words), -1, np.int32)
-        width, at = min(self.words, self._table_words), [row for row, _ in rows]
-        wide[at, :] = 0
-        wide[at, :width] = masks[at, :width]
-        return wide, broken
+                    found[row] = -1
+        if narrow:
+            width, at = min(self.words, self._table_words), [row for row, _ in rows]
+            masks[at] = 0
+            masks[at, :width] = found[at, :width]
+        return broken
 
     def _again(self, request: Request) -> bool:
         """After an error: whether a lexer of its own may help, which it has now.

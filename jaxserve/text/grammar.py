@@ -24,6 +24,8 @@ MOST_RULES = 200  # of Lark or GBNF; llguidance follows a chain of rules on the 
 MOST_OPERATORS = 8  # "&" and "~" of Lark; each may double the work
 MOST_CHOICES = 10_000
 MOST_SECONDS = 0.25  # of the processor, to compile a grammar and its first mask
+MOST_SPELLED = 4096  # texts whose tokens are remembered, of at most LONGEST_SPELLED bytes
+LONGEST_SPELLED = 64
 MOST_CHECKED = 4096  # grammars whose check is remembered; about 200 bytes each
 
 # One space, or a new line with its indentation: models write JSON either way, and none can go on with blanks for ever.
@@ -65,17 +67,25 @@ class _Spelling:
         self.special_token_ids = sorted(tokenizer.special_ids.union(ends))
         self.table: LLTokenizer | None = None
         self._tokenizer = tokenizer
+        self._known: dict[bytes, list[int]] = {}  # a schema forces the same texts again and again
 
     def __call__(self, text: str | bytes) -> list[int]:
         spelled = text.encode() if isinstance(text, str) else text
         if self.table is None:  # llguidance tries whether bytes can be given
             return []
+        known = self._known.get(spelled)
+        if known is not None:
+            return known
         try:
             ids = self._tokenizer.spell(spelled.decode())
         except Exception:
             ids = []
         if b"".join(self.tokens[id] for id in ids) != spelled:
             ids = self.table.greedy_tokenize(spelled.decode("utf-8", "replace"))
+        if len(spelled) <= LONGEST_SPELLED:
+            if len(self._known) >= MOST_SPELLED:
+                self._known.clear()
+            self._known[spelled] = ids
         return ids
 
 
