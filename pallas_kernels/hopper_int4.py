@@ -5,6 +5,7 @@ order in which the tiles have them (`_ordered`).  Letters as there; a block has 
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,13 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.int4_mma import BITS, ROWS, UNIT, WORDS
-from pallas_kernels.triton_call import cdiv, cores
+from pallas_kernels.triton_call import cdiv, cores, power_of_two
 
-WARPGROUPS = 2  # that multiply, unless said
+WARPGROUPS = 2  # that multiply; with four, the last would wait forever for registers that no one gives back
 LINES = 64  # outputs of an instruction
 BLOCK = WARPGROUPS * LINES  # what the number of outputs has to be a multiple of
 MEMORY = 220 << 10  # of the shared memory of a core
+START = 6  # turns that pass, about, until a block has its first inputs, and while it writes its results
 
 
 def _scale_to(kind, scale_kind, register, address):
@@ -187,44 +189,65 @@ def _put_swizzled(out, target):
 
 
 def _ordered(x):
-    """Tokens with their inputs in the order of the tiles: what a lane has for one instruction, then for the next."""
+    """Tokens with their inputs in the order of the tiles: what a lane has for one instruction, then for the next.
+
+    XLA makes it part of the norm, or of the product, that these come from; after attention it is a kernel of its own.
+    """
     T, D = x.shape
     return x.reshape(T, D // 32, 4, 2, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(T, D)
 
 
-def _split(blocks, turns):
-    """Parts of the inputs such that cores have something to do."""
-    split = 1
-    while blocks * split < 1.9 * cores() and turns % (2 * split) == 0 and turns // (2 * split) >= 2:
-        split *= 2
-    return split
+class How(NamedTuple):
+    """How a matmul is shared out."""
+
+    tokens: int  # of a block
+    inputs: int = 128  # of a turn
+    split: int = 1  # parts of the inputs, which are summed up afterwards
+    high: int = 1  # times 64 outputs of a warpgroup
+    stages: int = 4  # turns that are loaded at a time, at most
+    cluster: int = 1  # blocks that get the tokens' inputs together
+    overlap: bool = False  # a unit's values are computed while the one before is multiplied
+    swizzled: bool = False  # the results go through swizzled shared memory
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "group", "dtype", "tokens", "split", "stages", "inputs", "warpgroups", "high", "cluster", "overlap",
-        "swizzled", "ordered",
-    ),
-)  # fmt: skip
-def int4_wgmma(
-    x, tiles, scale, zero, *, group, dtype=None, tokens=None, split=None, stages=4, inputs=None, warpgroups=WARPGROUPS,
-    high=1, cluster=1, overlap=False, swizzled=False, ordered=False,
-):  # fmt: skip
+def _split(blocks, D, inputs, group):
+    """Parts of the inputs with which all is done soonest; registers are for one block a core at a time."""
+    turns = D // inputs
+    parts = [n for n in range(1, turns // 2 + 1) if n == 1 or (turns % n == 0 and D // n % group == 0)] or [1]
+    return min(parts, key=lambda n: cdiv(blocks * n, cores()) * (turns // n + START))
+
+
+def plain(T, D, F, group):
+    """How that has been measured."""
+    tokens, inputs = min(128, max(16, power_of_two(T))), 128 if D % 128 == 0 else 64
+    return How(tokens, inputs, _split(F // BLOCK * cdiv(T, tokens), D, inputs, group))
+
+
+def planned(T, D, F, group):
+    """How that should be faster, by what the instructions say: weights become values once, or while others multiply."""
+    tokens = min(256, max(16, power_of_two(T)))
+    inputs = 128 if D % 128 == 0 and tokens < 256 else 64
+    blocks = F // BLOCK * cdiv(T, tokens)
+    high = 2 if tokens < 256 and F % (2 * BLOCK) == 0 and cores() < blocks <= 2 * cores() else 1
+    if high * tokens == 256:
+        inputs = 64  # for the shared memory
+    split = _split(blocks // high, D, inputs, group)
+    return How(tokens, inputs, split, high, 6 if tokens <= 64 else 4, overlap=True, swizzled=True)
+
+
+CHOICE = plain  # or planned
+
+
+@functools.partial(jax.jit, static_argnames=("group", "dtype", "how", "ordered"))
+def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None, ordered=False):
     """x [T, D] times the matrix of `tiles` (two-dimensional out), to [T, F]; F a multiple of 128.
 
-    tokens: of a block; split: parts of the inputs that are summed up afterwards; inputs: of a turn; warpgroups: that
-    multiply, each 64 * high outputs; cluster: blocks that get the tokens' inputs together; overlap: a unit's values
-    are computed while the one before is multiplied, from one turn to the next too; swizzled: how results go
-    through shared memory; ordered: the tokens' inputs stand in the order of the tiles already.
+    how: a `How` (that of `CHOICE` unless said); ordered: the tokens' inputs stand in the order of the tiles already.
     """
     (T, D), F, dtype = x.shape, scale.shape[1], jnp.dtype(dtype or x.dtype)
-    tokens = tokens or min(128, max(16, 1 << (T - 1).bit_length()))
-    inputs = inputs or (128 if D % 128 == 0 else 64)
+    tokens, inputs, split, high, stages, cluster, overlap, swizzled = how or CHOICE(T, D, F, group)
     padded, mine = cdiv(T, tokens) * tokens, LINES * high  # of a warpgroup
-    block = warpgroups * mine
-    if split is None:
-        split = _split(F // block * (padded // tokens), D // inputs)
+    block = WARPGROUPS * mine
     x = jnp.pad(x if ordered else _ordered(x), ((0, padded - T), (0, 0)))
     turns, units, rows = D // inputs // split, inputs // UNIT, max(1, inputs // group)
     out_type = jnp.dtype(jnp.float32) if split > 1 else dtype
@@ -276,7 +299,7 @@ def int4_wgmma(
             return (k * inputs // group if inputs < group else k, 0)
 
         plgpu.emit_pipeline_warp_specialized(
-            turn, grid=(turns,), memory_registers=40, wg_axis="warpgroup", num_compute_wgs=warpgroups,
+            turn, grid=(turns,), memory_registers=40, wg_axis="warpgroup", num_compute_wgs=WARPGROUPS,
             max_concurrent_steps=stages, compute_context=context,
             in_specs=[
                 plgpu.BlockSpec((tokens, inputs), lambda k: (0, k), transforms=tiled, **memory, **together),
@@ -297,10 +320,10 @@ def int4_wgmma(
         grid=(F // block // cluster, split, padded // tokens),
         grid_names=("n", "part", "m"),
         **({"cluster": (cluster,), "cluster_names": ("beside",)} if cluster > 1 else {}),
-        num_threads=warpgroups + 1,
+        num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=(
-            plgpu.SMEM((warpgroups * high, tokens, LINES), out_type, transforms=_rows(out_type) if swizzled else ()),
+            plgpu.SMEM((WARPGROUPS * high, tokens, LINES), out_type, transforms=_rows(out_type) if swizzled else ()),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(x, tiles, scale, zero)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import int4_dequantize, int4_matmul_reference, int4_pack, int4_tiles
+from pallas_kernels import int4_dequantize, int4_matmul_reference, int4_mma, int4_pack, int4_tiles
 from pallas_kernels.int4_mma import int4_by_values, int4_skinny, int4_untile, int4_values
 
 
@@ -66,12 +66,88 @@ def test_tiles_are_what_mma_wants():
     np.testing.assert_allclose(out, x @ m.q)
 
 
+@pytest.fixture
+def hopper_int4(monkeypatch):
+    """The kernel for an H200 that is not there."""
+    module = pytest.importorskip("pallas_kernels.hopper_int4")
+    monkeypatch.setattr(module, "cores", lambda: 132)
+    return module
+
+
+SHARES = [(64, 128, 64), (192, 384, 32), (576, 1152, 64), (2048, 2048, 128), (2048, 16384, 128), (4096, 6144, 128)]
+SHARES += [(8192, 2048, 128), (11008, 4096, 128), (28672, 8192, 128), (4096, 28672, 32)]
+
+
+@pytest.mark.parametrize("choice", ["plain", "planned"])
+@pytest.mark.parametrize("D, F, group", SHARES)
+def test_all_inputs_and_outputs_have_a_block(hopper_int4, choice, D, F, group):
+    for T in (1, 9, 17, 64, 100, 256, 300):
+        how = getattr(hopper_int4, choice)(T, D, F, group)
+        assert D % (how.inputs * how.split) == 0 and D // how.split % group == 0
+        assert F % (hopper_int4.BLOCK * how.high * how.cluster) == 0
+        assert how.split == 1 or D // how.inputs // how.split >= 2
+
+
+def test_a_core_has_one_block_after_the_other(hopper_int4):
+    """So parts of the inputs are worth it only where cores would have nothing to do, or the last ones few."""
+
+    def split(T, D, F):
+        return hopper_int4.plain(T, D, F, 128).split
+
+    assert split(64, 2048, 16384) == 1  # 128 blocks for 132 cores
+    assert split(256, 2048, 16384) == 1
+    assert split(64, 2048, 4096) == 4
+    assert split(64, 8192, 2048) == 8
+    assert split(64, 28672, 9216) == 7  # 72 blocks: four rounds of a seventh, not one of all
+
+
+@pytest.mark.parametrize("T", [16, 256])
+def test_planned_lowers(hopper_int4, T):
+    D, F, group = 2048, 4096, 128
+    x, tiles = jax.ShapeDtypeStruct((T, D), jnp.bfloat16), jax.ShapeDtypeStruct((F // 16, D // 64, 128), jnp.int32)
+    scale, zero = (jax.ShapeDtypeStruct((D // group, F), dtype) for dtype in (jnp.float16, jnp.uint8))
+    how = hopper_int4.planned(T, D, F, group)
+    hopper_int4.int4_wgmma.trace(x, tiles, scale, zero, group=group, how=how).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("units", [1, 2, 9, 16, 32, 43, 64, 128, 224])
+def test_planned_shares_of_units(units):
+    """No warp without a unit, as it has been; the same loads ahead."""
+    warps, ahead, early = int4_mma.planned(units)
+    assert early and ahead == int4_mma.plain(units)[1]
+    assert (warps // 2 or 1) * ahead <= units or warps == 1
+
+
 GPU = [(576, 960, 64), (2048, 2048, 128), (512, 256, 32), (64, 128, 64), (192, 128, 32), (4096, 256, 128)]
+ALL = (1, 9, 64, 300)  # tokens, for each of them
+# Every shape for a few numbers of tokens, every number for one, float16 for two: compiling takes all the time.
+CASES = [(D, F, group, T, jnp.bfloat16) for D, F, group in GPU for T in ALL]
+CASES += [(512, 256, 32, T, jnp.bfloat16) for T in (7, 8, 16, 33, 100, 256)]
+CASES += [(D, F, group, T, jnp.float16) for D, F, group in (GPU[1], GPU[4]) for T in ALL]
+
+
+@functools.cache
+def matrix(D, F, group, dtype):
+    """A matrix, and its nibbles as kernels read them."""
+    m = Matrix(D, F, group, dtype)
+    return m, jax.jit(int4_tiles)(m.q)
+
+
+def check(way, D, F, group, T, dtype, out=jnp.float32):
+    """A way's results are those of the values, up to the rounding of values and results."""
+    m, tiles = matrix(D, F, group, jnp.bfloat16 if dtype == jnp.bfloat16 and D < 1000 else np.float16)
+    x = m.tokens(T, dtype)
+    found = way(x, tiles, m.scale, jnp.asarray(m.zero), group=group, dtype=out)
+    assert found.dtype == out
+    want = np.asarray(x, np.float64) @ m.values
+    error = np.linalg.norm(np.asarray(found, np.float64) - want) / np.linalg.norm(want)
+    assert error < (5e-3 if dtype == jnp.bfloat16 else 1e-3), way
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("D, F, group", GPU)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "D, F, group, dtype", [(*GPU[0], jnp.bfloat16), (*GPU[1], jnp.float16), (*GPU[4], jnp.bfloat16)]
+)
 def test_values(D, F, group, dtype):
     m = Matrix(D, F, group)
     tiles = jax.jit(int4_tiles)(m.q)
@@ -80,23 +156,52 @@ def test_values(D, F, group, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("D, F, group", GPU)
-@pytest.mark.parametrize("T", [1, 7, 8, 9, 16, 33, 100, 256, 300])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("D, F, group, T, dtype", CASES)
 def test_kernels(D, F, group, T, dtype):
-    from pallas_kernels.hopper_int4 import int4_wgmma
+    """Each way that takes so many tokens, as it chooses itself."""
+    ways = [int4_skinny] if T <= 64 else [functools.partial(int4_by_values, at_once=D * 256)]
+    if F % 128 == 0 and T > 1 and hopper():
+        from pallas_kernels.hopper_int4 import int4_wgmma
+
+        ways.append(int4_wgmma)
+    for way in ways:
+        check(way, D, F, group, T, dtype)
+    if T == 9:
+        check(ways[0], D, F, group, T, dtype, out=dtype)
+
+
+def hopper():
     from pallas_kernels.triton_call import device
 
-    m = Matrix(D, F, group, jnp.bfloat16 if dtype == jnp.bfloat16 and D < 1000 else np.float16)
-    x, tiles = m.tokens(T, dtype), jax.jit(int4_tiles)(m.q)
-    packed = jax.jit(functools.partial(int4_pack, group=group))(m.q)
-    want = int4_matmul_reference(x, packed, m.scale, m.zero, group=group, dtype=jnp.float32)
-    ways = [int4_by_values, functools.partial(int4_by_values, at_once=D * 256)]
-    ways += [int4_skinny, functools.partial(int4_skinny, warps=16, ahead=1)] if T <= 64 else []
-    if F % 128 == 0 and device()[1] == 90:
-        ways += [int4_wgmma, functools.partial(int4_wgmma, split=1, tokens=32, inputs=64)]
-    for way in ways:
-        found = way(x, tiles, m.scale, m.zero, group=group, dtype=jnp.float32)
-        error = np.linalg.norm(found - want) / np.linalg.norm(want)
-        assert error < (5e-3 if dtype == jnp.bfloat16 else 1e-3), way
-        assert way(x, tiles, m.scale, m.zero, group=group).dtype == dtype
+    return device()[1] == 90
+
+
+EARLY = [(576, 960, 64, 9, 4, 1), (2048, 2048, 128, 1, 8, 2), (512, 256, 32, 16, 2, 2)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D, F, group, T, warps, early", EARLY)
+def test_early(D, F, group, T, warps, early):
+    check(functools.partial(int4_skinny, warps=warps, early=early), D, F, group, T, jnp.bfloat16)
+
+
+HOW = [  # D, F, group, T, dtype, what is other than the plain way
+    (2048, 2048, 128, 64, jnp.bfloat16, {"split": 1, "tokens": 32, "inputs": 64}),
+    (2048, 2048, 128, 64, jnp.bfloat16, {"swizzled": True}),
+    (2048, 2048, 128, 16, jnp.float16, {"swizzled": True, "split": 1}),
+    (512, 256, 32, 64, jnp.bfloat16, {"overlap": True}),
+    (2048, 2048, 128, 300, jnp.bfloat16, {"tokens": 256, "inputs": 64, "split": 1, "overlap": True, "swizzled": True}),
+    (2048, 2048, 128, 64, jnp.bfloat16, {"high": 2, "overlap": True, "swizzled": True}),
+    (2048, 2048, 128, 64, jnp.bfloat16, {"cluster": 2, "overlap": True}),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D, F, group, T, dtype, other", HOW)
+def test_wgmma(D, F, group, T, dtype, other):
+    if not hopper():
+        pytest.skip("wgmma is Hopper's")
+    from pallas_kernels.hopper_int4 import int4_wgmma, plain
+
+    how = plain(T, D, F, group)._replace(**other)
+    check(functools.partial(int4_wgmma, how=how), D, F, group, T, dtype, dtype)
