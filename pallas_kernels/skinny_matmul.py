@@ -86,6 +86,67 @@ def weigh(kind):
 
 WEIGH_KINDS = ",".join(["=&r"] * 4 + ["r"] * 8)
 
+
+def add_up(warps, blocks, gated, norm):
+    """Adds the sums of all warps up, through shared memory: tl.sum takes two barriers for each value of a thread.
+
+    Inputs: the thread; of each of `gated + 1` matrices and `blocks` of 8 tokens a lane's 16 sums; of each block, with
+    `norm`, those of squares.  Results: in the same order 16 / warps of sums, and of squares those of the one or two
+    tokens of these.  A lane's sums are written by four, of two tokens and two outputs; `_place` says which of all a
+    thread adds up.
+    """
+    values, groups = 16 // warps, blocks * (gated + 1)
+    chunk, threads = min(4, values), 32 * warps
+    sums = 2 if chunk == 4 else 1  # of squares
+    results = groups * values + blocks * sums * norm
+    inputs = [f"${results + 1 + i}" for i in range(16 * groups + blocks * norm)]
+    size, squares = 2048 * warps, 128 * warps * blocks * norm
+    lines = [".reg .b32 base, mine, t", ".reg .f32 v<4>", f".shared .align 16 .b8 sums[{size + squares}]",
+             "mov.b32 base, sums", f"shr.b32 mine, ${results}, 5", "shl.b32 mine, mine, 11",  # a warp's 2048 bytes
+             f"and.b32 t, ${results}, 31", "shl.b32 t, t, 4", "add.u32 mine, mine, t",
+             "add.u32 mine, mine, base"]  # fmt: skip
+    if norm:
+        lines += [f"shl.b32 t, ${results}, 2", "add.u32 t, t, base"]
+        lines += [f"st.shared.b32 [t + {size + 4 * threads * m}], {inputs[16 * groups + m]}" for m in range(blocks)]
+    out = iter(range(results))
+    for g in range(groups):
+        lines += ["bar.sync 0"] * (g > 0)  # what stands there has been read
+        for c in range(4):  # by output, then token
+            names = [inputs[16 * g + 4 * c + i] for i in (0, 2, 1, 3)]
+            lines.append(f"st.shared.v4.b32 [mine + {512 * c}], {{{', '.join(names)}}}")
+        lines += ["bar.sync 0", f"shl.b32 t, ${results}, {(4 * chunk).bit_length() - 1}", "add.u32 t, t, base"]
+        for k in range(values // chunk):
+            names = [f"${next(out)}" for _ in range(chunk)]
+            for w in range(warps):
+                lines += _load(names if w == 0 else None, chunk, f"[t + {2048 * w + 4 * chunk * threads * k}]", names)
+    for m in range(blocks * norm):
+        for e in range(sums):
+            # Of token 2 (lane % 4) + e, four lanes' of each warp; the lane is the one whose sums were taken.
+            name = f"${next(out)}"
+            lines += [f"shr.b32 t, ${results}, {2 - chunk.bit_length() + 1}" if chunk < 4 else f"mov.b32 t, ${results}",
+                      "and.b32 t, t, 3", "shl.b32 t, t, 5"]  # fmt: skip
+            if chunk < 4:
+                lines += [f"shr.b32 mine, ${results}, {2 - chunk.bit_length()}", "and.b32 mine, mine, 1",
+                          "shl.b32 mine, mine, 4", "add.u32 t, t, mine"]  # fmt: skip
+            lines.append("add.u32 t, t, base")
+            for w in range(warps):
+                place = f"[t + {size + 4 * threads * m + 128 * w + 16 * e}]"
+                lines += [f"ld.shared.v4.b32 {{v0, v1, v2, v3}}, {place}"]
+                lines.append(f"add.f32 {name}, {name}, v0" if w else f"add.f32 {name}, v0, v1")
+                lines += [f"add.f32 {name}, {name}, v{i}" for i in range(2 - (w > 0), 4)]
+    text = "{ " + ";\n".join(lines) + ";\n}"
+    return text, ",".join(["=&f"] * results + ["r"] + ["f"] * (16 * groups + blocks * norm))
+
+
+def _load(first, chunk, place, names):
+    """Loads `chunk` values into the registers `first`, or adds them to `names`."""
+    to = first or [f"v{i}" for i in range(chunk)]
+    many, registers = (f".v{chunk}", "{" + ", ".join(to) + "}") if chunk > 1 else ("", to[0])
+    return [f"ld.shared{many}.b32 {registers}, {place}"] + (
+        [] if first else [f"add.f32 {n}, {n}, {t}" for n, t in zip(names, to, strict=True)]
+    )
+
+
 # ---- Kernels.
 
 
@@ -133,159 +194,173 @@ def _fetch(x, weight, norm, unit, units, token, T, D: tl.constexpr, WIDTH: tl.co
 
 
 @jit
-def _total(acc, at: tl.constexpr, WARPS: tl.constexpr):
-    """[8 tokens, 64 outputs]: the warps' sums acc[at], ..., acc[at + 15] added up."""
-    pairs = ()
-    for i in tl.static_range(4):
-        low, high = tl.join(acc[at + 4 * i], acc[at + 4 * i + 1]), tl.join(acc[at + 4 * i + 2], acc[at + 4 * i + 3])
-        pairs = pairs + (tl.join(low, high),)  # noqa: RUF005
-    both = tl.join(tl.join(pairs[0], pairs[1]), tl.join(pairs[2], pairs[3]))
-    # row, column, token of two, output of two, and which of four pairs of outputs
-    both = tl.sum(tl.reshape(both, [WARPS, 8, 4, 2, 2, 2, 2]), 0)
-    return tl.reshape(tl.permute(both, (1, 2, 0, 5, 4, 3)), [8, 64])
+def _turn(now, given, acc, squares, lane, T, NORM: tl.constexpr, GATED: tl.constexpr, BF16: tl.constexpr,
+          AHEAD: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, PAIRS_KINDS: tl.constexpr, MMA: tl.constexpr,
+          MMA_KINDS: tl.constexpr, WEIGH: tl.constexpr, WEIGHED_KINDS: tl.constexpr):  # fmt: skip
+    """Sums of products, and of squares, with what `_fetch` has brought.
 
-
-@jit
-def _leave(total, second, squares, token, f, T, residual_ptr, out_ptr, eps: tl.constexpr, D: tl.constexpr,
-           F: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
-    """What is done with sums [8, 64], and with the sums of squares [8]."""
-    if NORM:
-        by = tl.rsqrt(squares / D + eps)[:, None]
-        total, second = total * by, second * by
-    if GATED:
-        total = total / (1.0 + tl.exp(-total)) * second
-    place, here = token[:, None] * F + f[None, :], (token < T)[:, None]
-    if RESIDUAL:
-        total += tl.load(residual_ptr + place, mask=here, other=0.0).to(tl.float32)
-    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=here)
-
-
-@jit
-def _parts(ptr, at, width, here, SPLIT: tl.constexpr, PADDED: tl.constexpr):
-    """The sum of all programs' parts, which stand `width` apart; .cg: L1 knows nothing of what others stored."""
-    part = tl.arange(0, PADDED)[:, None, None]
-    mask = (part < SPLIT) & here[None, :, :]
-    return tl.sum(tl.load(ptr + part * width + at[None, :, :], mask=mask, other=0.0, cache_modifier=".cg"), 0)
+    ptxas puts a load right before its first use, and waits for one after the other.  So there is a 0 that needs all
+    loads of a turn, and all that is multiplied needs it.
+    """
+    EACH: tl.constexpr = 16 * TOKENS  # sums a lane has of a matrix
+    WORDS: tl.constexpr = 32 * (GATED + 1)
+    held = lane
+    for i in tl.static_range(8 * (GATED + 1) * AHEAD):
+        held ^= now[4 * i]
+    for i in tl.static_range((TOKENS + NORM) * AHEAD):
+        held ^= given[4 * i]
+    held &= T >> 31  # 0, which the compiler does not know
+    low, high = held | 0x5410, held | 0x7632
+    for u in tl.static_range(AHEAD):
+        ready = ()
+        for m in tl.static_range(TOKENS):
+            g = given[4 * (u * TOKENS + m) : 4 * (u * TOKENS + m) + 4]
+            if NORM:
+                n = given[4 * (AHEAD * TOKENS + u) : 4 * (AHEAD * TOKENS + u) + 4]
+                add = squares[m] + _squares(g[0], BF16) + _squares(g[1], BF16) + _squares(g[2], BF16) + _squares(
+                    g[3], BF16)  # fmt: skip
+                squares = squares[:m] + (add,) + squares[m + 1 :]  # noqa: RUF005
+                g = tl.inline_asm_elementwise(WEIGH, WEIGHED_KINDS, [g[0], g[1], g[2], g[3], n[0], n[1], n[2], n[3]],
+                                              dtype=(tl.int32,) * 4, is_pure=True, pack=1)  # fmt: skip
+            ready = ready + (g[0], g[1], g[2], g[3])  # noqa: RUF005
+        for c in tl.static_range(4 * (GATED + 1)):
+            w = now[WORDS * u + 32 * (c // 4) + c % 4 : WORDS * (u + 1)]
+            a = tl.inline_asm_elementwise(
+                PAIRS, PAIRS_KINDS, [w[0], w[4], w[8], w[12], w[16], w[20], w[24], w[28], low, high],
+                dtype=(tl.int32,) * 8, is_pure=True, pack=1)  # fmt: skip
+            for m in tl.static_range(TOKENS):
+                g, s = ready[4 * m : 4 * m + 4], acc[EACH * (c // 4) + 16 * m + 4 * (c % 4) :]
+                s = tl.inline_asm_elementwise(
+                    MMA, MMA_KINDS, [a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], g[0], g[1], g[2], g[3], s[0], s[1],
+                                     s[2], s[3]], dtype=(tl.float32,) * 4, is_pure=False, pack=1)  # fmt: skip
+                after = acc[EACH * (c // 4) + 16 * m + 4 * (c % 4) + 4 :]
+                acc = acc[: EACH * (c // 4) + 16 * m + 4 * (c % 4)] + (s[0], s[1], s[2], s[3]) + after  # noqa: RUF005
+    return acc, squares
 
 
 @jit
 def _skinny(x_ptr, weight_ptr, norm_ptr, residual_ptr, counter_ptr, T, out_ptr, sums_ptr, squares_ptr,
             D: tl.constexpr, F: tl.constexpr, eps: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
-            RESIDUAL: tl.constexpr, BF16: tl.constexpr, SPLIT: tl.constexpr, PADDED: tl.constexpr,
+            RESIDUAL: tl.constexpr, BF16: tl.constexpr, SPLIT: tl.constexpr,
             WARPS: tl.constexpr, AHEAD: tl.constexpr, TOKENS: tl.constexpr, TURNS: tl.constexpr,
             LOAD: tl.constexpr, LOAD_KINDS: tl.constexpr, LOADX: tl.constexpr, LOADX_KINDS: tl.constexpr,
             PAIRS: tl.constexpr, PAIRS_KINDS: tl.constexpr, MMA: tl.constexpr, MMA_KINDS: tl.constexpr,
-            WEIGH: tl.constexpr, WEIGHED_KINDS: tl.constexpr):  # fmt: skip
+            WEIGH: tl.constexpr, WEIGHED_KINDS: tl.constexpr, ADD: tl.constexpr, ADD_KINDS: tl.constexpr):  # fmt: skip
     """64 outputs of TOKENS times 8 tokens, from a SPLIT-th of the inputs, whose units the warps share out.
 
-    ptxas puts a load right before its first use, and waits for one after the other.  So there is a 0 that needs all
-    loads of a turn, and all that is multiplied needs it.  Grid: blocks of tokens, F / 64, SPLIT.
+    Grid: blocks of tokens, F / 64, SPLIT.
     """
     WIDTH: tl.constexpr = F * 2 if GATED else F
-    EACH: tl.constexpr = 16 * TOKENS  # sums a lane has of a matrix
-    WORDS: tl.constexpr = 32 * (GATED + 1)
+    UNITS: tl.constexpr = D // 32 // SPLIT
+    # After the warps' sums are added up a thread has VALUES of 512 (8 tokens, 64 outputs), CHUNK of them side by side.
+    VALUES: tl.constexpr = 16 // WARPS
+    CHUNK: tl.constexpr = 4 if VALUES > 4 else VALUES
+    SUMS: tl.constexpr = 2 if CHUNK == 4 else 1  # how many tokens' sums of squares it needs for 8 tokens
     block, column, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     thread = tl.arange(0, 32 * WARPS)
     warp, lane = thread // 32, thread % 32
     row, quarter = lane // 4, lane % 4
     first = block * (8 * TOKENS)
-    x = x_ptr + (first + row) * D + quarter * 8
-    weight = weight_ptr + quarter * (8 * WIDTH) + column * 64 + row * 8
-    norm = norm_ptr + quarter * 8
-    units = (D // 32 * (share + 1)) // SPLIT
-    unit = (D // 32 * share) // SPLIT + warp * AHEAD
+    x = x_ptr + (first + row) * D + share * (32 * UNITS) + quarter * 8
+    weight = weight_ptr + (share * (32 * UNITS) + quarter * 8).to(tl.int64) * WIDTH + column * 64 + row * 8
+    norm = norm_ptr + share * (32 * UNITS) + quarter * 8
+    unit = warp * AHEAD
     zero = tl.zeros([32 * WARPS], tl.float32)
-    acc = (zero,) * (EACH * (GATED + 1))
+    acc = (zero,) * (16 * TOKENS * (GATED + 1))
     squares = (zero,) * TOKENS
-    words, tokens = _fetch(x, weight, norm, unit, units, first + row, T, D, WIDTH, GATED, NORM, AHEAD, TOKENS, LOAD,
+    words, tokens = _fetch(x, weight, norm, unit, UNITS, first + row, T, D, WIDTH, GATED, NORM, AHEAD, TOKENS, LOAD,
                            LOAD_KINDS, LOADX, LOADX_KINDS)  # fmt: skip
-    for _ in tl.range(0, TURNS, 1, num_stages=1):
+    for _ in tl.range(0, TURNS - 1, 1, num_stages=1):
         now, given = words, tokens
-        if TURNS > 1:
-            unit += WARPS * AHEAD
-            words, tokens = _fetch(x, weight, norm, unit, units, first + row, T, D, WIDTH, GATED, NORM, AHEAD, TOKENS,
-                                   LOAD, LOAD_KINDS, LOADX, LOADX_KINDS)  # fmt: skip
-        held = lane
-        for i in tl.static_range(8 * (GATED + 1) * AHEAD):
-            held ^= now[4 * i]
-        for i in tl.static_range((TOKENS + NORM) * AHEAD):
-            held ^= given[4 * i]
-        held &= T >> 31  # 0, which the compiler does not know
-        low, high = held | 0x5410, held | 0x7632
-        for u in tl.static_range(AHEAD):
-            ready = ()
-            for m in tl.static_range(TOKENS):
-                g = given[4 * (u * TOKENS + m) : 4 * (u * TOKENS + m) + 4]
-                if NORM:
-                    n = given[4 * (AHEAD * TOKENS + u) : 4 * (AHEAD * TOKENS + u) + 4]
-                    add = squares[m] + _squares(g[0], BF16) + _squares(g[1], BF16) + _squares(g[2], BF16) + _squares(
-                        g[3], BF16)  # fmt: skip
-                    squares = squares[:m] + (add,) + squares[m + 1 :]  # noqa: RUF005
-                    g = tl.inline_asm_elementwise(WEIGH, WEIGHED_KINDS,
-                                                  [g[0], g[1], g[2], g[3], n[0], n[1], n[2], n[3]],
-                                                  dtype=(tl.int32,) * 4, is_pure=True, pack=1)  # fmt: skip
-                ready = ready + (g[0], g[1], g[2], g[3])  # noqa: RUF005
-            for c in tl.static_range(4 * (GATED + 1)):
-                w = now[WORDS * u + 32 * (c // 4) + c % 4 : WORDS * (u + 1)]
-                a = tl.inline_asm_elementwise(
-                    PAIRS, PAIRS_KINDS, [w[0], w[4], w[8], w[12], w[16], w[20], w[24], w[28], low, high],
-                    dtype=(tl.int32,) * 8, is_pure=True, pack=1)  # fmt: skip
-                for m in tl.static_range(TOKENS):
-                    at: tl.constexpr = (c // 4) * EACH + m * 16 + 4 * (c % 4)
-                    g, s = ready[4 * m : 4 * m + 4], acc[at : at + 4]
-                    s = tl.inline_asm_elementwise(
-                        MMA, MMA_KINDS, [a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], g[0], g[1], g[2], g[3], s[0],
-                                         s[1], s[2], s[3]], dtype=(tl.float32,) * 4, is_pure=False, pack=1)  # fmt: skip
-                    acc = acc[:at] + (s[0], s[1], s[2], s[3]) + acc[at + 4 :]  # noqa: RUF005
-    f = column * 64 + tl.arange(0, 64)
+        unit += WARPS * AHEAD
+        words, tokens = _fetch(x, weight, norm, unit, UNITS, first + row, T, D, WIDTH, GATED, NORM, AHEAD, TOKENS,
+                               LOAD, LOAD_KINDS, LOADX, LOADX_KINDS)  # fmt: skip
+        acc, squares = _turn(now, given, acc, squares, lane, T, NORM, GATED, BF16, AHEAD, TOKENS, PAIRS, PAIRS_KINDS,
+                             MMA, MMA_KINDS, WEIGH, WEIGHED_KINDS)  # fmt: skip
+    acc, squares = _turn(words, tokens, acc, squares, lane, T, NORM, GATED, BF16, AHEAD, TOKENS, PAIRS, PAIRS_KINDS,
+                         MMA, MMA_KINDS, WEIGH, WEIGHED_KINDS)  # fmt: skip
+    operands = (thread,)
+    for i in tl.static_range(16 * TOKENS * (GATED + 1)):
+        operands = operands + (acc[i],)  # noqa: RUF005
+    for m in tl.static_range(TOKENS * NORM):
+        operands = operands + (squares[m],)  # noqa: RUF005
+    results: tl.constexpr = (tl.float32,) * (TOKENS * (VALUES * (GATED + 1) + SUMS * NORM))
+    sums = tl.inline_asm_elementwise(ADD, ADD_KINDS, operands, dtype=results, is_pure=False, pack=1)
+    last = True
     columns, padded = tl.num_programs(1), tl.num_programs(0) * (8 * TOKENS)  # tokens in what programs leave each other
-    for m in tl.static_range(TOKENS):
-        token = first + 8 * m + tl.arange(0, 8)
-        total, sums = _total(acc, m * 16, WARPS), tl.zeros([8], tl.float32)
-        second = total
-        if GATED:
-            second = _total(acc, EACH + m * 16, WARPS)
-        if NORM:
-            sums = tl.sum(tl.sum(tl.reshape(squares[m], [WARPS, 8, 4]), 2), 0)
-        if SPLIT == 1:
-            _leave(total, second, sums, token, f, T, residual_ptr, out_ptr, eps, D, F, GATED, NORM, RESIDUAL)
-        else:
-            here = (token < T)[:, None] & (f < F)[None, :]
-            place = (share * padded + token)[:, None] * WIDTH + f[None, :]
-            tl.store(sums_ptr + place, total, mask=here)
-            if GATED:
-                tl.store(sums_ptr + place + F, second, mask=here)
-            if NORM:
-                tl.store(squares_ptr + (share * columns + column) * padded + token, sums, mask=token < T)
     if SPLIT > 1:
+        for j in tl.static_range(TOKENS * VALUES):
+            token, f = _place(thread, first, column, j, VALUES, CHUNK, WARPS)
+            at = (share * padded + token) * WIDTH + f
+            tl.store(sums_ptr + at, sums[j], mask=token < T)
+            if GATED:
+                tl.store(sums_ptr + at + F, sums[TOKENS * VALUES + j], mask=token < T)
+            if NORM and j % VALUES % CHUNK % 2 == 0 and j % VALUES < CHUNK:
+                s = sums[TOKENS * VALUES * (GATED + 1) + j // VALUES * SUMS + j % VALUES // 2]
+                tl.store(squares_ptr + (share * columns + column) * padded + token, s, mask=token < T)  # some twice
         tl.debug_barrier()  # all threads have stored before one of them counts
         done = counter_ptr + block * columns + column
-        if tl.atomic_add(done, 1) == SPLIT - 1:
+        last = tl.atomic_add(done, 1) == SPLIT - 1
+        if last:
             tl.store(done, 0)  # as the next launch wants it
-            for m in tl.static_range(TOKENS):
-                token = first + 8 * m + tl.arange(0, 8)
-                here = (token < T)[:, None] & (f < F)[None, :]
-                place = token[:, None] * WIDTH + f[None, :]
-                total, sums = _parts(sums_ptr, place, padded * WIDTH, here, SPLIT, PADDED), tl.zeros([8], tl.float32)
-                second = total
+    if last:
+        for j in tl.static_range(TOKENS * VALUES):
+            token, f = _place(thread, first, column, j, VALUES, CHUNK, WARPS)
+            here = token < T
+            if SPLIT == 1:
+                total = sums[j]
                 if GATED:
-                    second = _parts(sums_ptr, place + F, padded * WIDTH, here, SPLIT, PADDED)
+                    second = sums[TOKENS * VALUES + j]
                 if NORM:
-                    at = (column * padded + token)[:, None]
-                    sums = tl.sum(_parts(squares_ptr, at, columns * padded, (token < T)[:, None], SPLIT, PADDED), 1)
-                _leave(total, second, sums, token, f, T, residual_ptr, out_ptr, eps, D, F, GATED, NORM, RESIDUAL)
+                    square = sums[TOKENS * VALUES * (GATED + 1) + j // VALUES * SUMS + j % VALUES % CHUNK // 2]
+            else:
+                total = _parts(sums_ptr + token * WIDTH + f, padded * WIDTH, here, SPLIT)
+                if GATED:
+                    second = _parts(sums_ptr + token * WIDTH + f + F, padded * WIDTH, here, SPLIT)
+                if NORM:
+                    square = _parts(squares_ptr + column * padded + token, columns * padded, here, SPLIT)
+            if NORM:
+                by = tl.rsqrt(square / D + eps)
+                total *= by
+                if GATED:
+                    second *= by
+            if GATED:
+                total = total / (1.0 + tl.exp(-total)) * second
+            if RESIDUAL:
+                total += tl.load(residual_ptr + token * F + f, mask=here, other=0.0).to(tl.float32)
+            tl.store(out_ptr + token * F + f, total.to(out_ptr.dtype.element_ty), mask=here)
+
+
+@jit
+def _place(thread, first, column, j: tl.constexpr, VALUES: tl.constexpr, CHUNK: tl.constexpr, WARPS: tl.constexpr):
+    """Token and output of a thread's j-th value (see `add_up`)."""
+    at = (j % VALUES // CHUNK * (32 * WARPS) + thread) * CHUNK + j % VALUES % CHUNK
+    lane = at // 4 % 32
+    token = first + j // VALUES * 8 + 2 * (lane % 4) + at % 4 // 2
+    return token, column * 64 + 8 * (lane // 4) + 2 * (at // 128) + at % 2
+
+
+@jit
+def _parts(pointers, width, here, SPLIT: tl.constexpr):
+    """The sum of all programs' parts, `width` apart, always in this order; .cg: L1 knows nothing of others' stores."""
+    total = tl.load(pointers, mask=here, other=0.0, cache_modifier=".cg")
+    for s in tl.static_range(1, SPLIT):
+        total += tl.load(pointers + s * width, mask=here, other=0.0, cache_modifier=".cg")
+    return total
 
 
 def shares(T, D, F, gated, programs):
     """How the work is cut, by counts of registers and not yet by the clock: warps, units ahead, split.
 
-    A program for about each half of a core; warps that all have something.
+    All programs are there at once, two a core where that is possible, and a warp with two units loads both at once.
+    `programs` is the number of cores.
     """
     units, columns = D // UNIT, F // COLUMNS * cdiv(T, 8 * tokens_at_once(T, gated))
     split = max(1, min(units, round(2 * programs / columns / (1 + gated))))
     while units % split:  # alike
         split -= 1
-    return min(8, power_of_two(units // split + 1) // 2), 1, split
+    warps = min(8 if T <= 8 or gated else 4, power_of_two(units // split + 1) // 2)
+    return warps, 2 if units == 2 * warps * split and not gated else 1, split
 
 
 def tokens_at_once(T, gated):
@@ -316,9 +391,12 @@ def skinny_matmul(x, weight, *, norm=None, eps=0.0, residual=None, gated=False, 
         chosen = shares(T, D, F, gated, cores())
         warps, ahead, split = warps or chosen[0], ahead or chosen[1], split or chosen[2]
     blocks, units, width = cdiv(T, 8 * tokens), D // UNIT, F * (1 + gated)
-    turns = cdiv(cdiv(units, split), warps * ahead)
-    masked = units % (split * warps * ahead) > 0 or turns > 1  # the last turn asks for one more
+    if units % split or warps not in (1, 2, 4, 8, 16):
+        raise ValueError(f"{D} inputs are {units} units: no {split} parts alike, or no {warps} warps")
+    turns = cdiv(units // split, warps * ahead)
+    masked = units % (split * warps * ahead) > 0
     load, kinds = load_unit(2 * width, masked, hint)
+    add, add_kinds = add_up(warps, tokens, int(gated), int(norm is not None))
     padded = blocks * tokens * 8
     left = (split, padded, width) if split > 1 else (1,)
     squares = (split, F // COLUMNS, padded) if split > 1 and norm is not None else (1,)
@@ -328,8 +406,9 @@ def skinny_matmul(x, weight, *, norm=None, eps=0.0, residual=None, gated=False, 
         out=[jax.ShapeDtypeStruct((T, F), x.dtype), *(jax.ShapeDtypeStruct(s, jnp.float32) for s in (left, squares))],
         grid=(blocks, F // COLUMNS, split), warps=warps, stages=1, D=D, F=F, eps=float(eps), GATED=int(gated),
         NORM=int(norm is not None), RESIDUAL=int(residual is not None), BF16=int(kind == "bf16"), SPLIT=split,
-        PADDED=power_of_two(split), WARPS=warps, AHEAD=ahead, TOKENS=tokens, TURNS=turns, LOAD=load, LOAD_KINDS=kinds,
+        WARPS=warps, AHEAD=ahead, TOKENS=tokens, TURNS=turns, LOAD=load, LOAD_KINDS=kinds,
         LOADX=LOAD_X, LOADX_KINDS=LOAD_X_KINDS, PAIRS=PAIR, PAIRS_KINDS=PAIR_KINDS, MMA=multiply(kind),
-        MMA_KINDS=MULTIPLY_KINDS, WEIGH=weigh(kind), WEIGHED_KINDS=WEIGH_KINDS,
+        MMA_KINDS=MULTIPLY_KINDS, WEIGH=weigh(kind), WEIGHED_KINDS=WEIGH_KINDS, ADD=add,
+        ADD_KINDS=add_kinds,
     )  # fmt: skip
     return out

@@ -13,6 +13,7 @@ import numpy as np
 
 WIDTH = {"r": 32, "f": 32, "l": 64, "h": 16}  # bits of an operand, by LLVM's letter
 TYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
+SHARED = 1 << 12  # where shared memory begins that the code declares
 JUNK = np.random.default_rng(0)
 
 
@@ -40,11 +41,13 @@ class Memory:
 
 @functools.cache
 def parse(text):
-    """Declared registers {name: bits}, and the instructions (predicate or None, name, operands)."""
+    """Declared registers {name: bits} and arrays {name: -bytes}, and the instructions (predicate, name, operands)."""
     registers, instructions = {}, []
     text = re.fullmatch(r"\s*\{(.*)\}\s*", text, re.S)[1]
     for line in filter(None, (line.strip() for line in text.split(";"))):
-        if declared := re.fullmatch(r"\.reg \.(\w+) (.*)", line):
+        if declared := re.fullmatch(r"\.shared \.align 16 \.b8 (\w+)\[(\d+)\]", line):
+            registers[declared[1]] = -int(declared[2])
+        elif declared := re.fullmatch(r"\.reg \.(\w+) (.*)", line):
             bits = 1 if declared[1] == "pred" else int(declared[1][1:])
             for name in declared[2].split(","):
                 name, count = re.fullmatch(r"(\w+)(?:<(\d+)>)?", name.strip()).groups()
@@ -91,6 +94,11 @@ class Threads:
         self.count, self.memories = inputs[0].size, memories
         self.bits = parse(text)[0] | {f"${i}": WIDTH[k[-1]] for i, k in enumerate(out + given)}
         self.values = {}
+        for name, bits in self.bits.items():  # shared memory that is not set
+            if bits < 0:
+                self.memories = memories | {"shared": Memory(np.full(-bits, 255, np.uint8), at=[SHARED])}
+                self.values[name] = np.full(self.count, SHARED, np.uint32)
+        self.bits = {name: 32 if bits < 0 else bits for name, bits in self.bits.items()}
         for (name, kind), value in zip(self.inputs.items(), inputs, strict=True):
             assert value.dtype.itemsize * 8 == WIDTH[kind], f"{name} is {value.dtype}, its constraint {kind}"
             self.values[name] = value.view(f"u{value.dtype.itemsize}")
@@ -122,6 +130,8 @@ class Threads:
         if op in ("ld", "st"):
             return self.move(op, how, operands, where)
         to, *of = operands
+        if op == "bar":  # all threads are at the same instruction anyway
+            return None
         if op == "mma":
             values = _mma(how, *([self.read(n) for n in names] for names in of))
         elif op == "mov" and isinstance(to, tuple):
@@ -143,7 +153,7 @@ class Threads:
         """ld and st: `how` is the space, what caches do, how many, and the type of each."""
         place, names = operands if op == "st" else operands[::-1]
         names = names if isinstance(names, tuple) else (names,)
-        assert len(names) == (4 if "v4" in how else 1)
+        assert len(names) == (4 if "v4" in how else 2 if "v2" in how else 1)
         memory, item = self.memories[how[0]], int(how[-1][1:]) // 8
         address = self.read(place[0], 64 if how[0] == "global" else 32).astype(np.int64) + place[1]
         size = item * len(names)
@@ -195,6 +205,10 @@ def _two(how, function, *registers):
     return _packed(kind, function(*_pairs(kind, *registers)))
 
 
+def _add(how, a, b):
+    return (a.view(np.float32) + b.view(np.float32)).view(np.uint32) if how == ["f32"] else a + b
+
+
 def _mul(how, a, b):
     if how == ["f32"]:
         return (a.view(np.float32) * b.view(np.float32)).view(np.uint32)
@@ -224,6 +238,7 @@ INSTRUCTIONS = {
     "prmt": _prmt,
     "fma": lambda how, *of: _two(how, lambda a, b, c: a * b + c, *of),
     "mul": _mul,
+    "add": _add,
     "cvt": _cvt,
     "setp": _setp,
 }

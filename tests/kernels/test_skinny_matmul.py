@@ -124,9 +124,11 @@ def assembly(monkeypatch):
         (1, 32, 64, "", {"split": 1}),
         (3, 128, 64, "n", {"warps": 1, "split": 1}),  # several turns
         (8, 128, 128, "r", {"warps": 2, "ahead": 2, "split": 1}),
-        (16, 160, 64, "nr", {"warps": 2, "split": 2}),  # 5 units: the parts, and the warps' shares, are not alike
+        (16, 160, 64, "nr", {"warps": 2, "split": 1}),  # 5 units: the warps' shares are not alike
+        (9, 160, 128, "nr", {"warps": 1, "split": 5}),
+        (9, 640, 64, "n", {"warps": 4, "split": 2}),
         (17, 96, 64, "g", {"warps": 4, "split": 1}),  # a warp has nothing
-        (32, 64, 64, "n", {"split": 2}),
+        (32, 512, 64, "n", {"warps": 16, "split": 1}),
         (3, 192, 64, "ngr", {"warps": 1, "ahead": 2, "split": 3}),
         (17, 256, 128, "ng", {}),
         (32, 96, 64, "r", {"hint": ".L2::256B"}),
