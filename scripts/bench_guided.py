@@ -6,13 +6,14 @@ Each round runs the same requests free, then bound; the figures are medians of t
 The check: every request has its number of tokens, and every bound answer follows its grammar.  A checkpoint without
 a tokenizer (random weights) gets words of random letters as its vocabulary.
 
-The pieces are milliseconds a step with bound rows, mean and 99th percentile.  On the guide's thread, one after the
-other: `next` (what each row has to follow; with `token`, which waits for the device: as long as this is not next to
-nothing, the device sets the pace), `follow` (matchers are told the tokens, and asked for what is forced), `fill`
-(llguidance, on --threads threads), `masks` (both, and ends of answers).  On the engine's thread: `way` (until matchers
-have followed), `plan`, `pack`, `send`, `wait` (for the masks), `draw` (with `upload`, of the masks; launches the
-drawing), `advance` (launches the next step's forward), `record` (tokens to their outboxes); `turn` is all of a turn.
-What must fit into a step of the device is next without token, masks, draw and advance.
+The pieces are milliseconds a step with bound rows, mean and 99th percentile.  `made` is the guide's thread, all of a
+step; of it `token` waits for the device: as long as this is not next to nothing, the device sets the pace.  Then come,
+for each of two parts of the rows, on a thread each: `next` (what each row has to follow), `follow` (matchers are told
+the tokens, and asked for what is forced), `fill` (llguidance, on --threads threads); `masks` is the last two, and ends
+of answers.  On the engine's thread: `way` (until matchers have followed), `plan`, `pack`, `send`, `wait` (for the
+masks), `draw` (with `upload`, of the masks; launches the drawing), `advance` (launches the next step's forward),
+`record` (tokens to their outboxes); `turn` is all of a turn.  What must fit into a step of the device is made without
+token, draw and advance.
 """
 
 import argparse
@@ -112,8 +113,9 @@ class Pieces:
         """Times an engine's guided steps."""
         guide, runner = engine.guide, engine.runner
         for owner, name, label in (
-            (guide, "_next", "next"), (guide, "_follow", "follow"), (guide, "_fill", "fill"),
-            (guide, "_masks", "masks"), (guide, "take", "wait"), (guide, "make_way", "way"),
+            (guide, "_made", "made"), (guide, "_next", "next"), (guide, "_follow", "follow"),
+            (guide, "_fill", "fill"), (guide, "_masks", "masks"),
+            (guide, "take", "wait"), (guide, "make_way", "way"),
             (runner, "draw", "draw"), (engine, "_read", "record"), (runner, "advance", "advance"),
             (runner, "send", "send"), (engine.scheduler, "plan", "plan"), (runner, "pack", "pack"),
             (engine, "_turn", "turn"),

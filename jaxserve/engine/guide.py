@@ -4,7 +4,8 @@ llguidance does the work; a grammar is its JSON text, checked before it comes he
 tokens that the host has seen, so it survives preemption and lost steps as it is.  Knows nothing of the device.
 
 A mask takes a core 5 us to 0.6 ms (SmolLM2's tokens; patterns and strings of bounded length are the dear ones), 64 of
-them 3 ms: many threads fill them, while the device computes and the engine's thread prepares the step after.
+them 3 ms: many threads fill them, while the device computes and the engine's thread prepares the step after.  A step
+waits for its dearest mask, so those that will be dear are begun before the tokens of the other rows are looked at.
 
 Where a grammar forces a text, its tokens are asked for at once, and their masks need no more of llguidance.  It would
 ask itself, in the midst of a mask, and what spells texts is Python: each thread would wait for the interpreter.
@@ -17,6 +18,7 @@ import time
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -33,6 +35,8 @@ MANY = 64  # lexers of one grammar; 0.1 to 0.5 MB each as a rule
 WORN = 5_000  # tokens that answers followed with a lexer, after which it is not lent again; ten times as many if dear
 KEPT = 256  # lexers in all, of at most 10 MB by then ...
 KEPT_BYTES = 8 << 20  # ... and the text of their grammars at most
+SPLIT = 8  # rows from which on their masks are begun in two parts
+WIDE = 1024  # tokens that a mask allows, from which on the next is likely to be dear: in the midst of a string
 MESSAGE = 200  # characters of llguidance's errors that are shown
 
 
@@ -65,6 +69,7 @@ class Matcher:
         self.told = 0  # how many of these llguidance's matcher has been told
         self.forced: list[int] = []  # tokens that must come next; until the last has, nothing is told
         self.alone = False  # whether no other answer ever used its lexer
+        self.dear = False  # whether its next mask is likely to take long
 
     @property
     def seen(self) -> int:
@@ -97,7 +102,7 @@ class _Job:
 
     def __init__(self, key, rows, count, read):
         self.key, self.rows, self.count, self.read = key, rows, count, read
-        self.followed, self.done = threading.Event(), threading.Event()
+        self.followed, self.done = (threading.Event(), threading.Event()), threading.Event()  # each part; all
         self.found: tuple[np.ndarray, list[tuple[Request, str]]] | None = None
 
 
@@ -119,6 +124,7 @@ class Guide:
         self._thread: threading.Thread | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._job: _Job | None = None
+        self._helper = ThreadPoolExecutor(1, "jaxserve-guide-helper")
 
     # From any thread ------------------------------------------------------------------------------------------------
 
@@ -215,7 +221,8 @@ class Guide:
         The thread that does it would else wait for whatever Python code runs when the tokens come.
         """
         if self._job is not None:
-            self._job.followed.wait()
+            for part in self._job.followed:
+                part.wait()
 
     def take(self, rows: Sequence) -> tuple[np.ndarray, list[tuple[Request, str]]] | None:
         """Waits for what was started.  None where that was not for these very `rows`, or failed."""
@@ -230,21 +237,71 @@ class Guide:
         return job
 
     def close(self) -> None:
-        """Ends the guide's thread."""
+        """Ends the guide's threads."""
         self._jobs.put(None)
+        self._helper.shutdown(wait=False)
 
     # ----------------------------------------------------------------------------------------------------------------
 
     def _work(self):
         while (job := self._jobs.get()) is not None:
             try:
-                blank = self._blank(job.count)  # while the tokens are on their way
-                job.found = self._masks(self._next(job.rows, job.read()), blank, job.followed)
+                job.found = self._made(job)
             except BaseException as error:  # whoever waits does it again, and meets it there
                 log.debug("masks were not made ahead: %s", _short(str(error)))
-            job.followed.set()
-            job.done.set()
+            for event in (*job.followed, job.done):
+                event.set()
+            if job.found is not None:
+                self._note(job.rows, job.found[0])
             del job
+
+    def _made(self, job: _Job) -> tuple[np.ndarray, list[tuple[Request, str]]]:
+        """The masks of a job, as `allow` returns them.
+
+        This thread begins with those that take long: once it waits for them it leaves the interpreter to the helper,
+        which follows the tokens of the others.
+        """
+        masks, (first, others) = self._blank(job.count), self._split(job.rows)  # while the tokens are on their way
+        drawn = list(job.read())
+
+        def part(rows, followed):
+            try:
+                return self._masks(self._next(rows, drawn), masks, followed)[1]
+            finally:
+                followed.set()
+
+        helper = [self._helper.submit(part, others, job.followed[1])] if others else []
+        if not others:
+            job.followed[1].set()
+        try:
+            ended = part(first, job.followed[0])
+        finally:
+            wait(helper)
+        return masks, ended + [one for future in helper for one in future.result()]
+
+    def _split(self, rows):
+        """The rows whose masks are to be begun first, a quarter to a half of them, and the others.
+
+        Whoever shares a lexer is in one part: following a token waits for whoever fills a mask with it.
+        """
+        if len(rows) < SPLIT:
+            return rows, []
+        dear = {id(request.matcher.source) for _, request, _ in rows if request.matcher.dear}
+        keys = [id(request.matcher.source) for _, request, _ in rows]
+        order = sorted(range(len(rows)), key=lambda i: (keys[i] not in dear, keys[i]))
+        end = min(max(len(rows) // 4, sum(key in dear for key in keys)), len(rows) // 2)
+        while end < len(rows) and keys[order[end]] == keys[order[end - 1]]:
+            end += 1
+        return [rows[i] for i in order[:end]], [rows[i] for i in order[end:]]
+
+    def _note(self, rows, masks: np.ndarray) -> None:
+        """Notes which masks are likely to take long in the next step: in strings, or where one may begin.
+
+        That is where many tokens are allowed, as far as one word in eight tells, and where a forced text ends.
+        """
+        counts = np.bitwise_count(masks[:, ::8].view(np.uint32)).sum(1, dtype=np.int32)
+        for (_, request, _), wide in zip(rows, (counts[[row for row, *_ in rows]] >= WIDE // 8).tolist(), strict=True):
+            request.matcher.dear = wide or len(request.matcher.forced) == 1
 
     def _blank(self, count: int) -> np.ndarray:
         return np.full((count, self.words), -1, np.int32)
@@ -252,7 +309,7 @@ class Guide:
     def _next(self, rows, steps):
         """The rows that go on, each with what its matcher has yet to follow, when the tokens of `steps` have come."""
         going: list[tuple[int, Request, int, list[int]]] = [(*each, []) for each in rows]
-        for drawn in steps:  # all but the newest are there: what they ask for is done while that is waited for
+        for drawn in steps:
             left = []
             for each in going:
                 request = each[1]

@@ -458,8 +458,72 @@ def test_masks_that_are_made_ahead():
     assert not guide._thread.is_alive()
 
 
+def test_masks_of_many_rows_are_made_in_two_parts(monkeypatch):
+    """Those that will take long, and those that share a lexer with them, first; what comes is what `allow` gives."""
+    monkeypatch.setattr(guides, "MANY", 2)
+    guide, draw, patterns = Guide(build.table, 97), random.Random(3), ["[a-z]{1,9}=(yes|no)", "(ab|ba)+c", "[0-9]{3}-x"]
+    many = [request(regex(patterns[i % 3])) for i in range(21)]
+    for one in many:
+        one.matcher = guide.open(one)
+    parts, split = [], guide._split
+    some = np.zeros((21, 97), np.int32)
+    some[:5], some[5:9, 0] = -1, -1
+    guide._note([(i, one, 0) for i, one in enumerate(many)], some)
+    assert [one.matcher.dear for one in many] == [True] * 5 + [False] * 16
+    many[7].matcher.forced = [3]
+    guide._note([(7, many[7], 0)], some)
+    assert many[7].matcher.dear
+    many[7].matcher.forced = []
+    for one in many:
+        one.matcher.dear = one.grammar == many[0].grammar
+    monkeypatch.setattr(guide, "_note", lambda rows, masks: None)
+    monkeypatch.setattr(guide, "_split", lambda rows: parts.append(split(rows)) or parts[-1])
+    rows = list(enumerate(many))
+    masks, ended = guide.allow(rows, 21)
+    while rows:
+        assert len(ended) == len({request for request, _ in ended}) and not any(why for _, why in ended)
+        over = {request for request, _ in ended}
+        rows = [(row, one) for row, one in rows if one not in over]
+        drawn = {one: draw.choice(ids(masks[row])) for row, one in rows}
+        guide.start(rows, 21, lambda drawn=drawn: [drawn])
+        guide.make_way()
+        assert {len(one.matcher.followed) - len(one.output) for _, one in rows} <= {1}
+        masks, ended = guide.take(rows)
+        for one, token in drawn.items():
+            one.tokens.append(token)
+        twins = [(row, request(one.grammar)) for row, one in rows]
+        for (_, one), (_, twin) in zip(rows, twins, strict=True):
+            twin.matcher, twin.tokens[2:] = guide.open(twin), one.output
+        expected, over = guide.allow(twins, 21)
+        np.testing.assert_array_equal(masks, expected)
+        assert len(ended) == len(over)
+    for one in many:
+        assert any(re.fullmatch(pattern, build.text(one.output)) for pattern in patterns)
+    assert len(parts) > 5
+    for first, others in parts:
+        assert not {one.matcher.source for _, one, _ in first} & {one.matcher.source for _, one, _ in others}
+        assert (len(first) + len(others) < guides.SPLIT) == (not others) or len(first) >= 2
+    first, others = parts[0]
+    assert {one.grammar for _, one, _ in first} >= {many[0].grammar}
+    assert many[0].grammar not in {one.grammar for _, one, _ in others} and len(others) >= 10
+    # What fails in the one part or in the other is made again by whoever waits for it.
+    rows = list(enumerate(many := [request(regex(patterns[0])) for _ in range(8)]))
+    for place in range(8):
+        for one in many:
+            one.matcher = guide.open(one)
+        good, many[place].matcher.matcher = many[place].matcher.matcher, None
+        guide.start(rows, 8, lambda: [])
+        guide.make_way()
+        assert guide.take(rows) is None
+        many[place].matcher.matcher = good
+        masks, ended = guide.allow(rows, 8)
+        assert not ended and len({shown(mask) for mask in masks}) == 1
+    guide.close()
+
+
 def test_most_masks_are_made_ahead(engine, expected, monkeypatch):
     taken, take = [], engine.guide.take
+    monkeypatch.setattr(guides, "SPLIT", 2)
     monkeypatch.setattr(engine.guide, "take", lambda rows: taken.append((rows, take(rows))) or taken[-1][1])
     check(engine, expected)
     asked = [found is not None for rows, found in taken]
@@ -489,7 +553,7 @@ def test_forced_texts(monkeypatch):
     assert follow(guide, other, "d") == ("e", []) and not other.matcher.alone
     guide.start([(1, other)], 3, lambda: [{other: build.BYTES.index(b"e")}])
     assert follow(guide, other)[0] == "e" and other.matcher.alone
-    masks, ended = follow(guide, other, "x")
+    _, ended = follow(guide, other, "x")
     assert ended and ended[0][0] is other and ended[0][1]
 
 
