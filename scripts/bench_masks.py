@@ -26,14 +26,15 @@ from types import SimpleNamespace
 import bench_guided
 import numpy as np
 import tiny_checkpoint
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLTokenizer, TokenizerWrapper
 from llguidance.numpy import fill_next_token_bitmask
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import loading
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.guide import LIMITS, Guide
+from jaxserve.engine.guide import Guide
 from jaxserve.engine.launch import InFlight
+from jaxserve.engine.matchers import compiled
 from jaxserve.engine.memory import make_plan
 from jaxserve.engine.request import Request, SamplingParams
 from jaxserve.engine.runner import Runner
@@ -83,7 +84,7 @@ def vocabulary(folder):
 
 
 def matcher(table, grammar):
-    return LLMatcher(table, GRAMMARS[grammar], log_level=0, limits=LIMITS)
+    return compiled(table, GRAMMARS[grammar])
 
 
 def summary(seconds):

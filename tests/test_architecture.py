@@ -42,7 +42,7 @@ NO_JAX = [
     *("jaxserve", "jaxserve.config", "jaxserve.cli", "jaxserve.hub", "jaxserve.pipeline", "jaxserve.check_env"),
     *("jaxserve.answers", "jaxserve.reply", "jaxserve.commands.batch", "jaxserve.voice"),
     *("jaxserve.engine.pages", "jaxserve.engine.request", "jaxserve.engine.scheduler", "jaxserve.engine.link"),
-    *("jaxserve.engine.guide", "jaxserve.engine.recovery"),
+    *("jaxserve.engine.guide", "jaxserve.engine.matchers", "jaxserve.engine.recovery"),
     *(f"jaxserve.serve.{path.stem}" for path in sorted(ROOT.glob("serve/[!_]*.py"))),
     *(f"jaxserve.{path.parent.name}.{path.stem}" for path in sorted(ROOT.glob("text/[!_]*.py"))),
     *(f"jaxserve.text.tools.{path.stem}" for path in sorted(ROOT.glob("text/tools/[!_]*.py"))),

@@ -1,7 +1,7 @@
 """Guided decoding: which tokens may come next in an answer that must match a grammar.
 
-llguidance does the work; a grammar is its JSON text, checked before it comes here.  A request's Matcher follows the
-tokens that the host has seen, so it survives preemption and lost steps as it is.  Knows nothing of the device.
+llguidance does the work.  A request's Matcher follows the tokens that the host has seen, so it survives preemption and
+lost steps as it is.  Knows nothing of the device.
 
 A mask takes a core 5 us to 0.6 ms (SmolLM2's tokens; patterns and strings of bounded length are the dear ones), 64 of
 them 3 ms: many threads fill them, while the device computes and the engine's thread prepares the step after.  A step
@@ -14,87 +14,20 @@ ask itself, in the midst of a mask, and what spells texts is Python: each thread
 import logging
 import queue
 import threading
-import time
-import weakref
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLExecutor, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
+from jaxserve.engine.matchers import Matcher, Sources, compiled, short
 from jaxserve.engine.request import Request
 
 log = logging.getLogger("jaxserve")
-# A grammar that was checked before with the same or tighter limits stays within these; a step takes 8 ms at most.
-LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=20_000, verbose_errors=False)
-DEAR = 0.003  # seconds of a processor to compile a grammar, from which on few lexers must do for many answers
-FEW = 8
-MANY = 64  # lexers of one grammar; 0.1 to 0.5 MB each as a rule
-WORN = 5_000  # tokens that answers followed with a lexer, after which it is not lent again; ten times as many if dear
-KEPT = 256  # lexers in all, of at most 10 MB by then ...
-KEPT_BYTES = 8 << 20  # ... and the text of their grammars at most
 SPLIT = 8  # rows from which on their masks are begun in two parts
 WIDE = 1024  # tokens that a mask allows, from which on the next is likely to be dear: in the midst of a string
-MESSAGE = 200  # characters of llguidance's errors that are shown
-
-
-class Source:
-    """A compiled grammar before its first token.
-
-    Its copies share its lexer: what it has worked out for one answer it knows for the next, but masks of two copies
-    are filled one after the other.
-    """
-
-    def __init__(self, matcher: LLMatcher, dear: bool):
-        self.matcher, self.dear = matcher, dear
-        self.answers = 1  # that follow a copy of it now
-        self.tokens = 0  # that such have followed
-
-    @property
-    def worn(self) -> bool:
-        """Whether its lexer may have grown large."""
-        return self.tokens >= (10 * WORN if self.dear else WORN)
-
-
-class Matcher:
-    """Where one answer stands in its grammar."""
-
-    def __init__(self, source: Source, request: Request, ends: Iterable[int]):
-        """ends: token ids that end the answer, as far as the mask has them."""
-        self.matcher, self.source = source.matcher.deep_copy(), source
-        self.prompt_len, self.ends = request.prompt_len, tuple(ends)
-        self.followed: list[int] = []  # tokens of the answer; its request may have yet to get the newest
-        self.told = 0  # how many of these llguidance's matcher has been told
-        self.forced: list[int] = []  # tokens that must come next; until the last has, nothing is told
-        self.alone = False  # whether no other answer ever used its lexer
-        self.dear = False  # whether its next mask is likely to take long
-
-    @property
-    def seen(self) -> int:
-        """Tokens of its request that it has followed, with the prompt."""
-        return self.prompt_len + len(self.followed)
-
-    def follow(self, tokens: Sequence[int]) -> None:
-        """Notes tokens that have come.  llguidance's matcher is to be told them unless more are forced."""
-        for token in tokens:
-            self.forced = self.forced[1:] if self.forced and self.forced[0] == token else []
-        self.followed += tokens
-        self.source.tokens += len(tokens)
-
-    def ahead(self) -> list[int]:
-        """Tokens that must come next, where the grammar leaves no choice; its matcher has been told what was due."""
-        if not self.forced:
-            try:
-                self.forced = self.matcher.compute_ff_tokens()  # an empty answer is kept, for the mask
-            except BaseException as error:  # a panic of Rust code; the mask will meet it, too
-                log.debug("forced tokens are not known: %s", _short(str(error)))
-        return self.forced
-
-    def trouble(self) -> str:
-        """What went wrong in it, or ""."""
-        return _short(self.matcher.get_error()) if self.matcher.is_error() else ""
 
 
 class _Job:
@@ -118,8 +51,7 @@ class Guide:
         self._make = table if callable(table) else lambda: table
         self._table: LLTokenizer | None = None
         self._executor, self._eos = LLExecutor(threads), np.zeros(0, np.int64)
-        self._sources: OrderedDict[str, list[Source]] = OrderedDict()
-        self._lent: list[tuple[weakref.ref[Request], Source]] = []
+        self.sources = Sources()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -140,47 +72,8 @@ class Guide:
 
     def open(self, request: Request) -> Matcher:
         """The matcher of a request with a grammar.  ValueError where that is none."""
-        assert request.grammar is not None
         table = self.prepare()
-        source = self._idle(request.grammar)
-        if source is None:
-            began = time.thread_time()  # not the clock: other threads may have the interpreter for milliseconds
-            matcher = LLMatcher(table, request.grammar, log_level=0, limits=LIMITS)
-            if matcher.is_error():
-                raise ValueError(f"the grammar does not work: {_short(matcher.get_error())}")
-            source = Source(matcher, time.thread_time() - began > DEAR)
-            self._keep(request.grammar, source)
-        with self._lock:
-            self._lent.append((weakref.ref(request), source))
-        ends = sorted(token for token in request.stop_ids if token < 32 * self.words)
-        return Matcher(source, request, ends)
-
-    def _idle(self, grammar: str) -> Source | None:
-        """What to copy for one more answer; None: another is to be compiled, lest two answers wait for each other."""
-        with self._lock:
-            lent, self._lent = self._lent, []
-            for who, source in lent:
-                request = who()
-                if request is None or request.finish:
-                    source.answers -= 1
-                else:
-                    self._lent.append((who, source))
-            sources = [source for source in self._sources.pop(grammar, ()) if not source.worn]
-            if not sources:
-                return None
-            self._sources[grammar] = sources
-            least = min(sources, key=lambda source: source.answers)
-            if least.answers and len(sources) < (FEW if least.dear else MANY):
-                return None
-            least.answers += 1
-            return least
-
-    def _keep(self, grammar: str, source: Source) -> None:
-        with self._lock:
-            self._sources.setdefault(grammar, []).append(source)
-            self._sources.move_to_end(grammar)
-            while sum(map(len, self._sources.values())) > KEPT or sum(map(len, self._sources)) > KEPT_BYTES:
-                self._sources.popitem(last=False)
+        return self.sources.open(table, request, sorted(token for token in request.stop_ids if token < 32 * self.words))
 
     # From the engine's thread ---------------------------------------------------------------------------------------
 
@@ -248,7 +141,7 @@ class Guide:
             try:
                 job.found = self._made(job)
             except BaseException as error:  # whoever waits does it again, and meets it there
-                log.debug("masks were not made ahead: %s", _short(str(error)))
+                log.debug("masks were not made ahead: %s", short(str(error)))
             for event in (*job.followed, job.done):
                 event.set()
             if job.found is not None:
@@ -286,10 +179,10 @@ class Guide:
         """
         if len(rows) < SPLIT:
             return rows, []
-        dear = {id(request.matcher.source) for _, request, _ in rows if request.matcher.dear}
+        slow = {id(request.matcher.source) for _, request, _ in rows if request.matcher.slow}
         keys = [id(request.matcher.source) for _, request, _ in rows]
-        order = sorted(range(len(rows)), key=lambda i: (keys[i] not in dear, keys[i]))
-        end = min(max(len(rows) // 4, sum(key in dear for key in keys)), len(rows) // 2)
+        order = sorted(range(len(rows)), key=lambda i: (keys[i] not in slow, keys[i]))
+        end = min(max(len(rows) // 4, sum(key in slow for key in keys)), len(rows) // 2)
         while end < len(rows) and keys[order[end]] == keys[order[end - 1]]:
             end += 1
         return [rows[i] for i in order[:end]], [rows[i] for i in order[end:]]
@@ -301,7 +194,7 @@ class Guide:
         """
         counts = np.bitwise_count(masks[:, ::8].view(np.uint32)).sum(1, dtype=np.int32)
         for (_, request, _), wide in zip(rows, (counts[[row for row, *_ in rows]] >= WIDE // 8).tolist(), strict=True):
-            request.matcher.dear = wide or len(request.matcher.forced) == 1
+            request.matcher.slow = wide or len(request.matcher.forced) == 1
 
     def _blank(self, count: int) -> np.ndarray:
         return np.full((count, self.words), -1, np.int32)
@@ -434,12 +327,12 @@ class Guide:
                 if request.matcher.matcher.is_error() and self._again(request):
                     fill_next_token_bitmask(request.matcher.matcher, found, row)
         except BaseException as error:  # a panic of Rust code is no Exception
-            log.warning("filling masks failed, row by row again: %s", _short(str(error)))
+            log.warning("filling masks failed, row by row again: %s", short(str(error)))
             for row, request in rows:
                 try:
                     fill_next_token_bitmask(request.matcher.matcher, found, row)
                 except BaseException as error:
-                    broken.append((request, _short(str(error)) or type(error).__name__))
+                    broken.append((request, short(str(error)) or type(error).__name__))
                     found[row] = -1
         if narrow:
             width, at = min(self.words, self._table_words), [row for row, _ in rows]
@@ -455,8 +348,7 @@ class Guide:
         state = request.matcher
         if state.alone or not state.matcher.is_error():
             return False
-        with self._lock:
-            self._sources.pop(request.grammar or "", None)
+        self.sources.forget(request.grammar or "")
         due = state.followed[state.told :]
         self._renew(request, state.followed[: state.told])
         state.followed += due
@@ -464,18 +356,10 @@ class Guide:
 
     def _renew(self, request: Request, tokens: list[int]) -> None:
         """Puts a request's matcher to where the answer has `tokens`, with a lexer of its own."""
-        state = request.matcher
         assert request.grammar is not None
-        state.matcher, state.alone = LLMatcher(self.prepare(), request.grammar, log_level=0, limits=LIMITS), True
-        state.matcher.consume_tokens(tokens)
-        state.followed, state.told, state.forced = list(tokens), len(tokens), []
+        request.matcher.renew(compiled(self.prepare(), request.grammar), tokens)
 
 
 def _bit(token: int) -> np.int32:
     """The bit of a token in its word of a mask."""
     return np.uint32(1 << token % 32).view(np.int32)
-
-
-def _short(message: str) -> str:
-    """The first line of an error, without the state of the parser that may follow it."""
-    return message.strip().partition("\n")[0][:MESSAGE]

@@ -12,6 +12,7 @@ import pytest
 from llguidance import LLMatcher, LLParserLimits
 
 from jaxserve.engine import guide as guides
+from jaxserve.engine import matchers
 from jaxserve.engine.guide import Guide
 from jaxserve.engine.request import Request, SamplingParams
 from scripts import tiny_checkpoint
@@ -316,7 +317,7 @@ def test_masks(vocab):
 
 def lexers(guide):
     """How many there are of each grammar."""
-    return {json.loads(g)["grammars"][0]["lark_grammar"]: len(found) for g, found in guide._sources.items()}
+    return {json.loads(g)["grammars"][0]["lark_grammar"]: len(found) for g, found in guide.sources.of.items()}
 
 
 def test_answers_that_run_at_once_have_lexers_of_their_own(monkeypatch):
@@ -331,14 +332,14 @@ def test_answers_that_run_at_once_have_lexers_of_their_own(monkeypatch):
         one.matcher = guide.open(one)
         assert follow(guide, one, "ab") == ("$ab", [])
     assert lexers(guide) == {"start: /[ab]+/": 4} and len({one.matcher.source for one in [first[2], *again]}) == 4
-    monkeypatch.setattr(guides, "MANY", 4)
+    monkeypatch.setattr(matchers, "MANY", 4)
     last = request(regex("[ab]+"))
     last.matcher = guide.open(last)
     assert lexers(guide) == {"start: /[ab]+/": 4} and follow(guide, last, "b") == ("$ab", [])
 
 
 def test_lexers_are_worn_out(monkeypatch):
-    monkeypatch.setattr(guides, "WORN", 5)
+    monkeypatch.setattr(matchers, "WORN", 5)
     guide, used = Guide(build.table, 97), []
     for _ in range(5):
         one = request(regex("[ab]+"))
@@ -350,9 +351,9 @@ def test_lexers_are_worn_out(monkeypatch):
 
 
 def test_dear_grammars_are_compiled_a_few_times(monkeypatch):
-    monkeypatch.setattr(guides, "DEAR", 0)
-    monkeypatch.setattr(guides, "FEW", 2)
-    monkeypatch.setattr(guides, "KEPT", 3)
+    monkeypatch.setattr(matchers, "DEAR", 0)
+    monkeypatch.setattr(matchers, "FEW", 2)
+    monkeypatch.setattr(matchers, "KEPT", 3)
     guide, running = Guide(build.table, 97), []
     for pattern in ("ab", "cd", "ab", "ab", "ef", "ab", "ab"):
         one = request(regex(pattern))
@@ -361,14 +362,14 @@ def test_dear_grammars_are_compiled_a_few_times(monkeypatch):
         assert follow(guide, one) == (pattern[0], [])
         assert follow(guide, one, pattern[0]) == (pattern[1], [])
     assert lexers(guide) == {"start: /ef/": 1, "start: /ab/": 2}
-    monkeypatch.setattr(guides, "KEPT_BYTES", 10)
+    monkeypatch.setattr(matchers, "KEPT_BYTES", 10)
     guide.open(request(regex("gh")))
-    assert not guide._sources
+    assert not guide.sources.of
 
 
 def test_a_lexer_that_others_have_filled_is_given_up(monkeypatch):
     limits = LLParserLimits(max_lexer_states=60, verbose_errors=False)
-    monkeypatch.setattr(guides, "LIMITS", limits)
+    monkeypatch.setattr(matchers, "LIMITS", limits)
     guide, pattern, draw = Guide(build.table, 97), "[ab]*a[ab]{6}c", random.Random(1)
     failed, renewed = 0, 0
     for _ in range(40):
@@ -460,7 +461,7 @@ def test_masks_that_are_made_ahead():
 
 def test_masks_of_many_rows_are_made_in_two_parts(monkeypatch):
     """Those that will take long, and those that share a lexer with them, first; what comes is what `allow` gives."""
-    monkeypatch.setattr(guides, "MANY", 2)
+    monkeypatch.setattr(matchers, "MANY", 2)
     guide, draw, patterns = Guide(build.table, 97), random.Random(3), ["[a-z]{1,9}=(yes|no)", "(ab|ba)+c", "[0-9]{3}-x"]
     many = [request(regex(patterns[i % 3])) for i in range(21)]
     for one in many:
@@ -469,13 +470,13 @@ def test_masks_of_many_rows_are_made_in_two_parts(monkeypatch):
     some = np.zeros((21, 97), np.int32)
     some[:5], some[5:9, 0] = -1, -1
     guide._note([(i, one, 0) for i, one in enumerate(many)], some)
-    assert [one.matcher.dear for one in many] == [True] * 5 + [False] * 16
+    assert [one.matcher.slow for one in many] == [True] * 5 + [False] * 16
     many[7].matcher.forced = [3]
     guide._note([(7, many[7], 0)], some)
-    assert many[7].matcher.dear
+    assert many[7].matcher.slow
     many[7].matcher.forced = []
     for one in many:
-        one.matcher.dear = one.grammar == many[0].grammar
+        one.matcher.slow = one.grammar == many[0].grammar
     monkeypatch.setattr(guide, "_note", lambda rows, masks: None)
     monkeypatch.setattr(guide, "_split", lambda rows: parts.append(split(rows)) or parts[-1])
     rows = list(enumerate(many))
