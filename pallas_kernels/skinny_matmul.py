@@ -352,15 +352,17 @@ def _parts(pointers, width, here, SPLIT: tl.constexpr):
 def shares(T, D, F, gated, programs):
     """How the work is cut, by counts of registers and not yet by the clock: warps, units ahead, split.
 
-    All programs are there at once, two a core where that is possible, and a warp with two units loads both at once.
-    `programs` is the number of cores.
+    All programs are there at once, two a core where registers allow it, and a warp with two units loads both at once:
+    compiled for an H200, 64 to 128 KB a core are on the way, where 23 are enough.  `programs` is the number of cores.
     """
     units, columns = D // UNIT, F // COLUMNS * cdiv(T, 8 * tokens_at_once(T, gated))
     split = max(1, min(units, round(2 * programs / columns / (1 + gated))))
     while units % split:  # alike
         split -= 1
-    warps = min(8 if T <= 8 or gated else 4, power_of_two(units // split + 1) // 2)
-    return warps, 2 if units == 2 * warps * split and not gated else 1, split
+    each = units // split
+    many = columns * split <= programs if gated else T <= 8 or (T <= 16 and each <= 16)
+    warps = min(8 if many else 4, power_of_two(each + 1) // 2)
+    return warps, 2 if each == 2 * warps and not gated else 1, split
 
 
 def tokens_at_once(T, gated):
@@ -373,7 +375,8 @@ def skinny_matmul(x, weight, *, norm=None, eps=0.0, residual=None, gated=False, 
                   hint=""):  # fmt: skip
     """x [T, D] times weight [D, F] as `skinny_matmul_reference` has it, for T of at most 32; bfloat16 or float16.
 
-    D is a multiple of 32, F of 64.  The norm's weight is multiplied with x before x is divided by its root mean
+    D is a multiple of 32, F of 64.  Of two calls in a program one needs the other's result, as in a decoder: all count
+    their parts in one array.  The norm's weight is multiplied with x before x is divided by its root mean
     square: in float16 neither x * norm nor its product may pass 65504.
     warps: of a program; ahead: units that each loads at a time; split: into how many parts the inputs are cut, each
     a program; by `shares` unless said.  hint: what is said of loads to the L2, such as ".L2::256B".
