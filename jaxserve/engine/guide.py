@@ -56,6 +56,7 @@ class Guide:
         self._thread: threading.Thread | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._job: _Job | None = None
+        self._newest: tuple | None = None  # rows and masks of the last job
         self._helper = ThreadPoolExecutor(1, "jaxserve-guide-helper")
 
     # From any thread ------------------------------------------------------------------------------------------------
@@ -144,8 +145,6 @@ class Guide:
                 log.debug("masks were not made ahead: %s", short(str(error)))
             for event in (*job.followed, job.done):
                 event.set()
-            if job.found is not None:
-                self._note(job.rows, job.found[0])
             del job
 
     def _made(self, job: _Job) -> tuple[np.ndarray, list[tuple[Request, str]]]:
@@ -154,7 +153,11 @@ class Guide:
         This thread begins with those that take long: once it waits for them it leaves the interpreter to the helper,
         which follows the tokens of the others.
         """
-        masks, (first, others) = self._blank(job.count), self._split(job.rows)  # while the tokens are on their way
+        # While the tokens are on their way.
+        if self._newest is not None:
+            self._note(*self._newest)
+        masks, (first, others) = self._blank(job.count), self._split(job.rows)
+        self._newest = None
         drawn = list(job.read())
 
         def part(rows, followed):
@@ -170,6 +173,7 @@ class Guide:
             ended = part(first, job.followed[0])
         finally:
             wait(helper)
+        self._newest = job.rows, masks
         return masks, ended + [one for future in helper for one in future.result()]
 
     def _split(self, rows):
