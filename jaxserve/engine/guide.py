@@ -16,7 +16,7 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from llguidance import LLExecutor, LLTokenizer
@@ -26,7 +26,7 @@ from jaxserve.engine.matchers import Matcher, Sources, compiled, short
 from jaxserve.engine.request import Request
 
 log = logging.getLogger("jaxserve")
-SPLIT = 8  # rows from which on their masks are begun in two parts
+SPLIT = 32  # rows from which on their masks are begun in two parts; of 16, waiting for the other part costs as much
 WIDE = 1024  # tokens that a mask allows, from which on the next is likely to be dear: in the midst of a string
 
 
@@ -172,7 +172,8 @@ class Guide:
         try:
             ended = part(first, job.followed[0])
         finally:
-            wait(helper)
+            for future in helper:  # whatever comes of it: two threads never have one matcher
+                future.exception()
         self._newest = job.rows, masks
         return masks, ended + [one for future in helper for one in future.result()]
 

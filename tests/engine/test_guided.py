@@ -462,6 +462,7 @@ def test_masks_that_are_made_ahead():
 def test_masks_of_many_rows_are_made_in_two_parts(monkeypatch):
     """Those that will take long, and those that share a lexer with them, first; what comes is what `allow` gives."""
     monkeypatch.setattr(matchers, "MANY", 2)
+    monkeypatch.setattr(guides, "SPLIT", 8)
     guide, draw, patterns = Guide(build.table, 97), random.Random(3), ["[a-z]{1,9}=(yes|no)", "(ab|ba)+c", "[0-9]{3}-x"]
     many = [request(regex(patterns[i % 3])) for i in range(21)]
     for one in many:
