@@ -304,31 +304,38 @@ def _skinny(x_ptr, weight_ptr, norm_ptr, residual_ptr, counter_ptr, T, out_ptr, 
         if last:
             tl.store(done, 0)  # as the next launch wants it
     if last:
-        for j in tl.static_range(TOKENS * VALUES):
+        totals, seconds, factors, kept = (), (), (), ()
+        for j in tl.static_range(TOKENS * VALUES):  # all loads ahead of the first store, which may not pass one
             token, f = _place(thread, first, column, j, VALUES, CHUNK, WARPS)
             here = token < T
             if SPLIT == 1:
-                total = sums[j]
+                totals = totals + (sums[j],)  # noqa: RUF005
                 if GATED:
-                    second = sums[TOKENS * VALUES + j]
+                    seconds = seconds + (sums[TOKENS * VALUES + j],)  # noqa: RUF005
                 if NORM:
                     square = sums[TOKENS * VALUES * (GATED + 1) + j // VALUES * SUMS + j % VALUES % CHUNK // 2]
+                    factors = factors + (square,)  # noqa: RUF005
             else:
-                total = _parts(sums_ptr + token * WIDTH + f, padded * WIDTH, here, SPLIT)
+                totals = totals + (_parts(sums_ptr + token * WIDTH + f, padded * WIDTH, here, SPLIT),)  # noqa: RUF005
                 if GATED:
                     second = _parts(sums_ptr + token * WIDTH + f + F, padded * WIDTH, here, SPLIT)
+                    seconds = seconds + (second,)  # noqa: RUF005
                 if NORM:
                     square = _parts(squares_ptr + column * padded + token, columns * padded, here, SPLIT)
-            if NORM:
-                by = tl.rsqrt(square / D + eps)
-                total *= by
-                if GATED:
-                    second *= by
-            if GATED:
-                total = total / (1.0 + tl.exp(-total)) * second
+                    factors = factors + (square,)  # noqa: RUF005
             if RESIDUAL:
-                total += tl.load(residual_ptr + token * F + f, mask=here, other=0.0).to(tl.float32)
-            tl.store(out_ptr + token * F + f, total.to(out_ptr.dtype.element_ty), mask=here)
+                kept = kept + (tl.load(residual_ptr + token * F + f, mask=here, other=0.0),)  # noqa: RUF005
+        for j in tl.static_range(TOKENS * VALUES):
+            token, f = _place(thread, first, column, j, VALUES, CHUNK, WARPS)
+            y, by = totals[j], 1.0
+            if NORM:
+                by = tl.rsqrt(factors[j] / D + eps)
+                y *= by
+            if GATED:
+                y = y / (1.0 + tl.exp(-y)) * (seconds[j] * by)
+            if RESIDUAL:
+                y += kept[j].to(tl.float32)
+            tl.store(out_ptr + token * F + f, y.to(out_ptr.dtype.element_ty), mask=token < T)
 
 
 @jit
