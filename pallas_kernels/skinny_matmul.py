@@ -360,7 +360,8 @@ def shares(T, D, F, gated, programs):
     """How the work is cut, by counts of registers and not yet by the clock: warps, units ahead, split.
 
     All programs are there at once, two a core where registers allow it, and a warp with two units loads both at once:
-    on an H200 32 to 128 KB a core are then on the way, where 4.3 TB/s at 700 ns need 23.  `programs` is the number of cores.
+    on an H200 32 to 128 KB a core are then on the way, where 4.3 TB/s at 700 ns need 23.
+    `programs` is the number of cores.
     """
     units, columns = D // UNIT, F // COLUMNS * cdiv(T, 8 * tokens_at_once(T, gated))
     split = max(1, min(units, round(2 * programs / columns / (1 + gated))))
