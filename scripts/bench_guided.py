@@ -116,9 +116,9 @@ class Pieces:
             (guide, "_made", "made"), (guide, "_next", "next"), (guide, "_follow", "follow"),
             (guide, "_fill", "fill"), (guide, "_masks", "masks"),
             (guide, "take", "wait"), (guide, "make_way", "way"),
-            (runner, "draw", "draw"), (engine, "_read", "record"), (runner, "advance", "advance"),
+            (runner, "draw", "draw"), (engine.turns, "_read", "record"), (runner, "advance", "advance"),
             (runner, "send", "send"), (engine.scheduler, "plan", "plan"), (runner, "pack", "pack"),
-            (engine, "_turn", "turn"),
+            (engine.turns, "turn", "turn"),
         ):  # fmt: skip
             self.time(owner, name, label)
         start, put = guide.start, runner._put
@@ -219,7 +219,7 @@ def main():
     for threads in options.threads or [None]:
         if threads is not None:
             engine.guide.close()
-            engine.guide = Guide(vocabulary, engine.runner.vocab, threads)
+            engine.turns.guide = Guide(vocabulary, engine.runner.vocab, threads)
         pieces = Pieces()
         pieces.watch(engine)
         for way in [0, *ways] if free is None else ways:

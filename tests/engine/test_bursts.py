@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from jaxserve.engine import engine as engines
+from jaxserve.engine import turns
 from jaxserve.engine.request import SamplingParams
 from jaxserve.engine.sizes import Sizes
 from scripts import tiny_checkpoint
@@ -35,7 +35,7 @@ def patched():
     """Engines have bursts, however long they take; on the CPU they would have none."""
     choose = Sizes.choose
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "LONG", 60.0)
+        patch.setattr(turns, "LONG", 60.0)
         patch.setattr(
             Sizes, "choose", lambda *given: dataclasses.replace(choose(*given), bursts=((2, STEPS), (4, STEPS - 1)))
         )
@@ -51,10 +51,10 @@ def engine(folder, patched):
 @pytest.fixture(scope="module")
 def plain(engine):
     """What single steps give."""
-    engine._steps = lambda: 1
+    engine.turns._steps = lambda: 1
     before = engine.stats()
     found = everything(engine)
-    del engine._steps
+    del engine.turns._steps
     after = engine.stats()
     assert after["steps"] - before["steps"] == after["launches"] - before["launches"]
     return found
@@ -213,9 +213,9 @@ def test_what_is_no_number_ends_the_answer_there(engine, monkeypatch):
 
 
 def test_bursts_that_last_are_left_for_a_while(engine, plain, monkeypatch):
-    monkeypatch.setattr(engines, "LONG", 0.0)
+    monkeypatch.setattr(turns, "LONG", 0.0)
     before = engine.stats()
     assert same(everything(engine), plain)
     after = engine.stats()
     assert after["steps"] - before["steps"] <= after["launches"] - before["launches"] + 2 * (STEPS - 1)
-    engine._single = 0
+    engine.turns._single = 0

@@ -76,7 +76,7 @@ def test_preempted_equals_oracle(folder, expected):
 @pytest.mark.parametrize("pages", [150, 15])
 def test_two_steps_ahead_equal_oracle(folder, expected, pages):
     with build.engine(folder, cache_max_entry_count=pages, session_len=56) as engine:
-        engine.ahead = 2  # as on a GPU
+        engine.turns.ahead = 2  # as on a GPU
         assert build.run(engine, random_requests()) == expected
         params = SamplingParams(temperature=1.0, repetition_penalty=1.3, seed=2, logprobs=1)
         sampled = build.run(engine, random_requests(), params)

@@ -92,7 +92,7 @@ def test_a_lost_state_costs_no_tokens(engine, expected, nth, ahead):
         engine.runner.state.cache.k.delete()
         raise RuntimeError("the device fell off")
 
-    engine.ahead = ahead
+    engine.turns.ahead = ahead
     Once(engine.runner, "advance", lose, nth)
     assert everything(engine) == expected
     assert engine.stats()["failed_steps"] == 1 and engine.stats()["recovered"] > 0

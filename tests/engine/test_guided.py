@@ -120,7 +120,7 @@ def test_two_steps_ahead_and_preempted(folder, expected, free, gpu, monkeypatch)
     if gpu:
         build.like_a_gpu(monkeypatch)
     with build.engine(folder, guide=build.table, cache_max_entry_count=15, session_len=56) as engine:
-        engine.ahead = 2
+        engine.turns.ahead = 2
         check(engine, expected, free)
         assert engine.stats()["preemptions"] > 0
 
