@@ -129,6 +129,45 @@ def _zeros(zero_ptr, at, MINUS: tl.constexpr):
 
 
 @jit
+def _thread(WARPS: tl.constexpr):
+    """Of each thread: its warp, its lane in that, and row and column of the lane."""
+    thread = tl.arange(0, 32 * WARPS)
+    lane = thread % 32
+    return thread // 32, lane, lane // 4, lane % 4
+
+
+@jit
+def _words(base, unit, UNITS: tl.constexpr, AHEAD: tl.constexpr, LOAD: tl.constexpr, LOAD_KINDS: tl.constexpr):
+    """A lane's words of AHEAD units from `unit` on, where there are any."""
+    at, wanted = (base + unit * 128).to(tl.int64), (unit < UNITS).to(tl.int32)
+    return tl.inline_asm_elementwise(LOAD, LOAD_KINDS, [at, wanted], dtype=(tl.int32,) * (4 * AHEAD), is_pure=True,
+                                     pack=1)  # fmt: skip
+
+
+@jit
+def _tokens(x_ptr, token, last, k, column, here, D: tl.constexpr, LOADX: tl.constexpr, LOADX_KINDS: tl.constexpr):
+    """A column's 8 inputs of each half of a unit, which begins with input k, of a token, in 8 registers."""
+    of, wanted = (x_ptr + token * D + k + column * 8).to(tl.int64), (here & (token < last)).to(tl.int32)
+    return tl.inline_asm_elementwise(LOADX, LOADX_KINDS, [of, wanted], dtype=(tl.int32,) * 8, is_pure=True, pack=1)
+
+
+@jit
+def _added(acc, m: tl.constexpr, words, u: tl.constexpr, half: tl.constexpr, HALVES: tl.constexpr, z0, z1, s0, s1, x,
+           WARPS: tl.constexpr, MMA: tl.constexpr, MMA_KINDS: tl.constexpr):  # fmt: skip
+    """Sums of all tokens, with those of block m grown by a unit's half, or by all of unit u where HALVES is 1."""
+    part = (tl.zeros([32 * WARPS], tl.float32),) * 4
+    for i in tl.static_range(half, half + 3 - HALVES):
+        part = tl.inline_asm_elementwise(
+            MMA, MMA_KINDS,
+            [words[4 * u + 2 * i], words[4 * u + 2 * i + 1], z0, z1, x[4 * i], x[4 * i + 1], x[4 * i + 2],
+             x[4 * i + 3], part[0], part[1], part[2], part[3]],
+            dtype=(tl.float32,) * 4, is_pure=False, pack=1)  # fmt: skip
+    sums = (acc[4 * m] + part[0] * s0, acc[4 * m + 1] + part[1] * s0, acc[4 * m + 2] + part[2] * s1,
+            acc[4 * m + 3] + part[3] * s1)  # fmt: skip
+    return acc[: 4 * m] + sums + acc[4 * m + 4 :]
+
+
+@jit
 def _skinny(x_ptr, tiles_ptr, scale_ptr, zero_ptr, sizes_ptr, T, out_ptr, D: tl.constexpr, F: tl.constexpr,
             EXPERTS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
             TOKENS: tl.constexpr, MINUS: tl.constexpr, LOAD: tl.constexpr, LOAD_KINDS: tl.constexpr,
@@ -139,9 +178,7 @@ def _skinny(x_ptr, tiles_ptr, scale_ptr, zero_ptr, sizes_ptr, T, out_ptr, D: tl.
     """
     UNITS: tl.constexpr = D // 64
     HALVES: tl.constexpr = 2 if GROUP == 32 else 1
-    thread = tl.arange(0, 32 * WARPS)
-    warp, lane = thread // 32, thread % 32
-    row, column = lane // 4, lane % 4
+    warp, lane, row, column = _thread(WARPS)
     tile, first, last = tl.program_id(0), tl.program_id(1) * TOKENS * 8, T
     if EXPERTS > 1:
         expert, first, last = expert_tile(sizes_ptr, tl.program_id(1), TOKENS * 8, EXPERTS, PADDED, 0, EXPERTS)
@@ -149,20 +186,16 @@ def _skinny(x_ptr, tiles_ptr, scale_ptr, zero_ptr, sizes_ptr, T, out_ptr, D: tl.
             return
         tile += expert * (F // 16)
     n = tile * 16 + row
-    zero = tl.zeros([32 * WARPS], tl.float32)
-    acc = (zero,) * (4 * TOKENS)
+    acc = (tl.zeros([32 * WARPS], tl.float32),) * (4 * TOKENS)
     base = tiles_ptr + tile.to(tl.int64) * (UNITS * 128) + lane * 4
     unit = warp * AHEAD
-    types: tl.constexpr = (tl.int32,) * (4 * AHEAD)
-    words = tl.inline_asm_elementwise(LOAD, LOAD_KINDS, [(base + unit * 128).to(tl.int64), (unit < UNITS).to(tl.int32)],
-                                      dtype=types, is_pure=True, pack=1)  # fmt: skip
+    words = _words(base, unit, UNITS, AHEAD, LOAD, LOAD_KINDS)
     for _ in tl.range(0, UNITS, WARPS * AHEAD, num_stages=1):
         now = words
         here = unit < UNITS
         place = tl.where(here, unit, 0)
         unit += WARPS * AHEAD
-        after, more = (base + unit * 128).to(tl.int64), (unit < UNITS).to(tl.int32)
-        words = tl.inline_asm_elementwise(LOAD, LOAD_KINDS, [after, more], dtype=types, is_pure=True, pack=1)
+        words = _words(base, unit, UNITS, AHEAD, LOAD, LOAD_KINDS)
         for u in tl.static_range(AHEAD):
             k = (place + u) * 64
             for half in tl.static_range(HALVES):
@@ -170,21 +203,8 @@ def _skinny(x_ptr, tiles_ptr, scale_ptr, zero_ptr, sizes_ptr, T, out_ptr, D: tl.
                 z0, z1 = _zeros(zero_ptr, at, MINUS), _zeros(zero_ptr, at + 8, MINUS)
                 s0, s1 = tl.load(scale_ptr + at).to(tl.float32), tl.load(scale_ptr + at + 8).to(tl.float32)
                 for m in tl.static_range(TOKENS):
-                    token = first + 8 * m + row
-                    of = (x_ptr + token * D + k + column * 8).to(tl.int64)
-                    wanted = (here & (token < last)).to(tl.int32)
-                    x = tl.inline_asm_elementwise(LOADX, LOADX_KINDS, [of, wanted], dtype=(tl.int32,) * 8,
-                                                  is_pure=True, pack=1)  # fmt: skip
-                    part = (zero,) * 4
-                    for i in tl.static_range(half, half + 3 - HALVES):
-                        part = tl.inline_asm_elementwise(
-                            MMA, MMA_KINDS,
-                            [now[4 * u + 2 * i], now[4 * u + 2 * i + 1], z0, z1, x[4 * i], x[4 * i + 1], x[4 * i + 2],
-                             x[4 * i + 3], part[0], part[1], part[2], part[3]],
-                            dtype=(tl.float32,) * 4, is_pure=False, pack=1)  # fmt: skip
-                    sums = (acc[4 * m] + part[0] * s0, acc[4 * m + 1] + part[1] * s0, acc[4 * m + 2] + part[2] * s1,
-                            acc[4 * m + 3] + part[3] * s1)  # fmt: skip
-                    acc = acc[: 4 * m] + sums + acc[4 * m + 4 :]
+                    x = _tokens(x_ptr, first + 8 * m + row, last, k, column, here, D, LOADX, LOADX_KINDS)
+                    acc = _added(acc, m, now, u, half, HALVES, z0, z1, s0, s1, x, WARPS, MMA, MMA_KINDS)
     lane = tl.arange(0, 32)
     n, token = tl.program_id(0) * 16 + lane // 4, first + 2 * (lane % 4)
     for m in tl.static_range(TOKENS):
@@ -220,9 +240,7 @@ def _early(x_ptr, tiles_ptr, scale_ptr, zero_ptr, sizes_ptr, T, out_ptr, D: tl.c
     UNITS: tl.constexpr = D // 64
     HALVES: tl.constexpr = 2 if GROUP == 32 else 1
     GROUPS: tl.constexpr = (AHEAD * 64 + GROUP - 1) // GROUP
-    thread = tl.arange(0, 32 * WARPS)
-    warp, lane = thread // 32, thread % 32
-    row, column = lane // 4, lane % 4
+    warp, lane, row, column = _thread(WARPS)
     tile, first, last = tl.program_id(0), tl.program_id(1) * TOKENS * 8, T
     if EXPERTS > 1:
         expert, first, last = expert_tile(sizes_ptr, tl.program_id(1), TOKENS * 8, EXPERTS, PADDED, 0, EXPERTS)
@@ -230,13 +248,10 @@ def _early(x_ptr, tiles_ptr, scale_ptr, zero_ptr, sizes_ptr, T, out_ptr, D: tl.c
             return
         tile += expert * (F // 16)
     n = tile * 16 + row
-    zero = tl.zeros([32 * WARPS], tl.float32)
-    acc = (zero,) * (4 * TOKENS)
+    acc = (tl.zeros([32 * WARPS], tl.float32),) * (4 * TOKENS)
     base = tiles_ptr + tile.to(tl.int64) * (UNITS * 128) + lane * 4
     unit = warp * AHEAD
-    types: tl.constexpr = (tl.int32,) * (4 * AHEAD)
-    words = tl.inline_asm_elementwise(LOAD, LOAD_KINDS, [(base + unit * 128).to(tl.int64), (unit < UNITS).to(tl.int32)],
-                                      dtype=types, is_pure=True, pack=1)  # fmt: skip
+    words = _words(base, unit, UNITS, AHEAD, LOAD, LOAD_KINDS)
     said = _parameters(zero_ptr, scale_ptr, tl.where(unit < UNITS, unit, 0), n, EXPERTS * F, GROUP, GROUPS)
     for _ in tl.range(0, TURNS, 1, num_stages=1):
         now, told = words, said
@@ -245,19 +260,13 @@ def _early(x_ptr, tiles_ptr, scale_ptr, zero_ptr, sizes_ptr, T, out_ptr, D: tl.c
         early = ()
         if EARLY_X:
             for j in tl.static_range(AHEAD * TOKENS):
-                token = first + 8 * (j % TOKENS) + row
-                of = (x_ptr + token * D + (place + j // TOKENS) * 64 + column * 8).to(tl.int64)
-                wanted = (here & (token < last)).to(tl.int32)
-                x = tl.inline_asm_elementwise(LOADX, LOADX_KINDS, [of, wanted], dtype=(tl.int32,) * 8, is_pure=True,
-                                              pack=1)  # fmt: skip
+                k = (place + j // TOKENS) * 64
+                x = _tokens(x_ptr, first + 8 * (j % TOKENS) + row, last, k, column, here, D, LOADX, LOADX_KINDS)
                 early = early + (x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7])  # noqa: RUF005
         unit += WARPS * AHEAD
         if TURNS > 1:
-            more = unit < UNITS
-            words = tl.inline_asm_elementwise(LOAD, LOAD_KINDS,
-                                              [(base + unit * 128).to(tl.int64), more.to(tl.int32)], dtype=types,
-                                              is_pure=True, pack=1)  # fmt: skip
-            said = _parameters(zero_ptr, scale_ptr, tl.where(more, unit, 0), n, EXPERTS * F, GROUP, GROUPS)
+            words = _words(base, unit, UNITS, AHEAD, LOAD, LOAD_KINDS)
+            said = _parameters(zero_ptr, scale_ptr, tl.where(unit < UNITS, unit, 0), n, EXPERTS * F, GROUP, GROUPS)
         held = lane
         for g in tl.static_range(GROUPS):
             held ^= told[4 * g].to(tl.int32) ^ told[4 * g + 1].to(tl.int32)
@@ -280,21 +289,9 @@ def _early(x_ptr, tiles_ptr, scale_ptr, zero_ptr, sizes_ptr, T, out_ptr, D: tl.c
                     if EARLY_X:
                         x = early[8 * (u * TOKENS + m) : 8 * (u * TOKENS + m) + 8]
                     else:
-                        token = first + 8 * m + row
-                        of = (x_ptr + token * D + (place + u) * 64 + column * 8).to(tl.int64)
-                        wanted = (here & (token < last)).to(tl.int32)
-                        x = tl.inline_asm_elementwise(LOADX, LOADX_KINDS, [of, wanted], dtype=(tl.int32,) * 8,
-                                                      is_pure=True, pack=1)  # fmt: skip
-                    part = (zero,) * 4
-                    for i in tl.static_range(half, half + 3 - HALVES):
-                        part = tl.inline_asm_elementwise(
-                            MMA, MMA_KINDS,
-                            [now[4 * u + 2 * i], now[4 * u + 2 * i + 1], z0, z1, x[4 * i], x[4 * i + 1], x[4 * i + 2],
-                             x[4 * i + 3], part[0], part[1], part[2], part[3]],
-                            dtype=(tl.float32,) * 4, is_pure=False, pack=1)  # fmt: skip
-                    sums = (acc[4 * m] + part[0] * s0, acc[4 * m + 1] + part[1] * s0, acc[4 * m + 2] + part[2] * s1,
-                            acc[4 * m + 3] + part[3] * s1)  # fmt: skip
-                    acc = acc[: 4 * m] + sums + acc[4 * m + 4 :]
+                        k = (place + u) * 64
+                        x = _tokens(x_ptr, first + 8 * m + row, last, k, column, here, D, LOADX, LOADX_KINDS)
+                    acc = _added(acc, m, now, u, half, HALVES, z0, z1, s0, s1, x, WARPS, MMA, MMA_KINDS)
     lane = tl.arange(0, 32)[:, None, None]
     below, right = tl.arange(0, 2)[None, None, :], tl.arange(0, 2)[None, :, None]
     n, token = tl.program_id(0) * 16 + lane // 4 + 8 * below, first + 2 * (lane % 4) + right
@@ -311,9 +308,7 @@ def _write(tiles_ptr, scale_ptr, zero_ptr, first, out_ptr, D: tl.constexpr, F: t
            STORE_KINDS: tl.constexpr):  # fmt: skip
     """The values of a tile's units, one a warp; tiles from `first` on.  Grid: tiles, D / 64 / WARPS."""
     UNITS: tl.constexpr = D // 64
-    thread = tl.arange(0, 32 * WARPS)
-    warp, lane = thread // 32, thread % 32
-    row, column = lane // 4, lane % 4
+    warp, lane, row, column = _thread(WARPS)
     local, unit = tl.program_id(0).to(tl.int64), tl.program_id(1) * WARPS + warp
     tile = local + first
     wanted = unit < UNITS
@@ -341,7 +336,7 @@ MINUS = {"bfloat16": 0xC300, "float16": 0xE400}
 
 
 def plain(units):
-    """How a block shares out its units, as measured: warps, units that each loads at a time, `early`."""
+    """How a block shares out its units so far: warps, units that each loads at a time, `early`."""
     ahead = next(n for n in (4, 2, 1) if (units % n == 0 and units >= 4 * n) or n == 1)
     return min(8, power_of_two(cdiv(units, ahead))), ahead, 0
 

@@ -24,6 +24,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.eight_bit_matmul import quantize
 from pallas_kernels.int4_mma import int4_skinny
+from tests.kernels.emulated import on_the_host
 
 E4M3 = ml_dtypes.float8_e4m3fn
 SIZES = {"even": (5, 5, 5, 5), "uneven": (0, 40, 1, 0, 7, 0), "one": (0, 0, 3), "full": (16, 32)}
@@ -109,17 +110,7 @@ def interpreter(monkeypatch):
     """The kernels run in Triton's interpreter."""
     if triton_call.MISSING or os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs triton and TRITON_INTERPRET=1")
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_for_numpy_2_4(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_for_numpy_2_4)
-    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
-    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda self, *args: None)
+    on_the_host(monkeypatch)
     monkeypatch.setitem(grouped_matmul.__wrapped__.__globals__, "triton_call", run)
     monkeypatch.setitem(eight_bit_matmul.__wrapped__.__globals__, "multiplies", lambda kind: kind == "int8")
     with jax.disable_jit():

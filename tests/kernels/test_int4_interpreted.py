@@ -1,7 +1,5 @@
 """The int4 kernels in Triton's interpreter, their instructions by asm.py, against the definitions."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.int4_mma import int4_skinny, int4_values
 from tests.kernels import asm
+from tests.kernels.emulated import Launcher, close
 from tests.kernels.test_int4_matmul import Matrix
 from tests.kernels.test_interpreted import interpreter  # noqa: F401  the whole module is skipped with it
 
@@ -30,62 +29,27 @@ tiles, pack, dequantize, matmul, grouped = (
         (int4_grouped_reference, "group"),
     )
 )
-TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int32": "i32", "uint8": "u8"}
-
-
-class Argument:
-    """An array as the interpreter wants it."""
-
-    def __init__(self, array):
-        self.array, self.dtype = array, TYPES[array.dtype.name]
-
-    def data_ptr(self):
-        return self.array.ctypes.data
 
 
 @pytest.fixture(autouse=True)
 def assembly(interpreter, monkeypatch):  # noqa: F811
     """Triton's interpreter with inline assembly; all that kernels read and write must be in their arguments."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
+    from triton.runtime.interpreter import InterpreterBuilder
 
-    memory = None
-
-    def run(kernel, *inputs, out, grid, warps, stages, **constants):
-        nonlocal memory
-        assert constants["WARPS"] == warps
-        arrays = [x if isinstance(x, int) else np.array(x) for x in inputs]
-        outputs = [np.full(x.shape, np.nan, x.dtype) for x in out]
-        memory = asm.Memory(*(a for a in [*arrays, *outputs] if not isinstance(a, int)))
-        kernel[grid](*(a if isinstance(a, int) else Argument(a) for a in [*arrays, *outputs]), **constants)
-        for array, x in zip(arrays, inputs, strict=True):
-            np.testing.assert_array_equal(array, np.asarray(x))
-        return tuple(jnp.asarray(a) for a in outputs)
-
-    def inline_asm(_, text, kinds, values, results, is_pure, pack):
-        assert pack == 1
-        out = asm.run(text, kinds, [v.data for v in values], **{"global": memory})
-        handles = [TensorHandle(bits.view(_get_np_dtype(t)), t.scalar) for bits, t in zip(out, results, strict=True)]
-        return types.SimpleNamespace(get_result=handles.__getitem__)
+    launcher = Launcher(monkeypatch)
 
     def checked(function):
         def inside(self, pointers, *arguments):
             mask = arguments[1 if function.__name__ == "create_masked_store" else 0].data
             size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-            memory.check(*np.broadcast_arrays(pointers.data, mask), size)
+            launcher.memory.check(*np.broadcast_arrays(pointers.data, mask), size)
             return function(self, pointers, *arguments)
 
         return inside
 
-    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", inline_asm)
     for name in ("create_masked_load", "create_masked_store"):
         monkeypatch.setattr(InterpreterBuilder, name, checked(getattr(InterpreterBuilder, name)))
-    monkeypatch.setitem(skinny.__globals__, "triton_call", run)
-
-
-def close(got, want, error):
-    assert got.shape == want.shape
-    got, want = (np.asarray(a, np.float64) for a in (got, want))
-    assert np.abs(got - want).max() <= error * np.abs(want).max()
+    monkeypatch.setitem(skinny.__globals__, "triton_call", launcher)
 
 
 SKINNY = [  # T, D, F, group, how the units are shared out

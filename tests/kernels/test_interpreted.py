@@ -23,6 +23,7 @@ from pallas_kernels import (
     tuning,
 )
 from tests.kernels.cases import Case
+from tests.kernels.emulated import on_the_host
 
 if triton_call.MISSING or os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs triton and TRITON_INTERPRET=1", allow_module_level=True)
@@ -56,18 +57,7 @@ def run(kernel, *inputs, out, grid, in_place=(), warps, stages, **constants):
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    from triton.runtime import interpreter
-    from triton.runtime.interpreter import GridExecutor
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_for_numpy_2_4(tensor, scope):  # where an array of one element is no Python integer any more
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_for_numpy_2_4)
-    monkeypatch.setattr(GridExecutor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
-    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda self, *args: None)
+    on_the_host(monkeypatch)
     for function in (paged_decode, paged_prefill, kv_write, rope_kv_write):
         monkeypatch.setitem(function.__globals__, "triton_call", run)
     for module in ("hopper_prefill", "pieces", "tiles"):

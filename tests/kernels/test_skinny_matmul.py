@@ -1,7 +1,6 @@
 """Products of few tokens: the definition against NumPy, the kernel in Triton's interpreter, and on a GPU."""
 
 import os
-import types
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +9,11 @@ import pytest
 
 from pallas_kernels import skinny_matmul as module
 from pallas_kernels import triton_call
-from tests.kernels import asm
+from tests.kernels.emulated import Launcher, close, on_the_host
 
 interpreted = pytest.mark.skipif(
     bool(triton_call.MISSING) or os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton and TRITON_INTERPRET=1"
 )
-TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int32": "i32"}
 EPS = 1e-3
 
 
@@ -45,12 +43,6 @@ def expected(x, weight, *, norm=None, eps=0.0, residual=None, gated=False):
     return y if residual is None else y + np.asarray(residual, np.float64)
 
 
-def close(got, want, error):
-    assert got.shape == want.shape
-    got, want = (np.asarray(a, np.float64) for a in (got, want))
-    assert np.abs(got - want).max() <= error * np.abs(want).max()
-
-
 @pytest.mark.parametrize("options", ["", "n", "r", "ng", "nr", "gr"])
 def test_definition(options):
     x, weight, more = case(5, 96, 64, options, jnp.bfloat16)
@@ -69,50 +61,11 @@ def test_refused(T, D, F, gated, dtype):
         module.skinny_matmul(jnp.zeros((T, D), dtype), jnp.zeros((D, F), dtype), gated=gated)
 
 
-class Argument:
-    """An array as the interpreter wants it."""
-
-    def __init__(self, array):
-        self.array, self.dtype = array, TYPES[array.dtype.name]
-
-    def data_ptr(self):
-        return self.array.ctypes.data
-
-
 @pytest.fixture
 def assembly(monkeypatch):
     """Triton's interpreter with inline assembly; what kernels load must be in their arguments, and unwritten is NaN."""
-    from triton.runtime import interpreter
-    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, _get_np_dtype
-
-    patch, memory = interpreter._patch_lang_tensor, None
-
-    def patch_for_numpy_2_4(tensor, scope):  # where an array of one element is no Python integer any more
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    def run(kernel, *inputs, out, grid, warps, stages, **constants):
-        nonlocal memory
-        assert constants["WARPS"] == warps
-        arrays = [x if isinstance(x, int) else np.array(x) for x in inputs]
-        outputs = [np.full(x.shape, np.nan, x.dtype) for x in out]
-        memory = asm.Memory(*(a for a in [*arrays, *outputs] if not isinstance(a, int)))
-        kernel[grid](*(a if isinstance(a, int) else Argument(a) for a in [*arrays, *outputs]), **constants)
-        for array, x in zip(arrays, inputs, strict=True):  # the counters too
-            np.testing.assert_array_equal(array, np.asarray(x))
-        return tuple(jnp.asarray(a) for a in outputs)
-
-    def inline_asm(_, text, kinds, values, results, is_pure, pack):
-        assert pack == 1
-        out = asm.run(text, kinds, [v.data for v in values], **{"global": memory})
-        handles = [TensorHandle(bits.view(_get_np_dtype(t)), t.scalar) for bits, t in zip(out, results, strict=True)]
-        return types.SimpleNamespace(get_result=handles.__getitem__)
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_for_numpy_2_4)
-    monkeypatch.setattr(GridExecutor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
-    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda self, *args: None)
-    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", inline_asm)
-    monkeypatch.setattr(module, "triton_call", run)
+    on_the_host(monkeypatch)
+    monkeypatch.setattr(module, "triton_call", Launcher(monkeypatch))
     monkeypatch.setattr(module, "cores", lambda: 4)
 
 
