@@ -22,6 +22,7 @@ class Memory:
 
     def __init__(self, *arrays, at=None):
         at = [a.ctypes.data for a in arrays] if at is None else at
+        self.asked = []  # (address, bytes) of what is to come to the L2 cache
         self.places = [(start, a.reshape(-1).view(np.uint8)) for start, a in zip(at, arrays, strict=True)]
 
     def __call__(self, address, wanted, size, aligned):
@@ -66,7 +67,7 @@ def _operand(text):
     if text[0] == "[":
         name, offset = re.fullmatch(r"\[([\w$]+)(?: \+ (\d+))?\]", text).groups()
         return [name, int(offset or 0)]
-    return int(text, 0) if text[0].isdigit() else text
+    return int(text, 0) if re.fullmatch(r"\d+|0x[\dA-F]+", text) else text
 
 
 def run(text, kinds, inputs, **memories):
@@ -128,8 +129,21 @@ class Threads:
         where = self.read(predicate, 1) if predicate else np.ones(self.count, bool)
         op, *how = name.split(".")
         if op in ("ld", "st"):
+            if "L2::cache_hint" in name:
+                *operands, policy = operands
+                self.read(policy, 64)
             return self.move(op, how, operands, where)
+        if op == "cp":  # to the L2 cache: nothing but the address matters
+            assert name == "cp.async.bulk.prefetch.L2.global"
+            (place, _), size = operands
+            assert size % 16 == 0
+            memory, address = self.memories["global"], self.read(place, 64)
+            assert all(True for _ in memory(address, where, size, 16))
+            memory.asked += [(int(start), size) for start in address[where]]
+            return None
         to, *of = operands
+        if op == "createpolicy":
+            return self.write(to, np.zeros(self.count, np.uint64), where)
         if op == "bar":  # all threads are at the same instruction anyway
             return None
         if op == "mma":

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import prefetch, triton_call
 from pallas_kernels import skinny_matmul as module
-from pallas_kernels import triton_call
 from tests.kernels.emulated import Launcher, close, on_the_host
 
 interpreted = pytest.mark.skipif(
@@ -65,8 +65,10 @@ def test_refused(T, D, F, gated, dtype):
 def assembly(monkeypatch):
     """Triton's interpreter with inline assembly; what kernels load must be in their arguments, and unwritten is NaN."""
     on_the_host(monkeypatch)
-    monkeypatch.setattr(module, "triton_call", Launcher(monkeypatch))
+    launcher = Launcher(monkeypatch)
+    monkeypatch.setattr(module, "triton_call", launcher)
     monkeypatch.setattr(module, "cores", lambda: 4)
+    return launcher
 
 
 @interpreted
@@ -84,7 +86,7 @@ def assembly(monkeypatch):
         (32, 512, 64, "n", {"warps": 16, "split": 1}),
         (3, 192, 64, "ngr", {"warps": 1, "ahead": 2, "split": 3}),
         (17, 256, 128, "ng", {}),
-        (32, 96, 64, "r", {"hint": ".L2::256B"}),
+        (32, 96, 64, "r", {"hint": ".L2::256B", "once": True}),
     ],
 )
 def test_interpreted(assembly, T, D, F, options, how, dtype):
@@ -93,6 +95,23 @@ def test_interpreted(assembly, T, D, F, options, how, dtype):
     assert got.dtype == dtype
     # bfloat16: the interpreter cuts values off, and x times the norm is rounded
     close(got, expected(x, weight, **more), 1.5e-2 if dtype == jnp.bfloat16 else 2e-3)
+
+
+@interpreted
+@pytest.mark.parametrize("early", [False, True])
+def test_following(assembly, monkeypatch, early):
+    """Each piece of what follows is asked for, and nothing else; results stay as they are."""
+    monkeypatch.setattr(prefetch, "device", lambda: ("NVIDIA H200", 90))
+    monkeypatch.setattr(prefetch, "PIECE", 64)
+    x, weight, more = case(3, 128, 128, "n", jnp.bfloat16)
+    large, small = np.zeros((64, 96), np.int32), np.zeros((20, 8), np.float16)
+    first = prefetch.First(large, 8 * 800, 8), prefetch.First(small, 1 << 20)
+    got = module.skinny_matmul.__wrapped__(x, weight, **more, following=first, early=early, warps=1, split=2)
+    close(got, expected(x, weight, **more), 1.5e-2)
+    (start, data), (end, rest) = assembly.memory.places[5:7]
+    assert (data.size, rest.size) == (large.nbytes, small.nbytes)
+    want = [(start + part * (data.size // 8) + at, 64) for part in range(8) for at in range(0, 768, 64)]
+    assert sorted(assembly.memory.asked) == sorted(want + [(end + at, 64) for at in range(0, 320, 64)])
 
 
 def test_shares():
