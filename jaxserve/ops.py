@@ -14,10 +14,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
+from pallas_kernels import await_masks as waiting
 
 POOL = P(None, None, None, "tp", None)  # [L, N, S, K, H]
 QUANTIZED_POOL = P(None, None, "tp")  # [L, N, K, ...]: the arrays of a pk.QuantizedPool
 HEADS = P(None, "tp")  # [T, K, ...]
+# Tokens up to which `fused_matmul` is quicker than XLA's product and what it makes of the rest (an H200).
+FEW, FEW_GATED = 4, 16
+# Bytes of what follows a product that it asks for: what memory can bring before the next one begins, and where
+# attention comes between.
+GAP, PAUSE = 6 << 20, 24 << 20
 log = logging.getLogger("jaxserve")
 
 
@@ -121,6 +127,59 @@ def grouped_matmul(x, weight, sizes, *, rows):
     split = ("tp", *between, None) if rows else (None, *between, "tp")
     run = _split(local, (P(None, split[0]), P(None, *split), P()), P(None, *split[1:]))
     return run(x, weight, sizes)
+
+
+def fuses(x, weight, axes, gated):
+    """Whether `fused_matmul` is quicker than XLA's way, and can do it."""
+    if not kernels() or x.dtype not in (jnp.bfloat16, jnp.float16) or weight.dtype != x.dtype:
+        return False
+    split = [n // _share(axis) for n, axis in zip(weight.shape, axes, strict=True)]
+    fits = split[0] % pk.SKINNY_INPUTS == 0 and math.prod(split[1:]) // (1 + gated) % pk.SKINNY_OUTPUTS == 0
+    return fits and x.shape[0] <= (FEW_GATED if gated else FEW)
+
+
+def _share(axis):
+    """Into how many parts the mesh cuts what lies along this axis of it."""
+    return 1 if axis is None else jax.sharding.get_abstract_mesh().shape[axis]
+
+
+def fused_matmul(x, weight, *, norm, eps, gated, residual, following, pause, axes):
+    """x [T, D] times weight [D, *out], to [T, *out], in one kernel with what stands around it.
+
+    norm: None, or the weight [D] of the RMSNorm that x goes through before; gated: of [D, 2, F], to [T, F], silu(first)
+    * second; residual: None, or what the result is added to.  following: arrays of weights that are read next, each
+    with its mesh axes; pause: whether attention comes before.  axes: the mesh axis of each of [D, *out].
+    """
+    out = axes[1:] if not gated else axes[2:]
+    apart = _share(axes[0]) > 1  # each device has a part of the sums
+
+    def local(x, weight, norm, residual, arrays):
+        flat = weight if gated else weight.reshape(weight.shape[0], -1)
+        y = pk.skinny_matmul(x, flat, norm=norm, eps=eps, gated=gated, residual=None if apart else residual,
+                             following=_first(arrays, x.shape[0], PAUSE if pause else GAP))  # fmt: skip
+        y = y if gated else y.reshape(x.shape[0], *weight.shape[1:])
+        if not apart:
+            return y
+        y = jax.lax.psum(y, axes[0])
+        return y if residual is None else residual + y
+
+    ins = (P(None, axes[0]), P(*axes), P(), P(None, *out), tuple(P(*of) for _, of in following))
+    return _split(local, ins, P(None, *out))(x, weight, norm, residual, tuple(array for array, _ in following))
+
+
+def _first(arrays, tokens, size):
+    """The first `size` bytes of what products with these arrays of weights read, one behind the other."""
+    out = []
+    for array in arrays:
+        parts = pk.skinny_parts(array.shape, tokens) if jnp.issubdtype(array.dtype, jnp.floating) else 1
+        out.append(pk.First(array, min(size, array.nbytes), parts))
+        size -= out[-1].size
+    return tuple(first for first in out if first.size)
+
+
+def await_masks(ticket, after, rows, words):
+    """int32[rows, words], masks that the host makes meanwhile: see the kernel's file, `waiting`.  Not on the CPU."""
+    return _split(lambda *of: waiting.await_masks(*of, rows=rows, words=words), (P(), P()), P())(ticket, after)
 
 
 def layout():

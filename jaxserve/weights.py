@@ -105,6 +105,8 @@ def assemble(cfg, found, arrays):
         for name in path.split("."):
             node = node.setdefault(name, {})
         node[part] = array
+        if part == "weight":
+            node["axes"] = tuple(found[path, part].where.spec)
         if part in ("packed", "bytes"):
             leaf = found[path, part]
             node |= {"how": leaf.how, "group": leaf.group, "axes": leaf.axes}

@@ -9,6 +9,7 @@ D inputs, F outputs, T tokens; a unit has 32 inputs and 64 outputs.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -384,6 +385,14 @@ def shares(T, D, F, gated, programs):
     many = columns * split <= programs if gated else T <= 8 or (T <= 16 and each <= 16)
     warps = min(8 if many else 4, power_of_two(each + 1) // 2)
     return warps, 2 if each == 2 * warps and not gated else 1, split
+
+
+def skinny_parts(shape, T):
+    """Into how many parts `skinny_matmul` cuts the inputs of a weight [D, *out], or, gated, [D, 2, F]; it reads them
+    all at once."""
+    gated = len(shape) == 3
+    F = math.prod(shape[1:]) // (1 + gated)
+    return shares(T, shape[0], F, gated, cores())[2] if shape[0] % UNIT == F % COLUMNS == 0 else 1
 
 
 def tokens_at_once(T, gated):

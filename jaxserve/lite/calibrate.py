@@ -207,7 +207,7 @@ def fed(cfg, layer, middle):
     if isinstance(layer.ffn, GatedMLP):
         return middle + layer.ffn.down.dot(inner(cfg, layer, middle))
     flat = ready(cfg, layer, middle).reshape(-1, middle.shape[-1])
-    return middle + layer.ffn(cfg, flat).reshape(middle.shape)
+    return middle + layer.ffn.mix(cfg, flat).reshape(middle.shape)
 
 
 def attend(cfg, window, mixer, qkv):

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from flax import struct
 
+from jaxserve.models.layers import product
+
 
 @struct.dataclass
 class GQA:
@@ -18,9 +20,18 @@ class GQA:
     q_norm: jax.Array | None = None  # [H], of the families that normalise queries and keys
     k_norm: jax.Array | None = None  # [H]
 
-    def __call__(self, cfg, layer, window, x, cos, sin, cache, spans):
-        """x [T, D] and the rotations [T, H/2] to [T, D] and the cache with this step's keys and values."""
-        qkv = self.qkv.dot(x)  # [T, K, G+2, H]
+    @property
+    def first(self):
+        """The map that is multiplied with first."""
+        return self.qkv
+
+    def __call__(self, cfg, layer, window, norm, x, cos, sin, cache, spans, following):
+        """x [T, D] and attention of it, normalised, by rotations [T, H/2]; and the cache with the keys and values.
+
+        following: the map that is multiplied with after this layer's, see `layers.product`.
+        """
+        after = self.o, following
+        qkv = product(self.qkv, x, norm=norm, eps=cfg.eps, following=after, pause=True)  # [T, K, G+2, H]
         norms = self.q_norm, self.k_norm
         out, cache = cache.attend(layer, qkv, cos, sin, spans, norms, cfg.eps, window)
-        return self.o.dot(out.reshape(x.shape[0], -1)), cache
+        return product(self.o, out.reshape(x.shape[0], -1), residual=x, following=(following,)), cache

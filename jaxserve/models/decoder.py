@@ -35,15 +35,19 @@ def forward(cfg, params, cache, token, spans):
     cos, sin = rope.rotation(cfg, spans)  # [T, H/2]
     # Layers are unrolled: a scan over stacked weights makes XLA copy every layer's weights.
     for index, layer in enumerate(params.layers):
-        x, cache = block(cfg, cfg.window_at(index), layer, index, x, cos, sin, cache, spans)
+        # The last layer's product asks for the first layer's weights, in vain, and is the same program as the others.
+        following = params.layers[(index + 1) % len(params.layers)].mixer.first
+        x, cache = block(cfg, cfg.window_at(index), layer, index, x, cos, sin, cache, spans, following)
     return rms_norm(x, params.norm, cfg.eps), cache
 
 
 @partial(jax.jit, static_argnames=("cfg", "window"))  # traced once for all layers alike; XLA puts it in their places
-def block(cfg, window, layer, index, x, cos, sin, cache, spans):
-    """One layer, the `index`-th: x [T, D] to the same shape, and the cache with its keys and values."""
+def block(cfg, window, layer, index, x, cos, sin, cache, spans, following):
+    """One layer, the `index`-th: x [T, D] to the same shape, and the cache with its keys and values.
+
+    following: the map that the next layer begins with.
+    """
     with jax.named_scope("mixer"):
-        mixed, cache = layer.mixer(cfg, index, window, rms_norm(x, layer.norm1, cfg.eps), cos, sin, cache, spans)
-        x = x + mixed
+        x, cache = layer.mixer(cfg, index, window, layer.norm1, x, cos, sin, cache, spans, layer.ffn.first)
     with jax.named_scope("ffn"):
-        return x + layer.ffn(cfg, rms_norm(x, layer.norm2, cfg.eps)), cache
+        return layer.ffn(cfg, layer.norm2, x, following), cache

@@ -1,4 +1,7 @@
-"""The small parts that decoders share: normalisation and the gated feed-forward layer."""
+"""The small parts that decoders share: normalisation, a product with what stands around it, the feed-forward layer.
+
+T tokens of the step, D width, F feed-forward width.
+"""
 
 from typing import Any
 
@@ -15,6 +18,25 @@ def rms_norm(x, weight, eps):
     )
 
 
+def product(weight, x, *, norm=None, eps=0.0, gated=False, residual=None, following=(), pause=False):
+    """weight.dot(x), after `rms_norm` of x [T, D] by `norm` [D], gated: silu(first) * second of its [T, 2, F], and
+    added to `residual`; in one kernel where the weight has one for such an x.
+
+    following: the maps, or None, that are multiplied with next, in this order: a kernel may ask memory for them early;
+    pause: whether something else comes before them.
+    """
+    # Kinds of weights without such kernels have no `fused`; it gives None where `dot` is quicker.
+    if fused := getattr(weight, "fused", None):
+        around = {"norm": norm, "eps": eps, "gated": gated, "residual": residual}
+        read = tuple(part for part in (after and after.read() for after in following) if part)
+        if (out := fused(x, **around, following=read, pause=pause)) is not None:
+            return out
+    y = weight.dot(x if norm is None else rms_norm(x, norm, eps))
+    if gated:
+        y = jax.nn.silu(y[:, 0]) * y[:, 1]
+    return y if residual is None else residual + y
+
+
 @struct.dataclass
 class GatedMLP:
     """down(silu(gate x) * up x)  (Shazeer, 2020: SwiGLU)."""
@@ -22,7 +44,12 @@ class GatedMLP:
     gate_up: Any  # D -> [2, F]: both in one matrix, so that one matmul reads them
     down: Any  # F -> D
 
-    def __call__(self, cfg, x):
-        """x [T, D] to [T, D]."""
-        both = self.gate_up.dot(x)  # [T, 2, F]
-        return self.down.dot(jax.nn.silu(both[:, 0]) * both[:, 1])
+    @property
+    def first(self):
+        """The map that is multiplied with first."""
+        return self.gate_up
+
+    def __call__(self, cfg, norm, x, following):
+        """x [T, D] and what this makes of it, normalised.  following: the map after this layer's, see `product`."""
+        inner = product(self.gate_up, x, norm=norm, eps=cfg.eps, gated=True, following=(self.down,))  # [T, F]
+        return product(self.down, inner, residual=x, following=(following,))

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxserve.models.layers import rms_norm
+
 
 @struct.dataclass
 class MoE:
@@ -18,8 +20,14 @@ class MoE:
     gate_up: Any  # E of D -> [2, F]
     down: Any  # E of F -> D
 
-    def __call__(self, cfg, x):
-        """x [T, D] to [T, D]."""
+    first = None  # which experts are read is not known before the router
+
+    def __call__(self, cfg, norm, x, following):
+        """x [T, D] and what the experts make of it, normalised."""
+        return x + self.mix(cfg, rms_norm(x, norm, cfg.eps))
+
+    def mix(self, cfg, x):
+        """What the experts make of normalised x [T, D], to [T, D]."""
         share, order, sizes = self.route(cfg, x)
         rows = x[order // cfg.experts_per_token]  # [T*X, D]
         out = self.down.grouped_dot(self.inner(rows, sizes), sizes, rows=True)

@@ -13,11 +13,22 @@ class Dense:
 
     weight: jax.Array  # [D, *out]
     bias: jax.Array | None = None  # [*out]
+    axes: tuple | None = struct.field(pytree_node=False, default=None)  # mesh axis, or None, of each; None: not known
 
     def dot(self, x, dtype=None):
         """x [..., D] to [..., *out], accumulated in float32, given in `dtype` (that of x unless said)."""
         out = jnp.tensordot(x, self.weight, 1, preferred_element_type=dtype or x.dtype)
         return out if self.bias is None else out + jnp.broadcast_to(self.bias, out.shape)
+
+    def fused(self, x, **around):
+        """`dot` of x [T, D] and what stands around it (see `ops.fused_matmul`), or None where XLA's way is quicker."""
+        if self.bias is not None or self.axes is None or not ops.fuses(x, self.weight, self.axes, around["gated"]):
+            return None
+        return ops.fused_matmul(x, self.weight, axes=self.axes, **around)
+
+    def read(self):
+        """What a product reads, and the mesh axes of it; None where they are not known."""
+        return self.axes and (self.weight, self.axes)
 
     def grouped_dot(self, x, sizes, rows):
         """x [M, D], the tokens of expert 0, then those of expert 1, ..., times the map [E, D, *out], to [M, *out].
