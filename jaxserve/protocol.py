@@ -49,7 +49,8 @@ class Ask:
 
     prompts: one conversation (messages, or a text that is a whole prompt), or the prompts of a completion (texts or
     token ids).  tools: those that the model is shown.  tool_choice: "none", "auto", "required" or a function's name.
-    grammar: what the answer must look like, as llguidance has it.  best_of: answers made for the n that are returned.
+    grammar: what the answer must look like, as llguidance has it, and shape the parameter that says so.  best_of:
+    answers made for the n that are returned.
     """
 
     chat: bool
@@ -62,6 +63,7 @@ class Ask:
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
     grammar: str | None = None
+    shape: str | None = None
     echo: bool = False
     best_of: int | None = None
     stream: bool = False
@@ -85,9 +87,11 @@ class Ask:
             if body.get(name) not in (None, [], {}, "auto", "none"):
                 raise ParamError(name, f"{name}: {reason}")
         options = given.stream_options or StreamOptions()
+        shape, grammar = _grammar(given)
         common: dict[str, Any] = {
             "config": _config(given, chat, advice or {}, defaults),
-            "grammar": _grammar(given),
+            "grammar": grammar,
+            "shape": shape,
             "model": given.model,
             "stream": given.stream is True,
             "include_usage": options.include_usage is True,
@@ -279,20 +283,20 @@ def _logprobs(given: Any, chat: bool) -> int | None:
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 
 
-def _grammar(given: Sampling) -> str | None:
-    """What the answer must look like, None if that is free."""
+def _grammar(given: Sampling) -> tuple[str | None, str | None]:
+    """The parameter that says what the answer must look like, and the grammar of it; None where that is free."""
     ways = [name for name in ("response_format", *GUIDED) if getattr(given, name) is not None]
     if given.response_format == {"type": "text"}:
         ways.remove("response_format")
     if not ways:
-        return None
+        return None, None
     if len(ways) > 1:
         raise ParamError(ways[1], f"{' and '.join(ways)} say the same thing in two ways: give one of them")
     from jaxserve.text import grammar
 
     try:
         if ways == ["response_format"]:
-            return grammar.from_response_format(given.response_format)
-        return grammar.from_guided(**{ways[0]: getattr(given, ways[0])})
+            return ways[0], grammar.from_response_format(given.response_format)
+        return ways[0], grammar.from_guided(**{ways[0]: getattr(given, ways[0])})
     except ValueError as error:
         raise ParamError(ways[0], str(error)) from None

@@ -226,7 +226,7 @@ class Formats:
                 grammar = reasoning.allow_thoughts(grammar, self.reasoning, opened, self.tokenizer)
             return author.grammar(ask.config, grammar)
         except ValueError as error:
-            raise ParamError("response_format" if ask.grammar else "tools", str(error)) from None
+            raise ParamError(ask.shape if ask.grammar else "tools", str(error)) from None
 
     def _voice(self, ask, reply: Reply, choice: int, opened: bool) -> Voice:
         splitter = parser = None

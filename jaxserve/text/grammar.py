@@ -144,6 +144,9 @@ def _reason(message: str) -> str:
 # --- from requests
 
 
+TYPES = ("text", "json_object", "json_schema", "regex_schema", "regex", "grammar")
+
+
 def from_response_format(format: dict | None) -> str | None:
     """OpenAI's response_format (chat's or that of responses), LMDeploy's regex_schema; None where any text will do.
 
@@ -158,7 +161,7 @@ def from_response_format(format: dict | None) -> str | None:
         schema = format.get("schema")
         return from_schema({"type": "object"} if schema is None else schema)
     if kind == "json_schema":
-        given = format.get("json_schema", format)
+        given = format.get("json_schema", format if "schema" in format else None)
         if not isinstance(given, dict):
             raise ValueError("response_format: json_schema is an object with name and schema")
         schema = given.get("schema")
@@ -167,9 +170,7 @@ def from_response_format(format: dict | None) -> str | None:
         return from_regex(next((format[key] for key in (kind, "regex", "pattern") if key in format), None))
     if kind == "grammar":
         return from_lark(format.get("grammar"))
-    raise ValueError(
-        f"response_format: the type is text, json_object, json_schema, regex_schema or grammar, not {_short(kind)}"
-    )
+    raise ValueError(f"response_format: the type is {', '.join(TYPES[:-1])} or {TYPES[-1]}, not {_short(kind)}")
 
 
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")

@@ -410,16 +410,20 @@ def test_shapes_reach_the_engine(server, body):
         ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "hiccup"}}}),
         ("response_format", {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://x.example/y"}}}),
         ("response_format", {"type": "regex_schema", "regex_schema": "(?=x)"}),
+        ("response_format", {"type": "json_schema"}),
         ("response_format", {}),
+        ("guided_json", {"type": "hiccup"}),
         ("guided_regex", "("),
+        ("guided_regex", "(?=x)"),
+        ("structured_outputs", {"regex": "(?=x)"}),
         ("guided_choice", []),
         ("guided_grammar", "nonsense"),
     ],
     ids=str,
 )
 def test_shapes_that_cannot_be(server, param, value):
-    status, _, message = server.refused(CHAT, messages() | {param: value})
-    assert status == 400 and message
+    status, named, message = server.refused(CHAT, messages() | {param: value})
+    assert (status, named) == (400, param) and message
 
 
 def test_two_shapes_at_once(server):
