@@ -6,6 +6,7 @@ Drives any server with OpenAI's routes.  Imports nothing heavy before the comman
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 
@@ -257,6 +258,10 @@ def plain(url: str) -> str:
     url = url if "://" in url else f"http://{url}"
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"a server's URL begins with http:// or https://, not {url!r}")
+    try:
+        urlsplit(url).port  # noqa: B018  the library would try any number
+    except ValueError as error:
+        raise ValueError(f"{url!r} is no server's URL: {error}") from None
     return url.rstrip("/").removesuffix("/v1")
 
 

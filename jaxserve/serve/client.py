@@ -16,6 +16,7 @@ from jaxserve.terminal import FULL, Pace, note
 
 TOKENS = 512  # of one turn, as LMDeploy's client has it
 CONNECT = 10  # seconds
+NOBODY = (httpx2.ConnectError, httpx2.ConnectTimeout)
 DIRECT = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))  # not through a proxy of the environment
 
 
@@ -127,12 +128,17 @@ class APIClient:
     @contextmanager
     def _told(self) -> Iterator[None]:
         """Turns the library's errors into words for a person."""
+        form = f"{self.api_server_url!r} is no address: it has the form http://HOST:PORT"
+        try:
+            urlsplit(self.api_server_url).port  # noqa: B018  the library takes any number and asks at another port
+        except ValueError as error:
+            raise ServerError(f"{form} ({error})") from error
         try:
             yield
-        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+        except NOBODY as error:
             raise ServerError(f"no server answers at {self.api_server_url} ({error})") from error
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError) as error:
-            raise ServerError(f"{self.api_server_url!r} is no address: it has the form http://HOST:PORT") from error
+            raise ServerError(form) from error
         except httpx2.TransportError as error:
             raise ServerError(f"the connection to {self.api_server_url} broke off ({error})") from error
 
@@ -187,7 +193,7 @@ def run(url: str, api_key: str | None = None, session_id: int = 1) -> None:
 def _advice(error: ServerError, api_key: str | None) -> str:
     if error.status == 401:
         return "the server refused the key" if api_key else "the server asks for a key: --api-key or $JAXSERVE_API_KEY"
-    hint = "" if error.status else "; `jaxserve serve MODEL` starts one"
+    hint = "; `jaxserve serve MODEL` starts one" if isinstance(error.__cause__, NOBODY) else ""
     return f"{error}{hint}"
 
 

@@ -7,10 +7,8 @@ import html
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields
@@ -24,6 +22,7 @@ import click
 from jaxserve.config import FLAG, EngineConfig
 from jaxserve.serve.client import APIClient, ServerError, address
 from jaxserve.serve.options import KEYS_VARIABLE
+from jaxserve.serve.run import HINT
 from jaxserve.terminal import Pace, note
 
 TITLE = "jaxserve Playground"
@@ -281,19 +280,19 @@ def served(model_or_url: str | None, config: EngineConfig, api_key: str | None):
     if model_or_url is not None and is_address(model_or_url):
         yield address(model_or_url), api_key, None
         return
-    port, key = free_port(), api_key or secrets.token_urlsafe(16)  # nobody else is to use this server
-    command = [sys.executable, "-m", "jaxserve", "serve", "api_server", *arguments(config), f"--server-port={port}"]
-    child = subprocess.Popen(
+    key = api_key or secrets.token_urlsafe(16)  # nobody else is to use this server
+    command = [sys.executable, "-m", "jaxserve", "serve", "api_server", *arguments(config), "--server-port=0"]
+    with subprocess.Popen(
         [*command, "--", *([model_or_url] if model_or_url else [])],
+        stdout=subprocess.PIPE,
+        text=True,
         env=os.environ | {KEYS_VARIABLE: key},
         start_new_session=True,  # Ctrl-C reaches this process, which then lets the server end
-    )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_for(url, key, child)
-        yield url, key, child
-    finally:
-        end(child)
+    ) as child:
+        try:
+            yield found(child), key, child
+        finally:
+            end(child)
 
 
 def is_address(text: str) -> bool:
@@ -312,23 +311,14 @@ def arguments(config: EngineConfig) -> list[str]:
     return made
 
 
-def free_port() -> int:
-    """A port of the loopback address that nobody listens at."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
-
-
-def wait_for(url: str, key: str, child: subprocess.Popen) -> None:
-    """Until the server answers.  It says itself how far it is, and why it ends where it does."""
-    note(f"starting a server for the page at {url}")
-    while child.poll() is None:
-        try:
-            with APIClient(url, key) as client:
-                if client.models:
-                    return
-        except ServerError:
-            time.sleep(0.25)
-    sys.exit(child.returncode)
+def found(child: subprocess.Popen) -> str:
+    """Where the server listens, once it does.  On standard error it says how far it is, or why it ends."""
+    note("starting a server for the page")
+    before, _, after = HINT.partition("{}")
+    for line in child.stdout or ():
+        if line.startswith(before):
+            return line.strip().removeprefix(before).removesuffix(after)
+    sys.exit(child.wait())
 
 
 def end(child: subprocess.Popen) -> None:

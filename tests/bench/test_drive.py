@@ -156,6 +156,7 @@ def test_a_file_without_a_way_to_count(source, tmp_path, capsys):
     [
         ([], "the URL of a server is missing"),
         (["ftp://a"], "begins with http"),
+        (["localhost:99999"], "Port out of range"),
         (["http://127.0.0.1:9"], "does not answer"),
         (["SOURCE", "--work", "nowhere.json"], "there is no file nowhere.json"),
         (["SOURCE", "--work", "mix", "--chat"], "token ids"),

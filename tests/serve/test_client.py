@@ -142,7 +142,7 @@ def test_no_server(nobody):
     with APIClient(nobody) as client, pytest.raises(ServerError, match="no server answers at"):
         list(client.models)
     for bad in ("ftp://h", "http://", "http://[", "http://h:99999"):
-        with APIClient(bad) as client, pytest.raises(ServerError):
+        with APIClient(bad) as client, pytest.raises(ServerError, match="is no address"):
             list(client.models)
 
 
@@ -195,6 +195,8 @@ def test_errors(served, nobody):
     assert (status, out) == (1, "") and "asks for a key: --api-key or $JAXSERVE_API_KEY" in err
     assert "refused the key" in piped("", url, "--api-key", "wrong")[2]
     assert piped("hi\n\n", url, JAXSERVE_API_KEY="secret")[1] == "answer 1: hi\n"
+    status, out, err = piped("", "localhost:99999")
+    assert status == 1 and "is no address" in err and "Port out of range" in err and "serve MODEL" not in err
     status, out, err = piped("", nobody)
     assert status == 1 and "no server answers at" in err and "jaxserve serve MODEL" in err and "Traceback" not in err
 

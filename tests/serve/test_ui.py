@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.serve import ui
+from jaxserve.serve.run import HINT
 from tests.serve import scripted
 from tests.serve.browser import PROGRAM
 from tests.serve.conftest import question
@@ -57,10 +59,31 @@ def test_without_gradio():
     assert "pip install 'jaxserve[ui]'" in done.stderr
 
 
+def test_where_its_own_server_is():
+    said = f"print('something'); print({HINT!r}.format('http://127.0.0.1:7/p'))"
+    for code, url in ((said, "http://127.0.0.1:7/p"), ("import sys; sys.exit(3)", None)):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
+            if url:
+                assert ui.found(child) == url
+            else:
+                with pytest.raises(SystemExit, match="3"):
+                    ui.found(child)
+
+
+def test_a_server_of_its_own_that_does_not_start(tmp_path):
+    with pytest.raises(SystemExit, match="3"), ui.served(str(tmp_path / "none"), EngineConfig(), None):
+        pass
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
 @needs_gradio
 def test_no_server():
     done = subprocess.run(
-        [*COMMAND, "ui", f"127.0.0.1:{ui.free_port()}"], capture_output=True, text=True, cwd=HOME, timeout=60
+        [*COMMAND, "ui", f"127.0.0.1:{free_port()}"], capture_output=True, text=True, cwd=HOME, timeout=60
     )
     assert done.returncode == 1 and "no server answers at" in done.stderr and "Traceback" not in done.stderr
 
@@ -73,7 +96,7 @@ class Playground:
         self.engine = scripted.Engine(say=lambda text: self.say(text), session_len=4096, delay=0.01)
         self.app = scripted.app(engine=self.engine, keys=["secret"])
         self.server = scripted.serving(self.app.__enter__())
-        self.port = ui.free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
         command = [*COMMAND, "serve", "gradio", self.server.__enter__(), f"--server-port={self.port}"]
