@@ -68,8 +68,10 @@ def ask(pointer, PIECES: tl.constexpr, ASK_KINDS: tl.constexpr, THREADS: tl.cons
     ASK: tl.constexpr = PIECES[5]
     programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
     program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+    thread = tl.arange(0, THREADS)
+    thread = thread % 32 * (THREADS // 32) + thread // 32  # few of each warp, for lanes ask one after the other
     for turn in tl.static_range(TURNS):
-        piece = (turn * THREADS + tl.arange(0, THREADS)) * programs + program
+        piece = (turn * THREADS + thread) * programs + program
         here = piece < COUNT
         piece = tl.where(here, piece, 0)
         of = (piece // PER).to(tl.int64) * STRIDE + piece % PER * SIZE

@@ -400,14 +400,17 @@ def tokens_at_once(T, gated):
     return min(2 if gated else 4, cdiv(T, 8))
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "gated", "warps", "ahead", "split", "hint", "once", "early"))
-def skinny_matmul(x, weight, *, norm=None, eps=0.0, residual=None, gated=False, following=(), warps=None, ahead=None,
-                  split=None, hint="", once=False, early=False):  # fmt: skip
+@functools.partial(
+    jax.jit, static_argnames=("eps", "gated", "dtype", "warps", "ahead", "split", "hint", "once", "early")
+)
+def skinny_matmul(x, weight, *, norm=None, eps=0.0, residual=None, gated=False, following=(), dtype=None, warps=None,
+                  ahead=None, split=None, hint="", once=False, early=False):  # fmt: skip
     """x [T, D] times weight [D, F] as `skinny_matmul_reference` has it, for T of at most 32; bfloat16 or float16.
 
     D is a multiple of 32, F of 64.  Of two calls in a program one needs the other's result, as in a decoder: all count
     their parts in one array.  The norm's weight is multiplied with x before x is divided by its root mean
     square: in float16 neither x * norm nor its product may pass 65504.
+    dtype: of the result, that of x unless said.
     following: `prefetch.First` of what the next kernels read; early: it is asked for at the beginning.
     warps: of a program; ahead: units that each loads at a time; split: into how many parts the inputs are cut, each
     a program; by `shares` unless said.  hint: what is said of loads to the L2, such as ".L2::256B"; once: whether also
@@ -433,13 +436,13 @@ def skinny_matmul(x, weight, *, norm=None, eps=0.0, residual=None, gated=False, 
     load, kinds = load_unit(2 * width, masked, hint, once)
     add, add_kinds = add_up(warps, tokens, int(gated), int(norm is not None))
     padded = blocks * tokens * 8
-    left = (split, padded, width) if split > 1 else (1,)
-    squares = (split, F // COLUMNS, padded) if split > 1 and norm is not None else (1,)
+    parts = [(split, padded, width) if split > 1 else (1,)]
+    parts.append((split, F // COLUMNS, padded) if split > 1 and norm is not None else (1,))  # of squares
     counters = jnp.zeros(max(COUNTERS, blocks * (F // COLUMNS)) if split > 1 else 1, jnp.int32)
     arrays, (next_, later) = asked(following, x, blocks * (F // COLUMNS) * split, 32 * warps)
     out, *_ = triton_call(
         _skinny, x, weight, x if norm is None else norm, x if residual is None else residual, counters, *arrays, T,
-        out=[jax.ShapeDtypeStruct((T, F), x.dtype), *(jax.ShapeDtypeStruct(s, jnp.float32) for s in (left, squares))],
+        out=[jax.ShapeDtypeStruct((T, F), dtype or x.dtype), *(jax.ShapeDtypeStruct(s, jnp.float32) for s in parts)],
         grid=(blocks, F // COLUMNS, split), warps=warps, stages=1, D=D, F=F, eps=float(eps), GATED=int(gated),
         NORM=int(norm is not None), RESIDUAL=int(residual is not None), BF16=int(kind == "bf16"), SPLIT=split,
         WARPS=warps, AHEAD=ahead, TOKENS=tokens, TURNS=turns, LOAD=load, LOAD_KINDS=kinds,
