@@ -120,24 +120,20 @@ def _scale_and_zero(parameters):
 
 # ---- For the kernels.  They read codes as words of 16 bits, each with VALUES values of a head: as shared memory can
 # turn matrices of 16-bit elements and of no smaller ones, keys and values then go to the tensor cores as codes, and
-# become bfloat16 or float16 in the registers from which they are multiplied, two at once.  What such a value is more
-# than its code (OFFSET), the scales and the zeros do not touch the single element: they are applied to sums over it.
+# become float16 in the registers from which they are multiplied, two at once.  A code in the low bits of a float16 is
+# that code times 2**-24, a number like others to tensor cores, so that a mask is all that most values need.  Units,
+# scales and zeros do not touch the single element: they are applied to sums over it.
 
-
-# What `values` gives is more than the code by so much: integers become floats in the low bits of a larger number.
-OFFSET = {("int4", "bfloat16"): 128, ("int4", "float16"): 64, ("int8", "bfloat16"): -128, ("int8", "float16"): -128}
 # What brings weights times scales away from float16's denormals, and not over its largest number whatever the values.
 BOOST = {"int4": 4, "int8": 64, "fp8": 256}
 
 
 def kernel_constants(kind, dtype):
     """What kernels must know of the codes that queries of `dtype` meet."""
-    name = jnp.dtype(dtype).name
     return {
         "KIND": kind,
         "VALUES": 16 // BITS[kind],  # of a word
-        "OFFSET": OFFSET.get((kind, name), 0),
-        "BOOST": BOOST[kind] if name == "float16" else 1,
+        "BOOST": 1 if dtype == jnp.float32 else BOOST[kind],
         "ASM": not interpreted(),
     }
 
@@ -156,65 +152,59 @@ def column(word, J: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr):
 
 
 @jit
-def scale_and_zero(parameters):
+def scale_and_zero(parameters, ASM: tl.constexpr):
     """float32 each."""
-    scale = (parameters & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-    zero = (parameters >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return scale.to(tl.float32), zero.to(tl.float32)
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 s, z; mov.b32 {s, z}, $2; cvt.f32.f16 $0, s; cvt.f32.f16 $1, z; }", "=f,=f,r", [parameters],
+            (tl.float32, tl.float32), True, 1,
+        )  # fmt: skip
+    else:
+        scale = (parameters & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        zero = (parameters >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        return scale.to(tl.float32), zero.to(tl.float32)
+
+
+@jit
+def unit(J: tl.constexpr, KIND: tl.constexpr, dtype: tl.constexpr):
+    """The code of value J of a word, divided by what `values` gives."""
+    if dtype == tl.float32:
+        return 1.0
+    elif KIND == "fp8":
+        return 256.0
+    elif KIND == "int4" and J % 2:
+        return 2.0**20
+    else:
+        return 2.0**24
 
 
 @jit
 def values(words, J: tl.constexpr, KIND: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
-    """Value J of each word plus OFFSET, exactly, as dtype.  Without ASM in plain operations, five times as many."""
+    """Value J of each word over its `unit`, exactly, as dtype: float16 or float32.
+
+    Without ASM in plain operations, which do not take two at once.
+    """
     if ASM and dtype != tl.float32:
-        return _packed_values(words, J, KIND, dtype)
+        if KIND == "int4":
+            SHIFT: tl.constexpr = "shr.b32 t, $1, 8; and.b32 $0, t, " if J > 1 else "and.b32 $0, $1, "
+            CODE: tl.constexpr = SHIFT + ("0x00F000F0;" if J % 2 else "0x000F000F;")
+        elif KIND == "int8":
+            CODE: tl.constexpr = "prmt.b32 $0, $1, 0, 0x4341;" if J else "and.b32 $0, $1, 0x00FF00FF;"
+        else:
+            CODE: tl.constexpr = (
+                f"shl.b32 t, $1, {8 - 8 * J}; shr.b32 u, t, 1; and.b32 u, u, 0x3F803F80; "
+                "lop3.b32 $0, t, 0x80008000, u, 0xEA;"
+            )
+        return tl.inline_asm_elementwise("{ .reg .b32 t, u; " + CODE + " }", "=r,r", [words], tl.float16, True, 2)
     if KIND == "fp8":
         code = words >> (8 * J)
         half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)  # the same number, but for the bias of the exponent
-        return (half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(dtype)
-    if KIND == "int4":
+        number = half.to(tl.uint16).to(tl.float16, bitcast=True)
+        return number if dtype == tl.float16 else number.to(tl.float32) * 256.0
+    if KIND == "int8":
+        code = (words >> (8 * J)) & 0xFF
+    elif dtype == tl.float32:
         code = (words >> (4 * J)) & 0xF
     else:
-        code = (words >> (8 * J)) & 0xFF
-    if dtype == tl.float32:
-        return code.to(tl.float32)
-    elif KIND == "int8":
-        return (code.to(tl.float32) - 128.0).to(dtype)
-    elif dtype == tl.float16:
-        return ((code << 4) | 0x5400).to(tl.uint16).to(tl.float16, bitcast=True)
-    else:
-        return (code | 0x4300).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@jit
-def _packed_values(words, J: tl.constexpr, KIND: tl.constexpr, dtype: tl.constexpr):
-    """`values` of two words at once."""
-    WIDE: tl.constexpr = dtype == tl.bfloat16
-    if KIND == "int4" and WIDE:
-        CODE: tl.constexpr = f"shr.b32 t, $1, {4 * J}; lop3.b32 $0, t, 0x000F000F, 0x43004300, 0xEA;"
-    elif KIND == "int4":  # four bits higher up, where they need as many instructions and come with a smaller number
-        MOVE: tl.constexpr = f"shr.b32 t, $1, {4 * J - 4};" if J else "shl.b32 t, $1, 4;"
-        CODE: tl.constexpr = MOVE + " lop3.b32 $0, t, 0x00F000F0, 0x54005400, 0xEA;"
-    elif KIND == "int8" and WIDE:  # 7 bits have room below the exponent: 128 + those, less 256, or 128 with the eighth
-        CODE: tl.constexpr = (
-            f"shr.b32 t, $1, {8 * J}; lop3.b32 u, t, 0x00800080, 0x43004300, 0xAE; "
-            "lop3.b32 t, t, 0x007F007F, 0x43004300, 0xEA; mov.b32 v, 0xBF80BF80; fma.rn.bf16x2 $0, u, v, t;"
-        )
-    elif KIND == "int8":  # 1024 more, then 1152 less
-        CODE: tl.constexpr = (
-            f"mov.b32 t, 0x64646464; prmt.b32 t, $1, t, {0x4341 if J else 0x4240}; mov.b32 u, 0x3C003C00; "
-            "mov.b32 v, 0xE480E480; fma.rn.f16x2 $0, t, u, v;"
-        )
-    else:  # bits of e4m3 where those of the wider type are, then the exponent put right
-        SHIFT: tl.constexpr = "4" if WIDE else "1"
-        MASK: tl.constexpr = "0x07F007F0" if WIDE else "0x3F803F80"
-        BIAS: tl.constexpr = "0x7B807B80" if WIDE else "0x5C005C00"
-        NAME: tl.constexpr = "bf16x2" if WIDE else "f16x2"
-        CODE: tl.constexpr = (
-            f"shl.b32 t, $1, {8 - 8 * J}; shr.b32 u, t, {SHIFT}; and.b32 u, u, {MASK}; "
-            f"lop3.b32 t, t, 0x80008000, u, 0xEA; mov.b32 u, {BIAS}; mov.b32 v, 0x80008000; fma.rn.{NAME} $0, t, u, v;"
-        )
-    if WIDE:
-        return tl.inline_asm_elementwise("{ .reg .b32 t, u, v; " + CODE + " }", "=r,r", [words], tl.bfloat16, True, 2)
-    else:
-        return tl.inline_asm_elementwise("{ .reg .b32 t, u, v; " + CODE + " }", "=r,r", [words], tl.float16, True, 2)
+        code = (words >> (J // 2 * 8)) & (0xF0 if J % 2 else 0xF)
+    return code.to(tl.float32) if dtype == tl.float32 else code.to(tl.uint16).to(tl.float16, bitcast=True)

@@ -86,12 +86,18 @@ def cdiv_(a, b):
 
 
 @jit
+def _even(span, share, BLOCK: tl.constexpr):
+    """The length of a row's pieces, all but the last, which are about equal and at most `share`."""
+    return tl.maximum(cdiv_(cdiv_(span, tl.maximum(cdiv_(span, share), 1)), BLOCK), 1) * BLOCK
+
+
+@jit
 def _cut(
     length_ptr, token_ptr, R, most, pieces, work_ptr,
     WINDOW: tl.constexpr, BLOCK: tl.constexpr, SMALLEST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     PART: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Cuts every row's visible keys into pieces of about total / pieces, at least SMALLEST and a multiple of BLOCK.
+    """Cuts every row's visible keys into pieces of at most about total / pieces, of SMALLEST, multiples of BLOCK.
 
     Writes the pieces, int32[most, WIDTH]: row (-1: none), token, first key, end, oldest visible key, the row's first
     piece, its number of pieces, and zeros: at a row's first piece a launch counts in them, for each head, the pieces
@@ -105,7 +111,7 @@ def _cut(
     here = tl.load(token_ptr + r, mask=r < R, other=-1) >= 0
     share = tl.maximum(cdiv_(tl.sum(tl.where(here, span, 0), 0), pieces), SMALLEST)
     share = cdiv_(share, BLOCK) * BLOCK
-    splits = tl.where(here, tl.maximum(cdiv_(span, share), 1), 0)
+    splits = tl.where(here, tl.maximum(cdiv_(span, _even(span, share, BLOCK)), 1), 0)
     after = tl.cumsum(splits, 0)
     piece = tl.program_id(0) * PART + tl.arange(0, PART)
     passed = after[None, :] <= piece[:, None]
@@ -117,6 +123,7 @@ def _cut(
     if WINDOW:
         oldest = tl.maximum(length - WINDOW, 0)
     begin = oldest // BLOCK * BLOCK
+    share = _even(length - begin, share, BLOCK)
     start = begin + (piece - first) * share
     work = work_ptr + piece * WIDTH
     stored = piece < most

@@ -12,7 +12,7 @@ larger than any bound, so that this kernel would have to be there as well.  What
 attention to prompts, which is a tenth of the time of a step of 4096 tokens of a 1.8B model.
 """
 
-from pallas_kernels.kv_quant import column, scale_and_zero, values
+from pallas_kernels.kv_quant import column, scale_and_zero, unit, values
 from pallas_kernels.pieces import finish, pages_of, piece_at
 from pallas_kernels.tiles import tile_at
 from pallas_kernels.triton_call import jit, tl
@@ -29,23 +29,39 @@ def power(x, ASM: tl.constexpr):
 
 @jit
 def _narrow(x, dtype: tl.constexpr, ASM: tl.constexpr):
-    """x as dtype; two bfloat16 at once, which Triton would make one by one, a quarter as fast."""
-    if ASM and dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, True, 2)
+    """x as dtype; two float16 at once, which Triton would make one by one."""
+    if ASM and dtype == tl.float16:
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.float16, True, 2)
     else:
         return x.to(dtype)
 
 
 @jit
 def _queries(q_ptr, place, mine, w, KEYS: tl.constexpr, KIND: tl.constexpr, VALUES: tl.constexpr, H: tl.constexpr):
-    """The queries that begin at `place`, the axis 1 - KEYS of VALUES matrices, and float32 sums over each of them."""
-    q = ()
+    """The queries that begin at `place`, the axis 1 - KEYS of VALUES matrices, what a product of them and `values` is
+    to be multiplied by, and float32 sums over each query.
+
+    They are float32 or become float16: all divided by a power of two, so that they are neither too large nor too small.
+    """
+    WIDE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    dtype: tl.constexpr = tl.float32 if WIDE else tl.float16
+    wide = ()
     total = tl.zeros([place.shape[0]], tl.float32)
+    most = tl.zeros([place.shape[0]], tl.float32)
     for j in tl.static_range(VALUES):
         at = tl.expand_dims(place, KEYS) + tl.expand_dims(column(w, j, KIND, H), 1 - KEYS)
-        q = q + (tl.load(q_ptr + at, mask=mine, other=0.0),)  # noqa: RUF005  Triton knows no stars
-        total += tl.sum(q[j].to(tl.float32), KEYS)
-    return q, total
+        wide = wide + (tl.load(q_ptr + at, mask=mine, other=0.0).to(tl.float32),)  # noqa: RUF005  Triton knows no stars
+        total += tl.sum(wide[j], KEYS)
+        most = tl.maximum(most, tl.max(tl.abs(wide[j]), KEYS))
+    if WIDE:
+        return wide, 1.0, total
+    else:
+        most = tl.maximum(tl.max(most, 0), 1.0e-30).to(tl.int32, bitcast=True) & 0x7F800000
+        most = most.to(tl.float32, bitcast=True) * (unit(0, KIND, dtype) / 256.0)
+        q = ()
+        for j in tl.static_range(VALUES):
+            q = q + ((wide[j] * (unit(j, KIND, dtype) / most)).to(dtype),)  # noqa: RUF005
+        return q, most, total
 
 
 @jit
@@ -61,20 +77,43 @@ def _none(ROWS: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl
 
 
 @jit
-def _words(ptr, slot, w, loaded, MASK: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr):
+def _slots(page, at, head, K: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr):
+    """Where keys at .. at + BLOCK - 1 of one head are, int64: the first one where a page has them all."""
+    page = page.to(tl.int64) * K + head
+    if S % BLOCK == 0:
+        return page * S + at % S
+    else:
+        return page * S + (at + tl.arange(0, BLOCK)) % S
+
+
+@jit
+def _words(
+    ptr, slot, w, loaded,
+    MASK: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
     """The words of the keys in `slot`, which are the axis KEYS."""
-    place = tl.expand_dims(slot * W, 1 - KEYS) + tl.expand_dims(w, KEYS)
+    key = slot
+    if WHOLE:
+        ptr += slot * W
+        key = tl.arange(0, BLOCK)
+    place = tl.expand_dims(key * W, 1 - KEYS) + tl.expand_dims(w, KEYS)
     there = tl.expand_dims(w < W, KEYS)
     if MASK:
         there &= tl.expand_dims(loaded, 1 - KEYS)
-    return tl.load(ptr + place, mask=there, other=0)
+        return tl.load(ptr + place, mask=there, other=0)
+    elif w.shape[0] != W:
+        return tl.load(ptr + place, mask=there, other=0)
+    else:
+        return tl.load(ptr + place)
 
 
 @jit
 def _turn(
-    q, q_sum, slot, w, loaded, seen, top, total, base, sums, k_words, k_parameters_ptr, v_words, v_parameters_ptr,
-    MASK: tl.constexpr, SCALE: tl.constexpr, W: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr,
-    KIND: tl.constexpr, VALUES: tl.constexpr, OFFSET: tl.constexpr, BOOST: tl.constexpr, ASM: tl.constexpr,
+    q, q_sum, reach, slot, w, loaded, seen, top, total, base, sums, k_words, k_parameters_ptr, v_words,
+    v_parameters_ptr,
+    MASK: tl.constexpr, WHOLE: tl.constexpr, SCALE: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, KEYS: tl.constexpr, KIND: tl.constexpr, VALUES: tl.constexpr, BOOST: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys in `slot`, the axis KEYS of the scores, to a running softmax.
 
@@ -83,27 +122,30 @@ def _turn(
     """
     dtype: tl.constexpr = q[0].dtype
     OTHER: tl.constexpr = 1 - KEYS
+    where = slot
+    if WHOLE:
+        where = slot + tl.arange(0, BLOCK)
     if MASK:
-        k_parameters = tl.load(k_parameters_ptr + slot, mask=loaded, other=0)
-        v_parameters = tl.load(v_parameters_ptr + slot, mask=loaded, other=0)
+        k_parameters = tl.load(k_parameters_ptr + where, mask=loaded, other=0)
+        v_parameters = tl.load(v_parameters_ptr + where, mask=loaded, other=0)
     else:
-        k_parameters = tl.load(k_parameters_ptr + slot)
-        v_parameters = tl.load(v_parameters_ptr + slot)
-    k = _words(k_words, slot, w, loaded, MASK, W, 0)
-    v = _words(v_words, slot, w, loaded, MASK, W, OTHER)
-    k_scale, k_zero = scale_and_zero(k_parameters)
-    v_scale, v_zero = scale_and_zero(v_parameters)
+        k_parameters = tl.load(k_parameters_ptr + where)
+        v_parameters = tl.load(v_parameters_ptr + where)
+    k = _words(k_words, slot, w, loaded, MASK, WHOLE, W, BLOCK, 0)
+    v = _words(v_words, slot, w, loaded, MASK, WHOLE, W, BLOCK, OTHER)
+    k_scale, k_zero = scale_and_zero(k_parameters, ASM)
+    v_scale, v_zero = scale_and_zero(v_parameters, ASM)
     if KEYS == 0:
-        scores = tl.zeros([slot.shape[0], q_sum.shape[0]], tl.float32)
+        scores = tl.zeros([BLOCK, q_sum.shape[0]], tl.float32)
         for j in tl.static_range(VALUES):
             scores = tl.dot(values(k, j, KIND, dtype, ASM), q[j], scores, input_precision=PRECISION)
     else:
         k = tl.trans(k)
-        scores = tl.zeros([q_sum.shape[0], slot.shape[0]], tl.float32)
+        scores = tl.zeros([q_sum.shape[0], BLOCK], tl.float32)
         for j in tl.static_range(VALUES):
             scores = tl.dot(q[j], values(k, j, KIND, dtype, ASM), scores, input_precision=PRECISION)
-    k_scale *= SCALE
-    k_zero = k_zero * SCALE - OFFSET * k_scale
+    k_scale *= reach * SCALE
+    k_zero *= SCALE
     scores = scores * tl.expand_dims(k_scale, OTHER) + tl.expand_dims(q_sum, KEYS) * tl.expand_dims(k_zero, OTHER)
     if MASK:
         scores = tl.where(seen, scores, -1.0e30)
@@ -112,22 +154,14 @@ def _turn(
     fade = power(top - new_top, ASM)
     total = total * fade + tl.sum(weight, KEYS)
     narrow = _narrow(weight * tl.expand_dims(v_scale * BOOST, OTHER), dtype, ASM)
-    extra = weight * tl.expand_dims(v_zero, OTHER)
-    if OFFSET != 0:
-        extra -= narrow.to(tl.float32) * (OFFSET / BOOST)
-    base = base * fade + tl.sum(extra, KEYS)
+    base = base * fade + tl.sum(weight * tl.expand_dims(v_zero, OTHER), KEYS)
     added = ()
     for j in tl.static_range(VALUES):
-        wide = tl.broadcast_to(tl.expand_dims(fade, KEYS), sums[j].shape)
-        # Tensor cores round towards zero.  Where OFFSET makes all that they add positive, what they lose of a running
-        # sum adds up over the keys, so there they begin each turn at zero (a `+` Triton would make one sum again).
-        part = sums[j] * wide if OFFSET <= 0 else tl.zeros_like(sums[j])
+        part = sums[j] * tl.expand_dims(fade, KEYS)
         if KEYS == 0:
             part = tl.dot(values(v, j, KIND, dtype, ASM), narrow, part, input_precision=PRECISION)
         else:
             part = tl.dot(narrow, values(v, j, KIND, dtype, ASM), part, input_precision=PRECISION)
-        if OFFSET > 0:
-            part = tl.fma(sums[j], wide, part)
         added = added + (part,)  # noqa: RUF005
     return new_top, total, base, added
 
@@ -138,8 +172,8 @@ def attend_codes(
     out_ptr, sums_ptr, tops_ptr, totals_ptr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
     GP: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    GC: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, VALUES: tl.constexpr, OFFSET: tl.constexpr,
-    BOOST: tl.constexpr, ASM: tl.constexpr,
+    GC: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, VALUES: tl.constexpr, BOOST: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """One piece of one row for one kv head, as `_attend` of paged_decode.py: grid (K, pieces)."""
     head = tl.program_id(0)
@@ -155,34 +189,36 @@ def attend_codes(
     w = tl.arange(0, HP // VALUES)
     mine = (g < G)[None, :] & (w < W)[:, None]
     heads = head * G + g
-    q, q_sum = _queries(q_ptr, (token * (K * G) + heads) * H, mine, w, 0, KIND, VALUES, H)
+    q, reach, q_sum = _queries(q_ptr, (token * (K * G) + heads) * H, mine, w, 0, KIND, VALUES, H)
     top, total, base, sums = _none(GP, HP // VALUES, 0, VALUES)
     k_words = k_ptr.to(tl.pointer_type(tl.uint16))
     v_words = v_ptr.to(tl.pointer_type(tl.uint16))
     pages = pages_ptr + row * P
     page = pages_of(pages, begin, tl.maximum(end, 1), S, BLOCK)
+    dtype: tl.constexpr = q[0].dtype
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
-        position = at + tl.arange(0, BLOCK)
-        seen = position < end
+        key = tl.arange(0, BLOCK)
+        seen = key < end - at
         if WINDOW:
-            seen &= position >= oldest
-        slot = ((first_page + page).to(tl.int64) * K + head) * S + position % S
+            seen &= key >= oldest - at
+        slot = _slots(first_page + page, at, head, K, S, BLOCK)
         page = pages_of(pages, at + BLOCK, end, S, BLOCK)
         top, total, base, sums = _turn(
-            q, q_sum, slot, w, seen, seen[:, None], top, total, base, sums, k_words, k_parameters_ptr, v_words,
-            v_parameters_ptr, True, SCALE * 1.4426950408889634, W, PRECISION, 0, KIND, VALUES, OFFSET, BOOST, ASM,
+            q, q_sum, reach, slot, w, seen, seen[:, None], top, total, base, sums, k_words, k_parameters_ptr, v_words,
+            v_parameters_ptr, True, S % BLOCK == 0, SCALE * 1.4426950408889634, W, BLOCK, PRECISION, 0, KIND, VALUES,
+            BOOST, ASM,
         )  # fmt: skip
     if pieces == 1:
         share = 1.0 / tl.maximum(total, 1.0e-30)  # a row of length 0 has sums of 0
         for j in tl.static_range(VALUES):
             place = (token * (K * G) + heads)[None, :] * H + column(w, j, KIND, H)[:, None]
-            out = (sums[j] / BOOST + base[None, :]) * share[None, :]
+            out = (sums[j] * (unit(j, KIND, dtype) / BOOST) + base[None, :]) * share[None, :]
             tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mine)
     else:
         partial = piece * (K * G) + heads
         for j in tl.static_range(VALUES):
             place = partial[None, :] * H + column(w, j, KIND, H)[:, None]
-            tl.store(sums_ptr + place, sums[j] / BOOST + base[None, :], mask=mine)
+            tl.store(sums_ptr + place, sums[j] * (unit(j, KIND, dtype) / BOOST) + base[None, :], mask=mine)
         finish(
             work_ptr, partial, g < G, top, total, first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr,
             K, G, H, HP, GC, PARTS,
@@ -194,7 +230,7 @@ def attend_tile_codes(
     q_ptr, k_ptr, k_parameters_ptr, v_ptr, v_parameters_ptr, pages_ptr, tiles_ptr, first_page_ptr, P, out_ptr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
     HP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    KIND: tl.constexpr, VALUES: tl.constexpr, OFFSET: tl.constexpr, BOOST: tl.constexpr, ASM: tl.constexpr,
+    KIND: tl.constexpr, VALUES: tl.constexpr, BOOST: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One tile for one kv head, as `_attend_tile` of paged_prefill.py: grid (K, tiles)."""
     head = tl.program_id(0)
@@ -212,7 +248,7 @@ def attend_tile_codes(
             to = place[:, None] + column(w, j, KIND, H)[None, :]
             tl.store(out_ptr + to, tl.zeros([ROWS, HP // VALUES], out_ptr.dtype.element_ty), mask=mine)
         return
-    q, q_sum = _queries(q_ptr, place, mine, w, 1, KIND, VALUES, H)
+    q, reach, q_sum = _queries(q_ptr, place, mine, w, 1, KIND, VALUES, H)
     top, total, base, sums = _none(ROWS, HP // VALUES, 1, VALUES)
     k_words = k_ptr.to(tl.pointer_type(tl.uint16))
     v_words = v_ptr.to(tl.pointer_type(tl.uint16))
@@ -227,26 +263,28 @@ def attend_tile_codes(
     if not WINDOW:
         full = (position + 1) // BLOCK * BLOCK  # the keys before it are visible to the whole tile
         for at in tl.range(0, full, BLOCK, num_stages=STAGES):
-            slot = ((first_page + page).to(tl.int64) * K + head) * S + (at + tl.arange(0, BLOCK)) % S
+            slot = _slots(first_page + page, at, head, K, S, BLOCK)
             page = pages_of(pages, at + BLOCK, end, S, BLOCK)
             top, total, base, sums = _turn(
-                q, q_sum, slot, w, True, True, top, total, base, sums, k_words, k_parameters_ptr, v_words,
-                v_parameters_ptr, False, SCALE, W, PRECISION, 1, KIND, VALUES, OFFSET, BOOST, ASM,
+                q, q_sum, reach, slot, w, True, True, top, total, base, sums, k_words, k_parameters_ptr, v_words,
+                v_parameters_ptr, False, S % BLOCK == 0, SCALE, W, BLOCK, PRECISION, 1, KIND, VALUES, BOOST, ASM,
             )  # fmt: skip
         begin = full
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
         key = at + tl.arange(0, BLOCK)
-        slot = ((first_page + page).to(tl.int64) * K + head) * S + key % S
+        slot = _slots(first_page + page, at, head, K, S, BLOCK)
         page = pages_of(pages, at + BLOCK, end, S, BLOCK)
         seen = key[None, :] <= visible[:, None]
         if WINDOW:
             seen &= key[None, :] > visible[:, None] - WINDOW
         top, total, base, sums = _turn(
-            q, q_sum, slot, w, (key < end) & (key >= oldest), seen, top, total, base, sums, k_words, k_parameters_ptr,
-            v_words, v_parameters_ptr, True, SCALE, W, PRECISION, 1, KIND, VALUES, OFFSET, BOOST, ASM,
+            q, q_sum, reach, slot, w, (key < end) & (key >= oldest), seen, top, total, base, sums, k_words,
+            k_parameters_ptr, v_words, v_parameters_ptr, True, S % BLOCK == 0, SCALE, W, BLOCK, PRECISION, 1, KIND,
+            VALUES, BOOST, ASM,
         )  # fmt: skip
+    dtype: tl.constexpr = q[0].dtype
     share = 1.0 / tl.maximum(total, 1.0e-30)
     for j in tl.static_range(VALUES):
-        out = (sums[j] / BOOST + base[:, None]) * share[:, None]
+        out = (sums[j] * (unit(j, KIND, dtype) / BOOST) + base[:, None]) * share[:, None]
         to = place[:, None] + column(w, j, KIND, H)[None, :]
         tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), mask=mine)
