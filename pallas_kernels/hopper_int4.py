@@ -1,7 +1,8 @@
 """int4 matmuls for Hopper, for as many tokens as fill a wgmma: one warpgroup loads by TMA, two others multiply.
 
 The tiles are those of int4_mma.py, which fit wgmma's first operand too, as long as the tokens' inputs stand in the
-order in which the tiles have them (`_ordered`).  Letters as there; a block has 128 outputs, 64 a warpgroup.
+order in which the tiles have them (`_ordered`).  Letters as there; a block has 128 outputs, 64 a warpgroup, of some
+tokens.  A core takes one block after the other, and loads the next while it writes out the last.
 """
 
 import functools
@@ -12,20 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, memref, vector
+from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.int4_mma import BITS, ROWS, UNIT, WORDS
-from pallas_kernels.triton_call import cdiv, cores, power_of_two
+from pallas_kernels.triton_call import cdiv, cores
 
-WARPGROUPS = 2  # that multiply; with four, the last would wait forever for registers that no one gives back
+WARPGROUPS = 2  # that multiply
 LINES = 64  # outputs of an instruction
 BLOCK = WARPGROUPS * LINES  # what the number of outputs has to be a multiple of
-MEMORY = 220 << 10  # of the shared memory of a core
-START = 6  # turns that pass, about, until a block has its first inputs, and while it writes its results
+TOKENS = 256  # at most, of an instruction
+MEMORY = 222 << 10  # of the shared memory of a core
+LOADING, MULTIPLYING = 40, 232  # registers of a lane
+# More than what the core has been given at the start would be waited for without an end.
+assert LOADING + WARPGROUPS * MULTIPLYING <= 65536 // (128 * (WARPGROUPS + 1)) // 8 * 8 * (WARPGROUPS + 1)
 
 
 def _scale_to(kind, scale_kind, register, address):
@@ -101,43 +105,18 @@ def _unit(dtype, scale_dtype, group, words, scale, zero, scale2, zero2):
     return load(words, scale, zero, scale2, zero2)
 
 
-def _put(out, target):
-    """Writes out [64 outputs, tokens], as wgmma leaves it, to target [tokens, 64] in shared memory."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
-    def store(_, out, target):
-        index = ir.IndexType.get()
-        thread = arith.index_cast(index, mgpu_utils.thread_idx())
-
-        def const(n):
-            return mgpu_utils.c(n, index)
-
-        thread = arith.remui(thread, const(128))
-        lane = arith.remui(thread, const(32))
-        line = arith.addi(arith.muli(arith.divui(thread, const(32)), const(16)), arith.divui(lane, const(4)))
-        column = arith.muli(arith.remui(lane, const(4)), const(2))
-        tokens = out.shape[1]
-        registers = out.registers.reshape(tokens // 8, 2)
-        for j in range(tokens // 8):
-            for half in range(2):
-                for e in range(2):
-                    value = vector.extract(registers[j, half], [], [e])
-                    at = [arith.addi(column, const(8 * j + e)), arith.addi(line, const(8 * half))]
-                    memref.store(value, target, at)
-
-    store(out, target)
-
-
 def _rows(dtype):
     """How results stand in shared memory: rows of 128 bytes, swizzled."""
     return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
 
 
-def _put_swizzled(out, target):
-    """Writes out [64 outputs, tokens], as wgmma leaves it, to target [tokens, 64] in swizzled shared memory.
+def _put(out, begin, target):
+    """Writes tokens of out [64 outputs, tokens], as wgmma leaves it, from `begin` on to target [some tokens, 64].
 
-    Lanes write to all banks at once: 16-bit values by stmatrix, which transposes them, float32 one by one.
+    target is swizzled, so that lanes write to all banks at once: 16-bit values by stmatrix, which transposes them,
+    float32 one by one.
     """
+    count = target.shape[0]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(_rows(out.dtype))))
     def store(_, out, target):
@@ -161,8 +140,8 @@ def _put_swizzled(out, target):
 
         thread = arith.remui(mgpu_utils.thread_idx(), const(128))
         lane, warp = arith.remui(thread, const(32)), arith.divui(thread, const(32))
-        base, tokens = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(target)), out.shape[1]
-        registers = out.registers.reshape(tokens // 8, 2)
+        base, tokens = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(target)), count
+        registers = out.registers.reshape(out.shape[1] // 8, 2)[begin // 8 :]
         first = arith.muli(warp, const(16))
         if mgpu_utils.bytewidth(out.mlir_dtype) == 4:
             line = arith.addi(first, arith.divui(lane, const(4)))
@@ -200,135 +179,187 @@ def _ordered(x):
 class How(NamedTuple):
     """How a matmul is shared out."""
 
-    tokens: int  # of a block
-    inputs: int = 128  # of a turn
+    tokens: int  # of a block, a multiple of 16
+    inputs: int = 64  # of a turn
     split: int = 1  # parts of the inputs, which are summed up afterwards
-    high: int = 1  # times 64 outputs of a warpgroup
-    stages: int = 4  # turns that are loaded at a time, at most
-    cluster: int = 1  # blocks that get the tokens' inputs together
+    stages: int = 6  # turns that are loaded at a time, at most
     overlap: bool = False  # a unit's values are computed while the one before is multiplied
-    swizzled: bool = False  # the results go through swizzled shared memory
+    side: int = 4  # blocks of other tokens that go through the outputs side by side, about
+    cluster: int = 1  # blocks that get the tokens' inputs together
 
 
-def _split(blocks, D, inputs, group):
-    """Parts of the inputs with which all is done soonest; registers are for one block a core at a time."""
-    turns = D // inputs
-    parts = [n for n in range(1, turns // 2 + 1) if n == 1 or (turns % n == 0 and D // n % group == 0)] or [1]
-    return min(parts, key=lambda n: cdiv(blocks * n, cores()) * (turns // n + START))
+# Microseconds on an H200: a turn of 64 inputs by what it loads, and by what it multiplies (either is a start and so
+# much for a token); a block, beside its turns; the launch; summing up the parts, and a MB of them.
+LOADED, MULTIPLIED, BLOCK_ENDS, LAUNCH, SUM, SUM_OF_MB = (0.18, 0.0014), (0.06, 0.0024), 0.8, 2.7, 1.5, 0.22
 
 
-def plain(T, D, F, group):
-    """How that has been measured."""
-    tokens, inputs = min(128, max(16, power_of_two(T))), 128 if D % 128 == 0 else 64
-    return How(tokens, inputs, _split(F // BLOCK * cdiv(T, tokens), D, inputs, group))
+def _microseconds(T, D, F, tokens, split):
+    """About what a matmul takes, by blocks of so many tokens and parts of the inputs; a core has one at a time."""
+    rounds = cdiv(F // BLOCK * cdiv(T, tokens) * split, cores())
+    turn = max(start + each * tokens for start, each in (LOADED, MULTIPLIED))
+    parts = SUM + SUM_OF_MB * split * T * F * 8e-6 if split > 1 else 0
+    return LAUNCH + rounds * (D // UNIT // split * turn + BLOCK_ENDS) + parts
 
 
-def planned(T, D, F, group):
-    """How that should be faster, by what the instructions say: weights become values once, or while others multiply."""
-    tokens = min(256, max(16, power_of_two(T)))
-    inputs = 128 if D % 128 == 0 and tokens < 256 else 64
-    blocks = F // BLOCK * cdiv(T, tokens)
-    high = 2 if tokens < 256 and F % (2 * BLOCK) == 0 and cores() < blocks <= 2 * cores() else 1
-    if high * tokens == 256:
-        inputs = 64  # for the shared memory
-    split = _split(blocks // high, D, inputs, group)
-    return How(tokens, inputs, split, high, 6 if tokens <= 64 else 4, overlap=True, swizzled=True)
+def chosen(T, D, F, group):
+    """How it should be done soonest."""
+    whole = D // (128 if D % 128 == 0 else 64)
+    splits = [n for n in range(1, whole // 2 + 1) if whole % n == 0 and D // n % group == 0] or [1]
+    least = cdiv(T, TOKENS)
+    shares = (cdiv(T, n) for n in range(least, max(least, min(cdiv(T, 64), least + 4)) + 1))
+    shares = dict.fromkeys(cdiv(t, 32) * 32 if t > 64 else cdiv(t, 16) * 16 for t in shares)
+    tokens, split = min(((t, s) for t in shares for s in splits), key=lambda how: _microseconds(T, D, F, *how))
+    return How(tokens, 128 if D % 128 == 0 and tokens <= 128 else 64, split)
 
 
-CHOICE = plain  # or planned
+def _piece(tokens):
+    """Tokens whose results are written at a time: what divides their number, and is a multiple of 16."""
+    return max(n for n in range(16, 65, 16) if tokens % n == 0)
 
 
 @functools.partial(jax.jit, static_argnames=("group", "dtype", "how", "ordered"))
 def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None, ordered=False):
     """x [T, D] times the matrix of `tiles` (two-dimensional out), to [T, F]; F a multiple of 128.
 
-    how: a `How` (that of `CHOICE` unless said); ordered: the tokens' inputs stand in the order of the tiles already.
+    how: a `How` (what is `chosen` unless said); ordered: the tokens' inputs stand in the order of the tiles already.
     """
     (T, D), F, dtype = x.shape, scale.shape[1], jnp.dtype(dtype or x.dtype)
-    tokens, inputs, split, high, stages, cluster, overlap, swizzled = how or CHOICE(T, D, F, group)
-    padded, mine = cdiv(T, tokens) * tokens, LINES * high  # of a warpgroup
-    block = WARPGROUPS * mine
+    how = how or chosen(T, D, F, group)
+    padded = max(how.tokens, cdiv(T, 8) * 8)  # what is beyond is neither read nor written
     x = jnp.pad(x if ordered else _ordered(x), ((0, padded - T), (0, 0)))
-    turns, units, rows = D // inputs // split, inputs // UNIT, max(1, inputs // group)
-    out_type = jnp.dtype(jnp.float32) if split > 1 else dtype
-    stage = tokens * inputs * 2 + block * inputs // 2 + rows * block * 3 + 1024
-    stages = min(stages, turns, (MEMORY - block * tokens * out_type.itemsize) // stage)
-    overlap = overlap and stages > 1
-
-    def kernel(x_ref, tiles_ref, scale_ref, zero_ref, out_ref, result):
-        warpgroup, n, part, m = (lax.axis_index(name) for name in ("warpgroup", "n", "part", "m"))
-        if cluster > 1:
-            n = n * cluster + lax.axis_index("beside")
-
-        def context(run):
-            def scoped(*accs):
-                run(accs)
-                plgpu.wgmma_wait(0)
-                for i, acc in enumerate(accs):
-                    put = _put_swizzled if swizzled else _put
-                    put(acc[...].astype(out_type), result.at[warpgroup * high + i])
-                plgpu.commit_smem()
-                for i in range(high):
-                    at = out_ref.at[part, pl.ds(m * tokens, tokens),
-                                    pl.ds(n * block + warpgroup * mine + i * LINES, LINES)]  # fmt: skip
-                    plgpu.copy_smem_to_gmem(result.at[warpgroup * high + i], at)
-                plgpu.wait_smem_to_gmem(0)
-
-            pl.run_scoped(scoped, *[plgpu.ACC((LINES, tokens), jnp.float32)] * high)
-
-        def turn(_, x_part, words, scales, zeros, accs):
-            for u in range(units):
-                first, second = (64 * u // group, (64 * u + 32) // group) if inputs >= group else (0, 0)
-                for i, acc in enumerate(accs):
-                    tile, lines = warpgroup * high + i, pl.ds(warpgroup * mine + i * LINES, LINES)
-                    values = _unit(x.dtype, scale.dtype, group, words.at[pl.ds(tile * 4, 4), u],
-                                   scales.at[first, lines], zeros.at[first, lines], scales.at[second, lines],
-                                   zeros.at[second, lines])  # fmt: skip
-                    plgpu.wgmma(acc, values, x_part.at[:, pl.ds(UNIT * u, UNIT)].T)
-                    if overlap:
-                        plgpu.wgmma_wait(1)
-            if not overlap:
-                plgpu.wgmma_wait(0)
-            return accs
-
-        tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        memory = {"memory_space": plgpu.SMEM, "delay_release": int(overlap)}
-        together = {"collective_axes": ("beside",)} if cluster > 1 else {}
-
-        def group_at(k):
-            return (k * inputs // group if inputs < group else k, 0)
-
-        plgpu.emit_pipeline_warp_specialized(
-            turn, grid=(turns,), memory_registers=40, wg_axis="warpgroup", num_compute_wgs=WARPGROUPS,
-            max_concurrent_steps=stages, compute_context=context,
-            in_specs=[
-                plgpu.BlockSpec((tokens, inputs), lambda k: (0, k), transforms=tiled, **memory, **together),
-                plgpu.BlockSpec((block // ROWS, units, WORDS), lambda k: (0, k, 0), **memory),
-                plgpu.BlockSpec((rows, block), group_at, **memory),
-                plgpu.BlockSpec((rows, block), group_at, **memory),
-            ],
-        )(
-            x_ref.at[pl.ds(m * tokens, tokens), pl.ds(part * (D // split), D // split)],
-            tiles_ref.at[pl.ds(n * (block // ROWS), block // ROWS), pl.ds(part * (turns * units), turns * units)],
-            scale_ref.at[pl.ds(part * (D // split // group), D // split // group), pl.ds(n * block, block)],
-            zero_ref.at[pl.ds(part * (D // split // group), D // split // group), pl.ds(n * block, block)],
-        )  # fmt: skip
-
+    out_type = jnp.dtype(jnp.float32) if how.split > 1 else dtype
+    kernel, memory = _kernel(how, padded, D, F, group, x.dtype, scale.dtype, out_type)
     out = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((split, padded, F), out_type),
-        grid=(F // block // cluster, split, padded // tokens),
-        grid_names=("n", "part", "m"),
-        **({"cluster": (cluster,), "cluster_names": ("beside",)} if cluster > 1 else {}),
+        out_type=jax.ShapeDtypeStruct((how.split, padded, F), out_type),
+        grid=(min(cores() // how.cluster, F // BLOCK // how.cluster * cdiv(T, how.tokens) * how.split),),
+        grid_names=("core",),
+        **({"cluster": (how.cluster,), "cluster_names": ("beside",)} if how.cluster > 1 else {}),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=(
-            plgpu.SMEM((WARPGROUPS * high, tokens, LINES), out_type, transforms=_rows(out_type) if swizzled else ()),
-        ),
+        scratch_types=memory,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(x, tiles, scale, zero)
-    out = out[0] if split == 1 else out.sum(0)
+    out = out[0] if how.split == 1 else out.sum(0)
     return out[:T].astype(dtype)
+
+
+def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
+    """The kernel, and what it has of shared memory and barriers."""
+    tokens, inputs, split, stages, overlap, side, cluster = how
+    turns, units, rows, piece = D // inputs // split, inputs // UNIT, max(1, inputs // group), _piece(tokens)
+    pieces, result = tokens // piece, 2 * piece * BLOCK * out_type.itemsize
+    stages = min(stages, turns, (MEMORY - result) // (tokens * inputs * 2 + BLOCK * (inputs // 2 + rows * 3)))
+    overlap = overlap and stages > 2
+    blocks, outputs = cdiv(T, tokens), F // BLOCK // cluster
+    side = max(n for n in range(1, 2 * side) if blocks % n == 0)
+    together = {"collective_axes": ("beside",)} if cluster > 1 else {}
+
+    def kernel(x_ref, tiles_ref, scale_ref, zero_ref, out_ref, x_in, words, scales, zeros, results, filled, free):
+        warpgroup = lax.axis_index("warpgroup")
+
+        def each(body):
+            """Calls body(turns before, block of the outputs, part, block of the tokens) for each block of the core."""
+
+            @plgpu.nd_loop((blocks // side, split, outputs, side), collective_axes="core")
+            def _(loop):
+                far, part, n, near = loop.index
+                n = n * cluster + lax.axis_index("beside") if cluster > 1 else n
+                body(loop.local_index * turns, n, part, far * side + near)
+
+        def load(before, n, part, m):
+            def turn(k, _):
+                step, k = before + k, part * turns + k
+                slot = lax.rem(step, stages)
+
+                @pl.when(step >= stages)
+                def _():
+                    plgpu.barrier_wait(free.at[slot])
+
+                row = k * rows if inputs >= group else lax.div(k * inputs, group)
+                lines, at = pl.ds(n * BLOCK, BLOCK), filled.at[slot]
+                x_at = x_ref.at[pl.ds(m * tokens, tokens), pl.ds(k * inputs, inputs)]
+                plgpu.copy_gmem_to_smem(x_at, x_in.at[slot], at, **together)
+                tiles_at = tiles_ref.at[pl.ds(n * (BLOCK // ROWS), BLOCK // ROWS), pl.ds(k * units, units)]
+                plgpu.copy_gmem_to_smem(tiles_at, words.at[slot], at)
+                plgpu.copy_gmem_to_smem(scale_ref.at[pl.ds(row, rows), lines], scales.at[slot], at)
+                plgpu.copy_gmem_to_smem(zero_ref.at[pl.ds(row, rows), lines], zeros.at[slot], at)
+
+            lax.fori_loop(0, turns, turn, None)
+
+        def multiply(before, n, part, m):
+            mine = pl.ds(warpgroup * LINES, LINES)
+
+            def turn(k, acc):
+                slot = lax.rem(before + k, stages)
+                plgpu.barrier_wait(filled.at[slot])
+                for u in range(units):
+                    first, second = (64 * u // group, (64 * u + 32) // group) if inputs >= group else (0, 0)
+                    near = [a.at[slot, row, mine] for row in (first, second) for a in (scales, zeros)]
+                    values = _unit(dtype, scale_dtype, group, words.at[slot, pl.ds(warpgroup * 4, 4), u], *near)
+                    plgpu.wgmma(acc, values, x_in.at[slot].at[:, pl.ds(UNIT * u, UNIT)].T)
+                    if overlap:
+                        plgpu.wgmma_wait(1)
+                    if overlap and u == 0:  # what the turn before has loaded has been multiplied
+
+                        @pl.when(k > 0)
+                        def _():
+                            plgpu.barrier_arrive(free.at[lax.rem(before + k - 1, stages)])
+
+                if not overlap:
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(free.at[slot])
+
+            def scoped(acc):
+                # wgmma reads registers until it is done: with two units in the loop each has its own.
+                several = 2 if overlap and units == 1 else 1
+
+                @pl.loop(0, turns // several)
+                def _(i):
+                    for j in range(several):
+                        turn(several * i + j, acc)
+
+                if turns % several:
+                    turn(turns - 1, acc)
+                plgpu.wgmma_wait(0)
+                if overlap:
+                    plgpu.barrier_arrive(free.at[lax.rem(before + turns - 1, stages)])
+                out = acc[...].astype(out_type)
+                for p in range(pieces):
+                    plgpu.wait_smem_to_gmem(min(p, 1), wait_read_only=True)
+                    _put(out, p * piece, results.at[warpgroup, p % 2])
+                    plgpu.commit_smem()
+                    at = pl.ds(m * tokens + p * piece, piece), pl.ds(n * BLOCK + warpgroup * LINES, LINES)
+                    plgpu.copy_smem_to_gmem(results.at[warpgroup, p % 2], out_ref.at[part].at[at])
+
+            pl.run_scoped(scoped, plgpu.ACC((LINES, tokens), jnp.float32))
+
+        @pl.when(warpgroup == WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(LOADING, action="decrease")
+            each(load)
+
+            @pl.loop(0, stages)  # no block of a cluster may end while another one writes to it
+            def _(slot):
+                plgpu.barrier_wait(free.at[slot])
+
+        @pl.when(warpgroup < WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(MULTIPLYING, action="increase")
+            each(multiply)
+            plgpu.wait_smem_to_gmem(0)
+
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("beside",)) if cluster > 1 else plgpu.Barrier
+    return kernel, (
+        plgpu.SMEM((stages, tokens, inputs), dtype, transforms=tiled),
+        plgpu.SMEM((stages, BLOCK // ROWS, units, WORDS), jnp.int32),
+        plgpu.SMEM((stages, rows, BLOCK), scale_dtype),
+        plgpu.SMEM((stages, rows, BLOCK), jnp.uint8),
+        plgpu.SMEM((WARPGROUPS, 2, piece, LINES), out_type, transforms=_rows(out_type)),
+        plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+        barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+    )
 
 
 def lower(dtype, scale_dtype, group):

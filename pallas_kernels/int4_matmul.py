@@ -18,7 +18,7 @@ from pallas_kernels.triton_call import device
 NIBBLES = 8  # of an int32
 SKINNY = 8  # most tokens for which loads are all that counts
 SKINNY_ELSEWHERE = 32  # the same where there is no wgmma
-WGMMA = 256  # most tokens for which writing out the values costs more than it brings
+WGMMA = 1024  # most tokens for which writing out the values costs more than it brings
 PIECE = 256 << 20  # bytes of values at a time: the results of several pieces have to be put side by side afterwards
 EXPERTS_SKINNY = 24  # most tokens of an expert, on average, for which its weights are read as they are
 

@@ -76,7 +76,7 @@ def ways(kind, T, D):
     out = {"int4": functools.partial(pk.int4_matmul, group=GROUP)}
     if T <= 32:
         out["int4 by registers"] = functools.partial(int4_skinny, group=GROUP)
-    if 8 < T <= 1024:
+    if T > 8:
         out["int4 by wgmma"] = functools.partial(int4_wgmma, group=GROUP)
     if T >= 128:
         out["int4 by values"] = functools.partial(int4_by_values, group=GROUP)

@@ -78,36 +78,28 @@ SHARES = [(64, 128, 64), (192, 384, 32), (576, 1152, 64), (2048, 2048, 128), (20
 SHARES += [(8192, 2048, 128), (11008, 4096, 128), (28672, 8192, 128), (4096, 28672, 32)]
 
 
-@pytest.mark.parametrize("choice", ["plain", "planned"])
 @pytest.mark.parametrize("D, F, group", SHARES)
-def test_all_inputs_and_outputs_have_a_block(hopper_int4, choice, D, F, group):
-    for T in (1, 9, 17, 64, 100, 256, 300):
-        how = getattr(hopper_int4, choice)(T, D, F, group)
+def test_all_inputs_and_outputs_have_a_block(hopper_int4, D, F, group):
+    for T in (1, 9, 17, 64, 100, 256, 300, 1000, 4096, 9000):
+        how = hopper_int4.chosen(T, D, F, group)
         assert D % (how.inputs * how.split) == 0 and D // how.split % group == 0
-        assert F % (hopper_int4.BLOCK * how.high * how.cluster) == 0
+        assert how.tokens % 16 == 0 and how.tokens <= min(256, max(16, 2 * T))
         assert how.split == 1 or D // how.inputs // how.split >= 2
 
 
 def test_a_core_has_one_block_after_the_other(hopper_int4):
     """So parts of the inputs are worth it only where cores would have nothing to do, or the last ones few."""
 
-    def split(T, D, F):
-        return hopper_int4.plain(T, D, F, 128).split
+    def how(T, D, F):
+        found = hopper_int4.chosen(T, D, F, 128)
+        return found.tokens, found.split
 
-    assert split(64, 2048, 16384) == 1  # 128 blocks for 132 cores
-    assert split(256, 2048, 16384) == 1
-    assert split(64, 2048, 4096) == 4
-    assert split(64, 8192, 2048) == 8
-    assert split(64, 28672, 9216) == 7  # 72 blocks: four rounds of a seventh, not one of all
-
-
-@pytest.mark.parametrize("T", [16, 256])
-def test_planned_lowers(hopper_int4, T):
-    D, F, group = 2048, 4096, 128
-    x, tiles = jax.ShapeDtypeStruct((T, D), jnp.bfloat16), jax.ShapeDtypeStruct((F // 16, D // 64, 128), jnp.int32)
-    scale, zero = (jax.ShapeDtypeStruct((D // group, F), dtype) for dtype in (jnp.float16, jnp.uint8))
-    how = hopper_int4.planned(T, D, F, group)
-    hopper_int4.int4_wgmma.trace(x, tiles, scale, zero, group=group, how=how).lower(lowering_platforms=("cuda",))
+    assert how(64, 2048, 16384) == (64, 1)  # 128 blocks for 132 cores
+    assert how(256, 2048, 16384) == how(4096, 2048, 16384) == (256, 1)
+    assert how(320, 2048, 16384) == (160, 1)  # 256 blocks, none of which has tokens that are not there
+    assert how(64, 2048, 4096) == (64, 4)
+    assert how(64, 8192, 2048) == (64, 8)
+    assert how(64, 28672, 9216) == (64, 7)  # 72 blocks: four rounds of a seventh, not one of all
 
 
 @pytest.mark.parametrize("units", [1, 2, 9, 16, 32, 43, 64, 128, 224])
@@ -185,14 +177,15 @@ def test_early(D, F, group, T, warps, early):
     check(functools.partial(int4_skinny, warps=warps, early=early), D, F, group, T, jnp.bfloat16)
 
 
-HOW = [  # D, F, group, T, dtype, what is other than the plain way
+HOW = [  # D, F, group, T, dtype, what is other than what is chosen
     (2048, 2048, 128, 64, jnp.bfloat16, {"split": 1, "tokens": 32, "inputs": 64}),
-    (2048, 2048, 128, 64, jnp.bfloat16, {"swizzled": True}),
-    (2048, 2048, 128, 16, jnp.float16, {"swizzled": True, "split": 1}),
+    (2048, 2048, 128, 16, jnp.float16, {"split": 1}),
+    (2048, 2048, 128, 300, jnp.bfloat16, {"tokens": 256, "inputs": 64, "split": 1}),
+    (2048, 2048, 128, 2000, jnp.bfloat16, {"tokens": 96, "inputs": 128, "split": 1}),  # several blocks a core
+    (2048, 2048, 128, 1000, jnp.bfloat16, {"tokens": 256, "inputs": 64, "split": 4, "side": 1}),
+    (2048, 2048, 128, 4096, jnp.bfloat16, {"tokens": 256, "inputs": 64, "split": 1, "overlap": True}),
     (512, 256, 32, 64, jnp.bfloat16, {"overlap": True}),
-    (2048, 2048, 128, 300, jnp.bfloat16, {"tokens": 256, "inputs": 64, "split": 1, "overlap": True, "swizzled": True}),
-    (2048, 2048, 128, 64, jnp.bfloat16, {"high": 2, "overlap": True, "swizzled": True}),
-    (2048, 2048, 128, 64, jnp.bfloat16, {"cluster": 2, "overlap": True}),
+    (576, 1152, 64, 200, jnp.bfloat16, {"tokens": 208, "inputs": 64, "split": 1, "overlap": True}),
 ]
 
 
@@ -201,7 +194,7 @@ HOW = [  # D, F, group, T, dtype, what is other than the plain way
 def test_wgmma(D, F, group, T, dtype, other):
     if not hopper():
         pytest.skip("wgmma is Hopper's")
-    from pallas_kernels.hopper_int4 import int4_wgmma, plain
+    from pallas_kernels.hopper_int4 import chosen, int4_wgmma
 
-    how = plain(T, D, F, group)._replace(**other)
+    how = chosen(T, D, F, group)._replace(**other)
     check(functools.partial(int4_wgmma, how=how), D, F, group, T, dtype, dtype)

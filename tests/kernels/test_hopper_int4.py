@@ -1,0 +1,87 @@
+"""int4 by wgmma: who loads and who multiplies, and what is whose, in Pallas' interpreter of a GPU.
+
+What is an instruction there and has no meaning here is replaced by its definition; the instructions themselves are
+tested in test_int4_interpreted.py, and the whole on a GPU in test_int4_matmul.py.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from pallas_kernels import int4_tiles
+
+
+@pytest.fixture
+def hopper_int4(monkeypatch):
+    """The kernel for a GPU of four cores, interpreted."""
+    module = pytest.importorskip("pallas_kernels.hopper_int4")
+    params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    plgpu, made, scratch = module.plgpu, module._kernel, []
+
+    def with_scratch(how, T, D, F, group, dtype, *types):
+        kernel, memory = made(how, T, D, F, group, dtype, *types)
+
+        def run(*refs):
+            scratch[:] = refs[-1:]
+            kernel(*refs[:-1])
+
+        return run, (*memory, plgpu.SMEM((module.WARPGROUPS, module.LINES, module.UNIT), dtype))
+
+    wgmma = plgpu.wgmma
+
+    def from_memory(acc, values, tokens):
+        """The interpreter knows it with its first operand in memory only."""
+        at = scratch[0].at[lax.axis_index("warpgroup")]
+        at[...] = values
+        wgmma(acc, at, tokens)
+        plgpu.wgmma_wait(0)
+
+    monkeypatch.setattr(module, "cores", lambda: 4)
+    monkeypatch.setattr(module, "_unit", unit)
+    monkeypatch.setattr(module, "_put", put)
+    monkeypatch.setattr(module, "_kernel", with_scratch)
+    monkeypatch.setattr(plgpu, "wgmma", from_memory)
+    monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=params.InterpretGPUParams()))
+    return module
+
+
+def unit(dtype, scale_dtype, group, words, *ends):
+    """`hopper_int4._unit` by the definition, without arrays that are no arguments; words [4, 128] of 4 tiles."""
+    shape = (4, 8, 4, 2, 2, 2, 2, 2)  # tile, row, lane, half unit, word, pair, row half, which of a pair
+    part = [lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (5, 6, 7)]
+    words = lax.bitcast_convert_type(words[...], jnp.uint32).reshape(*shape[:5], 1, 1, 1)
+    q = (jnp.broadcast_to(words, shape) >> (8 * part[0] + 4 * part[1] + 16 * part[2])) & jnp.uint32(15)
+    q = q.transpose(0, 6, 1, 3, 2, 4, 5, 7).reshape(64, 64).astype(jnp.float32)  # outputs, inputs
+    scale, zero, scale2, zero2 = (end[...].astype(jnp.float32)[:, None] for end in ends)
+    second = (lax.broadcasted_iota(jnp.int32, q.shape, 1) >= 32) & (group == 32)
+    values = jnp.where(second, (q - zero2) * scale2, (q - zero) * scale)
+    return values.reshape(64, 2, 4, 2, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(64, 64).astype(dtype)  # as wgmma's
+
+
+def put(out, begin, target):
+    target[...] = out[:, begin : begin + target.shape[0]].T
+
+
+CASES = [  # T, D, F, group, what is other than 32 tokens and stages for 3 turns
+    (40, 256, 384, 128, {"inputs": 128, "stages": 2}),  # a core has two blocks
+    (72, 256, 256, 32, {"split": 2, "overlap": True, "side": 1}),
+    (9, 192, 128, 64, {"tokens": 16, "overlap": True}),  # an odd number of turns
+    (64, 256, 512, 64, {"overlap": True, "cluster": 2}),
+]
+
+
+@pytest.mark.parametrize("T, D, F, group, other", CASES)
+def test_blocks_and_turns(hopper_int4, T, D, F, group, other):
+    rng = np.random.default_rng(T)
+    q, zero = (rng.integers(0, high, shape).astype(np.uint8) for high, shape in ((16, (D, F)), (17, (D // group, F))))
+    scale, x = rng.uniform(0.005, 0.015, zero.shape).astype(np.float16), rng.normal(size=(T, D))
+    how = hopper_int4.How(32, stages=3)._replace(**other)
+    arrays = jnp.asarray(x, jnp.bfloat16), int4_tiles(jnp.asarray(q)), jnp.asarray(scale), jnp.asarray(zero)
+    matmul = hopper_int4.int4_wgmma.__wrapped__  # what is compiled here is of no use elsewhere
+    found = np.asarray(matmul(*arrays, group=group, dtype=jnp.float32, how=how))
+    values = (q - np.repeat(zero, group, 0).astype(float)) * np.repeat(scale, group, 0).astype(float)
+    want = x @ values
+    assert np.linalg.norm(found - want) < 5e-3 * np.linalg.norm(want)
