@@ -18,6 +18,7 @@ from jaxserve._version import __version__
 PACKAGES = [
     *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "triton", "jax-triton", "flax", "orbax-checkpoint"),
     *("safetensors", "gguf", "transformers", "tokenizers", "huggingface_hub", "jinja2"),
+    *("flask", "gunicorn", "gevent", "msgspec", "orjson", "llguidance"),
     *("numpy", "ml_dtypes", "click", "prompt_toolkit"),
 ]
 SETTINGS = ("JAXSERVE_", "JAX_", "XLA_", "CUDA_", "NVIDIA_", "NCCL_", "TRITON_", "TF_GPU_", "HF_", "LD_LIBRARY_PATH")

@@ -86,7 +86,9 @@ class _Access:
     def __call__(self):
         client, method, path, status = self.line
         took = 1e3 * (time.perf_counter() - self.began)
-        access.info("%s %s %s %d %.0f ms %s", client, method, ascii(path)[1:-1], status, took, self.id)
+        told = {"client": client, "method": method, "path": ascii(path)[1:-1], "status": status}
+        told |= {"milliseconds": round(took, 1), "request_id": self.id}
+        access.info("%s %s %s %d %.0f ms %s", *told.values(), extra=told)
 
 
 def _request_id() -> str:

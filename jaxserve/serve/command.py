@@ -163,5 +163,21 @@ def ui(model_or_url, server_name, server_port, api_key, share, **given):
     run(model_or_url, config, server_name=server_name, server_port=server_port, api_key=api_key)
 
 
+def absent(name: str, why: str) -> click.Command:
+    """What LMDeploy has beside `serve api_server` and is not here: else its name would be taken for a model's."""
+
+    def refuse(rest):
+        raise click.UsageError(why)
+
+    rest = click.Argument(["rest"], nargs=-1, type=click.UNPROCESSED)
+    return click.Command(
+        name, callback=refuse, params=[rest], hidden=True, context_settings={"ignore_unknown_options": True}
+    )
+
+
 serve.add_command(client, "api-client")
 serve.add_command(ui, "gradio")
+serve.add_command(
+    absent("proxy", "there is none: put any load balancer for HTTP before several servers; /ready is for it")
+)
+serve.add_command(absent("triton-client", "there is no Triton server: `serve api_client URL` talks with `serve MODEL`"))

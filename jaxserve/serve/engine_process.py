@@ -111,6 +111,12 @@ def load(model: str | None, config: EngineConfig, options: ServerOptions, again:
         template = ChatTemplate.for_model(
             its_config, tokenizer, options.chat_template, options.meta_instruction, options.capability
         )
+        if options.tool_call_parser and not template.takes_tools and tools.named(options.tool_call_parser) != "hermes":
+            log.warning(
+                "--tool-call-parser %s: the chat template knows no tools, so they are told in Hermes' way, and calls "
+                "in that way are not read; leave the option out, or give a --chat-template that fits it",
+                options.tool_call_parser,
+            )
         table = token_table(tokenizer, stop_ids=stop_ids(tokenizer, advice, template))
     with _failing(DEVICE):
         from jaxserve.engine import loading

@@ -119,10 +119,18 @@ class ServerOptions:
         TEXT,
     )
     tool_call_parser: str | None = _in(
-        "Answers", None, "how the model writes tool calls (default: found out)", optional(TEXT)
+        "Answers",
+        None,
+        "how the model writes tool calls: internlm2, hermes, llama3, mistral, or LMDeploy's or vLLM's name for one of "
+        "them (default: found out)",
+        optional(TEXT),
     )
     reasoning_parser: str | None = _in(
-        "Answers", None, "how the model marks its reasoning (default: found out)", optional(TEXT)
+        "Answers",
+        None,
+        "how the model marks its reasoning: think, deepseek-r1, mistral, seed_oss, or LMDeploy's or vLLM's name for "
+        "one of them (default: found out)",
+        optional(TEXT),
     )
 
     log_level: str = _in("Logs", "info", "least severity of what is logged", replace(one_of(*LEVELS), parse=level))

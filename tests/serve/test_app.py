@@ -6,6 +6,7 @@ import logging
 import orjson
 import pytest
 
+from jaxserve.serve.logs import Json
 from tests.serve.live import live
 from tests.serve.local import MODEL, serving
 
@@ -149,6 +150,9 @@ def test_access_is_logged(server, caplog):
     (record,) = [record for record in caplog.records if record.name == "jaxserve.access"]
     line = record.getMessage()
     assert "GET /v1/models 200" in line and "abc" in line and "secret" not in line
+    told = orjson.loads(Json().format(record))
+    assert (told["method"], told["path"], told["status"], told["request_id"]) == ("GET", "/v1/models", 200, "abc")
+    assert told["milliseconds"] >= 0 and told["client"] == "127.0.0.1"
 
 
 # Keys. ----------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from jaxserve.cli import main
 from jaxserve.config import EngineConfig
 from jaxserve.serve.command import gather
 from jaxserve.serve.options import KEYS_VARIABLE, ServerOptions
+from jaxserve.text import reasoning, tools
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def test_every_option_is_there_with_help(run, command):
         assert f"--{name}" in text, name
         assert " ".join(knob.metadata["help"].split()[:3]) in text
     assert "--qos-config-path" not in text
+    assert all(name in text for name in (*tools.FORMATS, *reasoning.FORMATS))
 
 
 @pytest.mark.parametrize("command", [["serve"], ["serve", "api_server"]])
@@ -130,6 +132,8 @@ def test_lists_with_blanks_between(given, gathered):
         ("--allow-origins * --allow-credentials", "allow_credentials needs the origins by name"),
         ("M N", "unexpected extra argument"),
         ("M --api-keys", "requires an argument"),
+        ("proxy --server-port 8000", "load balancer"),
+        ("triton_client", "api_client"),
     ],
 )
 def test_mistakes(run, seen, arguments, said):

@@ -433,7 +433,8 @@ def test_a_model(tiny, tmp_path):
         soon(lambda: "KV cache" in loading.said)
         loading.process.terminate()
         assert loading.wait() == 143
-    with launched(tmp_path, *command, "--model-name", "tiny") as served:
+    with launched(tmp_path, *command, "--model-name", "tiny", "--tool-call-parser", "mistral") as served:
+        assert "--tool-call-parser mistral: the chat template knows no tools" in served.said
         body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "temperature": 0}
         answers = [served.request("POST", "/v1/chat/completions", body) for _ in range(2)]
         (status, _, first), (_, _, second) = answers
