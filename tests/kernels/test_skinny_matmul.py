@@ -1,5 +1,6 @@
 """Products of few tokens: the definition against NumPy, the kernel in Triton's interpreter, and on a GPU."""
 
+import importlib
 import os
 
 import jax
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import prefetch, triton_call
-from pallas_kernels import skinny_matmul as module
 from tests.kernels.emulated import Launcher, close, on_the_host
 
+module = importlib.import_module("pallas_kernels.skinny_matmul")
 interpreted = pytest.mark.skipif(
     bool(triton_call.MISSING) or os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton and TRITON_INTERPRET=1"
 )
