@@ -79,6 +79,7 @@ class Leaf:
                 shape[-1] //= self.group
         self.raw_shape = tuple(shape)  # as read: the input axis last
         self.raw_where = sharding(mesh, *axes)
+        self.packing = None  # of nibbles that are read as the int32s that they share, see `_find_packing`
         if part == "packed":
             self.shape, spec = ops.int4_shape(self._input_first(shape)), ops.int4_axes(self.axes)
         elif part in ("bytes", "order", "known"):
@@ -135,10 +136,12 @@ class Leaf:
 
     def read(self, checkpoint, index):
         """The slice `index` of the array as read, padding included."""
-        index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, self.raw_shape))
+        shape = self._shape_read()
+        index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape))
         arrange, (groups, width) = self.row.arrange, self.heads
+        width = width if self.packing is None or self.packing[0] == -1 else width // 8
         fetch = partial(self._fetch, checkpoint)
-        names = [source.format(e) for source in self.sources for e in range(self.experts or 1)]
+        names = self._names()
         if self.part == "known":  # one for all
             return np.asarray(max(checkpoint.read(f"{name}.{PARTS[self.part]}") for name in names))
         if self.part == "order":
@@ -162,7 +165,7 @@ class Leaf:
 
     def _fetch(self, checkpoint, source, index):
         """Reads a slice that may reach past the stored tensor; what lies beyond is zero."""
-        name = f"{source}.{PARTS.get(self.part, self.part)}"
+        name = f"{source}.{PARTS.get(self.part, self.part) if self.packing is None else 'words'}"
         if self.part in ("scale", "zero"):
             stored, first, last = checkpoint.packed[source].group, index[-1].start, index[-1].stop
             if stored >= self.row.shapes[0][1] and self.how.kind != "int4":  # one for all inputs
@@ -193,9 +196,36 @@ class Leaf:
                     found = f"{checkpoint.path}: tensor {name} has shape {list(checkpoint.shape(name))}"
                     raise CheckpointError(f"{found}; the config asks for {list(shape)}")
 
+    def _names(self):
+        return [source.format(e) for source in self.sources for e in range(self.experts or 1)]
+
+    def raw(self, checkpoint):
+        """What `load` returns, as a ShapeDtypeStruct."""
+        part = "words" if self._find_packing(checkpoint) else PARTS.get(self.part, self.part)
+        kind = jnp.result_type(*(checkpoint.dtype(f"{name}.{part}") for name in self._names()))
+        return jax.ShapeDtypeStruct(self._shape_read(), kind, sharding=self.raw_where)
+
+    def _find_packing(self, checkpoint):
+        """Nibbles are read as they are stored, an eighth of the elements, if every device gets whole int32s; it takes
+        them apart then."""
+        self.packing = None
+        if self.part == "packed" and hasattr(checkpoint, "packing"):
+            found = {checkpoint.packing(name) for name in self._names()}
+            if len(found) == 1 and (one := found.pop()) is not None:
+                axis = one[0] - 2  # from the end
+                self.packing = (axis, one[1]) if self.raw_where.shard_shape(self.raw_shape)[axis] % 8 == 0 else None
+        return self.packing
+
+    def _shape_read(self):
+        shape = list(self.raw_shape)
+        if self.packing is not None:
+            shape[self.packing[0]] //= 8
+        return tuple(shape)
+
     def load(self, checkpoint):
         """The array on its devices, in the order of the file; devices that hold the same slice share one read."""
-        seen = {}
+        self._find_packing(checkpoint)
+        shape, seen = self._shape_read(), {}
 
         def slice_of(index):
             key = str(index)
@@ -203,7 +233,7 @@ class Leaf:
                 seen[key] = self.read(checkpoint, index)
             return seen[key]
 
-        return jax.make_array_from_callback(self.raw_shape, self.raw_where, slice_of)
+        return jax.make_array_from_callback(shape, self.raw_where, slice_of)
 
     def dtype(self, dtype):
         """The type that this array has where the model computes in `dtype`."""
@@ -224,13 +254,25 @@ class Leaf:
         """Bytes of an element as read; an estimate for values."""
         return 1 if self.part in ("packed", "bytes") else self.dtype(dtype).itemsize
 
-    def finish(self, raw, dtype):
-        """From the order of the file to that of the engine, on the device; and whether there is no NaN in it."""
+    def finish(self, raw, dtype, programs=None):
+        """From the order of the file to that of the engine, on the device; and whether there is no NaN in it.
+
+        programs: `finishing` by its keys, compiled; what is not there compiles itself.
+        """
+        key, function = self.finishing(raw, dtype)
+        return (programs or {}).get(key, function)(raw)
+
+    def finishing(self, raw, dtype):
+        """(key, jitted function) of what `finish` does with such an array, or a ShapeDtypeStruct of one."""
         if self.part == "packed":
-            return _pack(self.group, self.where)(raw), True
-        turned = self._turns() and self.part in ("weight", "scale", "zero")
-        to = 0 if self.how else self.expert_axis
-        return _turn(to if turned else None, self.dtype(dtype), self.where)(raw)
+            how = "pack", self.group, self.packing, self.where
+            function = _pack(*how[1:])
+        else:
+            turned = self._turns() and self.part in ("weight", "scale", "zero")
+            to = 0 if self.how else self.expert_axis
+            how = "turn", to if turned else None, self.dtype(dtype), self.where
+            function = _turn(*how[1:])
+        return (*map(str, how), raw.shape, str(raw.dtype)), function
 
 
 @lru_cache
@@ -242,13 +284,27 @@ def _turn(axis, dtype, where):
 
     def turn(raw):
         out = raw.astype(dtype)
-        sound = ~jnp.any(out != out) if jnp.issubdtype(dtype, jnp.floating) else True
+        sound = ~jnp.any(out != out) if jnp.issubdtype(dtype, jnp.floating) else jnp.bool_(True)
         return (out if axis is None else jnp.moveaxis(out, -1, axis)), sound
 
     return jax.jit(turn, out_shardings=(where, None))
 
 
 @lru_cache
-def _pack(group, where):
-    """A function that packs nibbles whose input axis is the last, compiled once a shape."""
-    return jax.jit(lambda raw: ops.int4_pack(jnp.moveaxis(raw, -1, 0), group=group), out_shardings=where)
+def _pack(group, packing, where):
+    """A function that packs nibbles whose input axis is the last, compiled once a shape.
+
+    packing: (axis, places) where eight neighbours along an axis share an int32, each in its place there.
+    """
+
+    def pack(raw):
+        if packing is not None:
+            axis, places = packing
+            shape, behind = list(raw.shape), raw.ndim + axis + 1
+            shape[axis] *= 8
+            words = jnp.expand_dims(jax.lax.bitcast_convert_type(raw, jnp.uint32), behind)
+            shifts = jnp.asarray(places, jnp.uint32).reshape([8 if i == behind else 1 for i in range(words.ndim)]) * 4
+            raw = (words >> shifts & 15).astype(jnp.uint8).reshape(shape)
+        return ops.int4_pack(jnp.moveaxis(raw, -1, 0), group=group), jnp.bool_(True)
+
+    return jax.jit(pack, out_shardings=(where, None))

@@ -155,20 +155,28 @@ def check(checkpoint, cfg, mesh, held=None):
     return found
 
 
-def load(checkpoint, cfg, mesh, dtype, progress=None, held=None):
+def load(checkpoint, cfg, mesh, dtype, progress=None, held=None, compiled=None):
     """Params of `checkpoint` on `mesh`, computed in `dtype`.
 
     cfg: as the checkpoint's config says (not padded).  `progress(done, total)` counts bytes.  held: of `hold`, as it
-    says unless given.  CheckpointError names the file and the tensor.
+    says unless given.  compiled: {key: executable} of {key: (jitted function, arguments, None)}, for who keeps them.
+    CheckpointError names the file and the tensor.
     """
     found = check(checkpoint, cfg, mesh, held)
     size = {key: math.prod(leaf.raw_shape) * leaf.raw_itemsize(dtype) for key, leaf in found.items()}
     arrays, done, total, waiting, ahead = {}, 0, sum(size.values()), deque(), 0
 
+    def make():
+        jobs = {}
+        for leaf in found.values():
+            key, function = leaf.finishing(raw := leaf.raw(checkpoint), dtype)
+            jobs[key] = function, (raw,), None
+        return compiled(jobs)
+
     def collect():
         nonlocal done, ahead
         key, future = waiting.popleft()
-        arrays[key], sound = found[key].finish(future.result(), dtype)
+        arrays[key], sound = found[key].finish(future.result(), dtype, programs and programs.result())
         arrays[key].block_until_ready()  # so that the copy in file order can go
         if not sound:
             names = " or ".join(f"{source.format('*')}.{key[1]}" for source in found[key].sources)
@@ -176,7 +184,8 @@ def load(checkpoint, cfg, mesh, dtype, progress=None, held=None):
         done, ahead = done + size[key], ahead - size[key]
         progress and progress(done, total)
 
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(READERS + 1) as pool:
+        programs = pool.submit(make) if compiled else None
         for key, leaf in found.items():
             while waiting and ahead + size[key] > AHEAD_BYTES:
                 collect()

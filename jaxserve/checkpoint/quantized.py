@@ -2,9 +2,10 @@
 
 A map X is seen in two ways, always [out, in]: `X.weight`, its values, and, where a scale and a zero for every group of
 inputs say all (then `packed` has X), `X.nibbles` uint8 of 0 to 15, `X.scale` [out, in/group] and `X.zero` uint8
-[out, in/group].  A value is (nibble - zero) * scale.  With 8 bits it is `X.bytes` int8, and zeros are int16.  Where
-groups are not of neighbours (GPTQ's desc_act), `X.order` int32 [in] is the order of inputs in which they are, which
-nibbles and bytes have.  `eight_bit` is the same for folders whose elements are int8 or fp8 tensors.
+[out, in/group].  A value is (nibble - zero) * scale.  `X.words` are the nibbles as stored, eight in an int32 (see
+`packing`).  With 8 bits it is `X.bytes` int8, and zeros are int16.  Where groups are not of neighbours (GPTQ's
+desc_act), `X.order` int32 [in] is the order of inputs in which they are, which nibbles and bytes have.  `eight_bit` is
+the same for folders whose elements are int8 or fp8 tensors.
 """
 
 import logging
@@ -117,6 +118,9 @@ class QuantizedFolder:
         shape, group = self._maps[of][:2]
         if part == "order":
             return shape[1:]
+        if part == "words":
+            stored = self.source.shape(f"{of}.{self.layout.values}")
+            return stored[::-1] if self.layout.transposed else stored
         return shape if part in ("weight", "nibbles", "bytes") else (shape[0], shape[1] // group)
 
     def dtype(self, name):
@@ -124,7 +128,7 @@ class QuantizedFolder:
         if of not in self._maps or part == "bias":
             return self.source.dtype(name)
         scales = self.source.dtype(f"{of}.{self.layout.scales}")
-        own = {"nibbles": np.uint8, "bytes": np.int8, "order": np.int32}
+        own = {"nibbles": np.uint8, "words": np.int32, "bytes": np.int8, "order": np.int32}
         own["zero"] = np.uint8 if self.scheme.bits == 4 else np.int16
         return np.dtype(own[part]) if part in own else scales
 
@@ -135,9 +139,24 @@ class QuantizedFolder:
             return self.source.read(name, index)
         if part == "order":
             return self._maps[of].order[index or ()]
+        if part == "words":
+            turned = self.layout.transposed
+            words = self.source.read(f"{of}.{self.layout.values}", index and (index[::-1] if turned else index))
+            return words.T if turned else words
         rows, columns = (range(*s.indices(n)) for s, n in zip(index or (slice(None),) * 2, self.shape(name)))
         take = {"weight": self._weight, "scale": self._scale, "zero": self._held_zero}.get(part, self._elements)
         return np.ascontiguousarray(take(of, (rows.start, rows.stop), (columns.start, columns.stop)))
+
+    def packing(self, name):
+        """Which axis of a map [out, in] shares int32s, and the place in these of each of 8 neighbours.
+
+        None where `name.words` is no view of its nibbles: 8 bits, an order of inputs, or int32s that are not full.
+        """
+        axis, stored = self.layout.values_axis ^ self.layout.transposed, self._maps[name]
+        full = self.shape(f"{name}.words")[axis] * 8 == stored.shape[axis]
+        if self.scheme.bits != 4 or stored.order is not None or not full:
+            return None
+        return axis, self.layout.order or tuple(range(8))
 
     def _values(self, name, rows, columns):
         layout = self.layout

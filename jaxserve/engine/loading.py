@@ -1,8 +1,11 @@
 """From the name of a model to a running engine: plan the memory, compile, read the weights, start."""
 
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 # Memory is planned here, not taken behind the user's back.
@@ -21,6 +24,7 @@ from jaxserve.checkpoint.schemes import Packed
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.guide import Guide
 from jaxserve.engine.memory import free_bytes, make_plan
+from jaxserve.engine.programs import compile_all
 from jaxserve.engine.runner import Runner
 from jaxserve.models.config import ModelConfig, from_hf
 from jaxserve.models.decoder import Params
@@ -43,11 +47,12 @@ class Model(NamedTuple):
     shapes: Params  # of ShapeDtypeStructs: what `read` returns
     held: dict  # of `weights.hold`
 
-    def read(self, progress=_quiet):
-        """The weights on their devices.  `progress(done, total)` counts bytes."""
+    def read(self, progress=_quiet, folder=None):
+        """The weights on their devices.  `progress(done, total)` counts bytes; folder: of stored programs."""
         if hasattr(self.source, "restore"):  # converted before
             return self.source.restore(self.shapes, progress)
-        return weights.load(self.source, self.cfg, self.mesh, self.dtype, progress, self.held)
+        compiled = partial(compile_all, devices=list(self.mesh.devices.flat), folder=folder)
+        return weights.load(self.source, self.cfg, self.mesh, self.dtype, progress, self.held, compiled)
 
     def holds(self):
         """How quantized weights are held, for people; None where there are none."""
@@ -122,18 +127,7 @@ def load(model, config, report=_quiet, progress=_quiet, guide=None, scores_only=
             kinds = " and ".join(unproven)
             report(f"note: {kinds} weights have not been proven on a GPU yet; compare answers before use")
     runner = Runner(run_as, held.mesh, plan, held.dtype, held.shapes, scores_only)
-    found = 0
-
-    def compiled(done, total, loaded):
-        nonlocal found
-        found = loaded
-        progress("compiling", done, total)
-
-    runner.compile(hub.cache_dir() / "programs", compiled)
-    ready = time.perf_counter()
-    report(f"{len(runner.programs)} programs ready after {ready - began:.1f} s ({found} from the cache)")
-    runner.params = held.read(lambda done, total: progress("loading", done, total))
-    report(f"weights loaded in {time.perf_counter() - ready:.1f} s")
+    _compile_and_read(runner, held, report, progress)
     if (used := runner.workspace()) > plan.workspace:
         report(f"note: the largest program needs {used / 2**30:.2f} GiB of workspace, more than planned")
     runner.reset()
@@ -159,6 +153,42 @@ def load(model, config, report=_quiet, progress=_quiet, guide=None, scores_only=
     held.source.close()
     report(f"ready after {time.perf_counter() - began:.1f} s")
     return engine
+
+
+def _compile_and_read(runner, held, report, progress):
+    """Compiles the programs and loads the weights at once; whichever fails ends both.
+
+    One is the processor's work, the other that of the disk and of copies, which hardly disturb what XLA times.
+    """
+    began, over, found, alone = time.perf_counter(), threading.Event(), 0, False
+    folder = hub.cache_dir() / "programs"
+
+    def read():
+        def loaded(done, total):
+            if over.is_set():
+                raise RuntimeError("compiling failed")
+            alone and progress("loading", done, total)  # one bar at a time
+
+        params = jax.block_until_ready(held.read(loaded, folder))
+        return params, time.perf_counter() - began
+
+    def compiled(done, total, loaded):
+        nonlocal found
+        found = loaded
+        progress("compiling", done, total)
+        if reading.done():
+            reading.result()
+
+    with ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(read)
+        try:
+            runner.compile(folder, compiled)
+            took, alone = time.perf_counter() - began, True
+            report(f"{len(runner.programs)} programs ready in {took:.1f} s ({found} from the cache)")
+            runner.params, took = reading.result()
+        finally:
+            over.set()
+    report(f"weights loaded in {took:.1f} s, at the same time")
 
 
 def convert(model, folder, config, report=_quiet, progress=_quiet):

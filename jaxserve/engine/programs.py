@@ -14,7 +14,7 @@ import platform
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
 import jax
@@ -25,15 +25,16 @@ CACHE_BYTES = 4 << 30
 DIGEST = 32  # bytes of the hash ahead of an entry's data
 ASIDE = ".part"  # ends the name of a file that is not finished
 STALE = 3600  # seconds after which nobody will finish it
-SOURCES = ("cache.py", "ops.py", "sampling.py", "step.py", "models", "quant")  # what a program is traced from
+# What a program is traced from.
+SOURCES = ("cache.py", "leaf.py", "ops.py", "sampling.py", "step.py", "models", "quant")
 
 
-def compile_all(jobs, devices, folder, progress=None, workers=None, alike=None):
-    """{key: executable} of {key: (jitted function, arguments, compiler options)}.
+def compile_all(jobs, devices, folder, progress=None, workers=None, tunes=None):
+    """{key: executable} of {key: (jitted function, arguments, compiler options)}, begun in this order.
 
     Arguments may be ShapeDtypeStructs on `devices`.  `progress(done, total, loaded)` is called after each; `folder`
-    None keeps nothing.  Programs of whose keys `alike` says the same (not None) have products of the same shapes: XLA
-    tries out how to compute these once, if the first of the programs is ready before it begins the others.
+    None keeps nothing.  `tunes(key)` names what XLA tries out while it compiles a program: that is done once, if
+    the first program with it is ready before it begins the others.
     """
     store, out, loaded = Store(folder, devices), {}, 0
     names = {key: store.name(key, *job) for key, job in jobs.items()}
@@ -44,28 +45,33 @@ def compile_all(jobs, devices, folder, progress=None, workers=None, alike=None):
             out[key] = executable
             progress and progress(len(out), len(jobs), loaded)
 
-    def finish(key, lowered, after):
-        if after is not None:
-            wait([after])
+    def finish(key, lowered, before):
+        wait(before)
         executable = lowered.compile(compiler_options=jobs[key][2])
         store.save(names[key], executable)
         ready(key, executable)
 
     # Lowering holds the interpreter lock, compiling and loading do not.
-    pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))
+    cores = os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers or min(32, 2 * cores if tunes else cores))  # some wait
     try:
         for key, found in zip(names, pool.map(store.load, names.values())):
             if found is not None:
                 loaded += 1
                 ready(key, found)
-        missing = {key: alike and alike(key) for key in names if key not in out}
-        first = {like: key for key, like in reversed(missing.items()) if like is not None}
-        running: dict = {}
-        order = sorted(missing, key=lambda key: first.get(missing[key], key) != key)  # who waits is behind the first
-        for key in order:
-            after = running.get(first.get(missing[key]))
-            running[key] = pool.submit(finish, key, jobs[key][0].lower(*jobs[key][1]), after)
-        for future in running.values():
+        first: dict = {}
+        running: list = []
+        for key in names:
+            if key in out:
+                continue
+            tuned = tunes(key) if tunes else ()
+            before = {first[what] for what in tuned if what in first}  # all of these have begun
+            running.append(pool.submit(finish, key, jobs[key][0].lower(*jobs[key][1]), before))
+            first |= {what: running[-1] for what in tuned if what not in first}
+            for future in running:
+                if future.done():
+                    future.result()  # an error ends it all
+        for future in as_completed(running):
             future.result()
     finally:  # after an error, what has not begun will not
         pool.shutdown(wait=False, cancel_futures=True)

@@ -65,8 +65,10 @@ class Runner:
         # What float32 means: a GPU would round the factors of a product to 10 bits (TF32) otherwise.
         precision = "highest" if self.shapes.embed.dtype == jnp.float32 else None
         with meshes.on(self.mesh), jax.default_matmul_precision(precision):
-            alike = None if self.on_cpu else _rows_of_products  # XLA tries nothing out on the CPU
-            self.programs = compile_all(self._jobs(), list(self.mesh.devices.flat), folder, progress, alike=alike)
+            jobs = self._jobs()
+            jobs = {key: jobs[key] for key in sorted(jobs, key=_turn)}
+            tunes = None if self.on_cpu else _products  # XLA tries nothing out on the CPU
+            self.programs = compile_all(jobs, list(self.mesh.devices.flat), folder, progress, tunes=tunes)
 
     def _jobs(self):
         """{key: (function, arguments, compiler options)} of all programs."""
@@ -340,11 +342,17 @@ class Runner:
         return words, words[: shape.tokens], rows, words[at_pages:].reshape(shape.rows, shape.pages)
 
 
-def _rows_of_products(key):
-    """How many rows a program, by its key, multiplies with the weights; None where that is a matter of its own."""
+def _turn(key):
+    """When to begin compiling a program: first what others wait for, then what takes long (the full sampler)."""
+    name, shape = key[0], key[1] if key[0] == "step" else None
+    return {"pick": 0, "draw": 1, "step": 2}.get(name, 4) + (shape is not None and shape.steps > 1)
+
+
+def _products(key):
+    """Which products with the weights are in a program, by its key: of layers or head, and of how many rows."""
     if key[0] in ("step", "advance"):
-        return key[1].tokens
-    return key[1] if key[0] in ("pick", "draw") else None
+        return [("layers", key[1].tokens), ("head", key[1].tokens)][: 2 if key[0] == "step" else 1]
+    return [("head", key[1])] if key[0] in ("pick", "draw") else []
 
 
 def _array(numbers):

@@ -65,6 +65,22 @@ def test_slices(tmp_path, kind):
                 np.testing.assert_array_equal(found.read(name, index), whole[index])
 
 
+def test_words(tmp_path, kind):
+    """Where a packing is told, the nibbles are what lies in the words' places; slices are those of the words."""
+    folders.write(tmp_path, HF, kind)
+    with checkpoint.open(tmp_path) as found:
+        if found.packed[NAME].kind != "int4" or (packing := found.packing(NAME)) is None:
+            assert found.packed[NAME].kind != "int4" or kind.startswith("act-order")
+            return
+        (axis, places), words, nibbles = packing, found.read(f"{NAME}.words"), found.read(f"{NAME}.nibbles")
+        assert words.shape == found.shape(f"{NAME}.words") and words.dtype == found.dtype(f"{NAME}.words")
+        for j, place in enumerate(places):
+            one = (words.view(np.uint32) >> 4 * place) & 15
+            np.testing.assert_array_equal(one, nibbles[j::8] if axis == 0 else nibbles[:, j::8])
+        index = slice(1, 5), slice(2, 4)
+        np.testing.assert_array_equal(found.read(f"{NAME}.words", index), words[index])
+
+
 def refused(folder, match, **changes):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= changes

@@ -276,8 +276,8 @@ def test_a_change_of_source_changes_the_name(tmp_path, folder, monkeypatch, chan
     assert name() != before
 
 
-def test_programs_alike_wait_for_the_first():
-    """It is ready before the others begin; those that are like no other go ahead, in the order given."""
+def test_what_is_tuned_is_tuned_once():
+    """Who tunes it first is ready before the others with it begin; all else goes ahead, in the order given."""
     lowered, began, done = [], [], []
 
     class Slow:
@@ -296,8 +296,20 @@ def test_programs_alike_wait_for_the_first():
             done.append(self.key)
             return self
 
-    keys = ["a1", "b1", "a2", "c", "b2", "a3"]
-    made = compile_all({key: (Slow(key), (), None) for key in keys}, [], None, workers=4,
-                       alike=lambda key: {"c": None}.get(key, key[0]))  # fmt: skip
-    assert lowered == ["a1", "b1", "c", "a2", "b2", "a3"] and sorted(made) == sorted(keys)
-    assert all(key[0] + "1" in before for key, before in began if key[1:] in ("2", "3"))
+    keys = ["h1", "h2", "lh", "-", "l", "L"]  # what they tune: h, l and L, but the one that does nothing
+    made = compile_all({key: (Slow(key), (), None) for key in keys}, [], None, workers=8,
+                       tunes=lambda key: [c for c in key if c.isalpha()])  # fmt: skip
+    assert lowered == keys and sorted(made) == sorted(keys)
+    before = dict(began)
+    assert "h1" in before["h2"] and "h1" in before["lh"] and "lh" in before["l"]
+    assert "lh" not in before["-"] and "lh" not in before["L"]
+
+
+def test_an_error_in_the_report_ends_the_compiling(folder):
+    """Such as that the weights, which are loaded meanwhile, are damaged."""
+
+    def damaged(*_):
+        raise ValueError("a tensor is missing")
+
+    with pytest.raises(ValueError, match="a tensor is missing"):
+        compile_all(jobs(), jax.devices()[:1], folder, damaged)
