@@ -177,8 +177,13 @@ def _first(arrays, tokens, size):
     return tuple(first for first in out if first.size)
 
 
+def waits():
+    """Whether the device can wait for masks: `await_masks`."""
+    return kernels()
+
+
 def await_masks(ticket, after, rows, words):
-    """int32[rows, words], masks that the host makes meanwhile: see the kernel's file, `waiting`.  Not on the CPU."""
+    """int32[rows, words], masks that the host makes meanwhile: see the kernel's file, `waiting`."""
     return _split(lambda *of: waiting.await_masks(*of, rows=rows, words=words), (P(), P()), P())(ticket, after)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
 
+from jaxserve import ops
 from jaxserve.cache import PagedKV, Spans
 from jaxserve.models.decoder import forward
 from jaxserve.sampling import Sampling, Tables, greedy, known, sample, set_lane
@@ -198,9 +199,12 @@ def pick(cfg, head, newest, last, rows):
 def draw(cfg, head, newest, tables, last, rows, allowed):
     """A token for each row by the full sampler, of those that `allowed` has, int32[R, ceil(V / 32)].
 
+    Or `allowed` is a ticket, int32[TICKET]: the device waits until the host has made these masks (ops.await_masks).
     Returns State.newest and State.tables anew and what was drawn.
     """
     lane, logits = rows[:, LANE], _logits(cfg, head, last)
+    if allowed.ndim == 1:
+        allowed = ops.await_masks(allowed, logits[:1, :1], logits.shape[0], -(-logits.shape[1] // 32))
     with jax.named_scope("sample"):
         drawn, tables = sample(logits, Sampling.unpack(rows[:, len(ROW) :]), tables, lane, allowed)
     return newest.at[lane].set(drawn.tokens, mode="drop"), tables, _told(drawn)

@@ -17,7 +17,7 @@ class Packed:
     full: bool  # the full sampler; otherwise every row is greedy and plain
     whole: bool  # one program does it
     tokens: int
-    words: Any  # int32, on the host or, once sent, on the device
+    words: Any  # int32
     seats: list[tuple[int, tuple, tuple | None]]  # lane, who takes it (as in Runner.seated), what its tables will hold
     guided: Sequence = ()  # (row, request) of rows that wait for a mask
 
@@ -26,11 +26,12 @@ class InFlight:
     """A step that was dispatched: reading waits for it."""
 
     def __init__(self, packed, drawn):
+        """drawn: arrays of sampling.Drawn that are on their way."""
         shape = packed.shape
         self.chunks, self.drawn = packed.chunks, drawn
         self.tokens, self.padded, self.steps = packed.tokens, shape.tokens * shape.steps, shape.steps
         self.began = time.perf_counter()
-        self.over: Sequence = ()  # (request, why) of answers that ended before it, see Guide.allow
+        self.masks: Any = None  # the guide.Job that makes them, if it waits for any
         self.wants = packed.full and any(c.emits and c.request.params.logprobs is not None for c in self.chunks)
         for array in self._wanted():  # asked for later, they would come when the step after this one ends
             array.copy_to_host_async()

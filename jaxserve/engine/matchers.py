@@ -55,7 +55,7 @@ class Matcher:
         self.told = 0  # how many of these llguidance's matcher has been told
         self.forced: list[int] = []  # tokens that must come next; until the last has, nothing is told
         self.alone = False  # whether no other answer ever used its lexer
-        self.slow = False  # whether its next mask is likely to take long
+        self.over: str | None = None  # why nothing more may come: "" where the answer is complete, or what is wrong
 
     @property
     def seen(self) -> int:
@@ -86,7 +86,7 @@ class Matcher:
         """Goes on with another of llguidance's, with a lexer of its own, from where the answer has `tokens`."""
         self.matcher, self.alone = matcher, True
         matcher.consume_tokens(tokens)
-        self.followed, self.told, self.forced = list(tokens), len(tokens), []
+        self.followed, self.told, self.forced, self.over = list(tokens), len(tokens), [], None
 
 
 class Sources:

@@ -13,7 +13,7 @@ GIVE_UP = 3  # failed steps in a row after which the engine stops
 CAREFUL = 64  # steps of half the tokens after the device ran out of memory
 LONG = 0.008  # seconds of a launch of several steps after which SINGLE launches have one each
 SINGLE = 64
-SHORT = 32  # tokens: steps so short that launching one takes longer than running it (a 1.8B model on an H200: 1.9 ms)
+SHORT = 32  # tokens: steps so short that launching one takes as long as running it (a 1.8B model on an H200)
 NAN = "the model's logits were not numbers (NaN): the weights or the computation overflowed"
 NONE_LEFT = "no token was left to choose: the grammar, the banned words and the biases exclude each other"
 
@@ -28,7 +28,6 @@ class Turns:
         self.ahead = 1 if runner.on_cpu else 2  # how many while the oldest is a short one; else one
         self.steps = self.launches = self.computed = self.dispatched = 0
         self.corrupted = self.failed_steps = self.recovered = 0
-        self._half: tuple | None = None  # a step that computes and has not drawn: Runner.advance's
         self._undrawn: list[list] = []  # plans without tokens, the oldest first
         self._careful = 0  # launches for which the budget stays small
         self._single = 0  # launches that have one step each, for those with several take long
@@ -38,7 +37,7 @@ class Turns:
     @property
     def busy(self):
         """Whether there is something to do."""
-        return not self.scheduler.idle or self.pending or self._half or self.scorer.busy
+        return not self.scheduler.idle or self.pending or self.scorer.busy
 
     def stats(self):
         """Counts since the start."""
@@ -54,16 +53,13 @@ class Turns:
 
     def turn(self):
         """One turn.  The device works on the new step while the host reads the old one."""
-        if self._half is not None:
-            self.guide.make_way()
         self.scorer.admit()
         chunks = self.scheduler.plan(self._steps())
         packed = self._pack(chunks) if chunks else None
-        self._finish(packed)
         launched = packed is not None and self._launch(packed)
         # Steps that take the device less time than the host takes to launch one need a second on its way.
         newest = self.pending[-1] if self.pending else None
-        short = newest and newest.steps == 1 and newest.padded <= SHORT and self._half is None
+        short = newest and newest.steps == 1 and newest.padded <= SHORT
         ahead = self.ahead if short else 1
         # Without a plan one step is read all the same: it may be what the next plan waits for.
         for _ in range(max(0, len(self.pending) - ahead) if launched else min(1, len(self.pending))):
@@ -104,44 +100,32 @@ class Turns:
         if all(chunk.request.finish for chunk in packed.chunks):
             self._undrawn.pop()
             return False
-        if packed.guided:
-            self._half = self.runner.advance(packed)
-        else:
+        if not packed.guided:
             self._launched(self.runner.dispatch(packed))
+        elif self.runner.gate is not None:
+            masks = self.guide.start(packed.guided, list(self.pending), self.runner.gate)
+            step = self.runner.dispatch(packed, masks.ticket)
+            step.masks = masks
+            self._launched(step)
+        else:
+            return self._by_halves(packed)
         return True
 
-    def _finish(self, following):
-        """The other half of a step with guided rows; `following`: the next one, packed, or None.
-
-        What a grammar allows next depends on tokens that the host has yet to see.  The guide's thread waits for them
-        and fills the masks while the device computes, and while this thread launches that and packs the next step.
-        """
-        if self._half is None:
-            return
-        packed, _ = self._half
-        if following is not None:
-            self.runner.send(following)
-        early, over = self.guide.take(packed.guided), ()
-        if early is not None:  # what the step before drew is read when this one is on its way, and the next
-            masks, over = early
-        else:
-            while self.pending:
-                self._read()
-            masks = self._masks(packed.guided, packed.shape.drawn)
+    def _by_halves(self, packed):
+        """A step with guided rows where the device cannot wait: masks are made between its halves, once all that
+        came before is known.  False if nobody wants it any more."""
+        half = self.runner.advance(packed)
+        while self.pending:
+            self._read()
+        masks = self._masks(packed.guided, packed.shape.drawn)
         if all(chunk.request.finish for chunk in packed.chunks):
-            self._undrawn.pop(0)
-        else:
-            step = self.runner.draw(self._half, masks)
-            step.over = over
-            self._launched(step)
-            if following is not None and following.guided:
-                steps = list(self.pending)
-                ended = {request for each in steps for request, _ in each.over}
-                self.guide.start(following.guided, following.shape.drawn, lambda: (s.drew() for s in steps), ended)
-        self._half = None
+            self._undrawn.pop()
+            return False
+        self._launched(self.runner.draw(half, masks))
+        return True
 
     def _launched(self, step):
-        self._undrawn.pop(0)
+        self._undrawn.pop()
         self.pending.append(step)
         self.launches += 1
         self.steps += step.steps
@@ -188,6 +172,8 @@ class Turns:
         if step.steps > 1 and now - max(step.began, self._last_read) > LONG:
             self._single = SINGLE
         self._last_read = now
+        if step.masks is not None:
+            self._ended(step.masks.ended)
         for i, (tokens, logprobs, tops) in enumerate(told):
             if min(tokens, default=0) < 0:
                 for chunk, token in zip(step.chunks, tokens):
@@ -195,8 +181,6 @@ class Turns:
                         self.corrupted += token != NOTHING_LEFT
                         self.fail(chunk.request, NONE_LEFT if token == NOTHING_LEFT else NAN)
             recovery.commit(self.scheduler, step.chunks, tokens, logprobs, tops, i)
-        if self.pending:
-            self._ended(self.pending[0].over)
 
     def fail(self, request, message):
         self.safely(self.scheduler.fail, request, message)
@@ -215,7 +199,7 @@ class Turns:
         """
         self._failures += 1
         self.failed_steps += 1
-        plans, self._undrawn, self._half = self._undrawn, [], None
+        plans, self._undrawn = self._undrawn, []
         full = "RESOURCE_EXHAUSTED" in str(error)
         message = "overloaded: the device ran out of memory" if full else f"the step failed: {error}"
         guilty = {chunk.request for plan in plans for chunk in plan} if self._failures > 1 else set()

@@ -1,9 +1,14 @@
 """Engines over tiny random checkpoints, for tests."""
 
+import ctypes
 import queue
+import time
 
+import jax
 import llguidance
+import numpy as np
 
+from jaxserve import ops
 from jaxserve.config import EngineConfig
 from jaxserve.engine import loading
 from jaxserve.engine.request import Request, SamplingParams
@@ -56,6 +61,29 @@ def like_a_gpu(monkeypatch):
     """Engines made from now on have the sizes of programs that they would have on a GPU."""
     choose = Sizes.choose
     monkeypatch.setattr(Sizes, "choose", lambda platform, plan: choose("gpu", plan))
+
+
+def waits(monkeypatch):
+    """Engines made from now on are like a GPU's, and their steps wait at the gate: a callback does it on the CPU."""
+
+    def await_masks(ticket, after, rows, words):
+        def wait(ticket, after):
+            address, number, begin = int(ticket[1]) << 31 | int(ticket[0]), int(ticket[2]), int(ticket[3])
+            size = begin + rows * words
+            memory = np.ctypeslib.as_array((ctypes.c_int32 * size).from_address(address))
+            deadline = time.monotonic() + int(ticket[4]) / 1e3
+            while number != ops.waiting.FREE and not ops.waiting.is_open(memory[0], number):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(1e-4)
+            bound, masks = memory[ops.waiting.HEAD :][:rows], memory[begin:].reshape(rows, words)
+            return np.asarray(ops.waiting.await_masks_reference(ticket, memory[0], bound, masks, rows=rows))
+
+        return jax.pure_callback(wait, jax.ShapeDtypeStruct((rows, words), np.int32), ticket, after)
+
+    like_a_gpu(monkeypatch)
+    monkeypatch.setattr(ops, "waits", lambda: True)
+    monkeypatch.setattr(ops, "await_masks", await_masks)
 
 
 GREEDY = SamplingParams()

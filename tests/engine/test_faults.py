@@ -183,18 +183,30 @@ def test_an_outbox_that_raises_ends_its_request_only(engine, expected, nth):
 def test_a_guide_that_fails_fails_guided_requests_only(engine, expected):
     free, guided = build.submit(engine, [5] * 9, 30), build.submit(engine, [6] * 9, 30, grammar=regex("[a-z]{30}"))
     guided.outputs.append(guided.get(timeout=60))
-    Once(engine.guide, "_masks", before("no masks"), nth=1, times=2)  # ahead, and when they are needed
+    Once(engine.guide, "_masks", before("no masks"), nth=1)
     guided.wait(), free.wait()
     assert guided.finish == "error" and "no masks" in guided.outputs[-1].error and free.finish == "length"
     assert sound(engine, expected)
 
 
-def test_masks_that_could_not_be_made_ahead_are_made_when_they_are_needed(engine, expected):
-    Once(engine.guide, "_fill", before("no masks"), nth=5)
+def test_a_matcher_that_panics_fails_its_request_only(engine, expected):
+    answers = [build.submit(engine, [6] * 9, 30, grammar=regex("[a-z]{30}")) for _ in range(3)]
+    answers[1].outputs.append(answers[1].get(timeout=60))
+    matcher = answers[1].request.matcher.matcher
+
+    class Panics:
+        def consume_token(self, token):
+            raise BaseException("rust panicked")
+
+        def __getattr__(self, name):
+            return getattr(matcher, name)
+
+    answers[1].request.matcher.matcher = Panics()
+    for answer in answers:
+        answer.wait()
+    assert [answer.finish for answer in answers] == ["length", "error", "length"]
+    assert "rust panicked" in answers[1].outputs[-1].error
     assert sound(engine, expected)
-    answer = build.submit(engine, [6] * 9, 30, grammar=regex("[a-z]{30}"))
-    assert len(answer.wait()) == 30 and build.text(answer.wait()).islower()
-    assert engine.guide._fill.calls > 5
 
 
 def test_masks_are_filled_one_by_one_where_all_at_once_fails(engine, expected, monkeypatch):

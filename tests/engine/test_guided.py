@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher, LLParserLimits
 
-from jaxserve.engine import guide as guides
+from jaxserve.engine import gate as gates
 from jaxserve.engine import matchers
 from jaxserve.engine.guide import Guide
 from jaxserve.engine.request import Request, SamplingParams
@@ -123,6 +123,17 @@ def test_two_steps_ahead_and_preempted(folder, expected, free, gpu, monkeypatch)
         engine.turns.ahead = 2
         check(engine, expected, free)
         assert engine.stats()["preemptions"] > 0
+
+
+def test_steps_that_wait_for_their_masks(folder, expected, free, monkeypatch):
+    build.waits(monkeypatch)
+    monkeypatch.setattr(gates, "PATIENCE", 5.0)
+    with build.engine(folder, guide=build.table, cache_max_entry_count=15, session_len=56) as engine:
+        engine.turns.ahead = 2
+        check(engine, expected, free)
+        assert engine.stats()["preemptions"] > 0
+        test_ends(engine)
+        test_aborted(engine)
 
 
 def test_lanes_change_hands(engine):
@@ -390,25 +401,57 @@ def test_a_lexer_that_others_have_filled_is_given_up(monkeypatch):
     assert renewed and failed < 40
 
 
-def test_masks_that_are_made_ahead():
-    guide, waits = Guide(build.table, 97), threading.Event()
+class Gate:
+    """Of one step, in the host's memory; tells who comes through it."""
+
+    def __init__(self, rows, words):
+        self.masks, self.bound, self.opened = np.zeros((rows, words), np.int32), np.ones(rows, np.int32), {}
+
+    def next(self):
+        self.opened[number := len(self.opened)] = threading.Event()
+        return number, str(number)
+
+    def open(self, number):
+        assert all(self.opened[before].is_set() for before in range(number))
+        self.opened[number].set()
+
+    def found(self, job):
+        assert self.opened[job.number].wait(60)
+        return [shown(mask) for mask in np.where(self.bound[:, None], self.masks, -1)], job.ended
+
+
+class Step:
+    """A step in flight."""
+
+    def __init__(self, drawn):
+        self.drawn, self.done = drawn, threading.Event()
+
+    def drew(self):
+        assert self.done.wait(60)
+        return self.drawn
+
+
+def steps(*drawn):
+    """Steps that are done."""
+    made = [Step(each) for each in drawn]
+    for step in made:
+        step.done.set()
+    return made
+
+
+def test_masks_of_steps_that_wait_for_them():
+    guide, gate = Guide(build.table, 97), Gate(6, 4)
     some = [request(regex("ab[bc]*|a1")) for _ in range(5)]
     for one in some:
         one.matcher = guide.open(one)
     a, b, one, end = (build.BYTES.index(c) for c in (b"a", b"b", b"1", b""))
     some[3].tokens.append(a)  # known, and not followed yet
-    drawn = {some[0]: a, some[1]: -1, some[3]: one}
-    rows = [(4 - i, each) for i, each in enumerate(some)]
-
-    def read():
-        assert waits.wait(60)
-        return [drawn]
-
-    guide.start(rows, 6, read)
-    waits.set()
-    masks, ended = guide.take(rows)
-    assert ended == [(some[3], "")] and [shown(mask) for mask in masks] == ["a", "all", "a", "all", "1b", "all"]
-    assert guide.take(rows) is None
+    rows, step = [(4 - i, each) for i, each in enumerate(some)], Step({some[0]: a, some[1]: -1, some[3]: one})
+    job = guide.start(rows, [step], gate)
+    assert job.ticket == "0" and not gate.opened[0].wait(0.05)
+    step.done.set()
+    masks, ended = gate.found(job)
+    assert ended == [(some[3], "")] and masks == ["a", "all", "a", "all", "1b", "all"]
     # The token comes, or is lost with its step, or another one comes.
     for given, expected in (([a], "1b"), ([], "a"), ([a, one], "")):
         some[0].tokens[2:] = given
@@ -417,119 +460,83 @@ def test_masks_that_are_made_ahead():
             assert not ended and shown(masks[0]) == expected
         else:
             assert ended == [(some[0], "")]
-    # Two steps in flight: a token that was followed, one that was not, and one that is lost.
+    # Two steps wait: a token that was followed, one that was not, and one that ends its request.
     others = [request(regex("ab[bc]*|a1")) for _ in range(4)]
     for each in others:
         each.matcher = guide.open(each)
-    rows = list(enumerate(others))
-    drawn = [dict(zip(others, [a, a, end]))]
-    guide.start(rows, 4, lambda: drawn)
-    guide.make_way()
-    masks, ended = guide.take(rows)
-    assert [shown(mask) for mask in masks] == ["1b", "1b", "all", "a"] and ended == []
-    drawn += [{others[0]: b, others[1]: one, others[3]: a}]
-    guide.start(rows[:2], 4, lambda: drawn)
-    assert guide.take(rows[:2]) is None  # another list
-    guide.start(rows, 4, lambda: drawn)
-    masks, ended = guide.take(rows)
-    assert [shown(mask) for mask in masks] == ["$bc", "all", "all", "1b"] and ended == [(others[1], "")]
-    drawn[0][others[0]], drawn[1][others[0]] = a, one
-    guide.start(rows, 4, lambda: drawn, {others[1]})
-    masks, ended = guide.take(rows)
-    assert [shown(mask) for mask in masks] == ["all", "all", "all", "1b"] and ended == [(others[0], "")]
+    rows, first = list(enumerate(others)), Step(dict(zip(others, [a, a, end])))
+    second = Step({others[0]: b, others[1]: one, others[3]: a})
+    jobs = [guide.start(rows, [first], gate), guide.start(rows, [first, second], gate)]
+    first.done.set()
+    assert gate.found(jobs[0]) == (["1b", "1b", "all", "a", "all", "all"], [])
+    assert not gate.opened[jobs[1].number].is_set()
+    second.done.set()
+    assert gate.found(jobs[1]) == (["$bc", "all", "all", "1b", "all", "all"], [(others[1], "")])
+    # What has ended stays so, whatever its free row draws, as long as it is not told otherwise.
+    job = guide.start(rows[1:2], [first, second, *steps({others[1]: b})], gate)
+    assert gate.found(job) == (["all"] * 6, [(others[1], "")])
+    others[1].tokens += [a, b]
+    assert follow(guide, others[1]) == ("$bc", []) and others[1].matcher.alone
+    # Two tokens were followed, others have come.
+    job = guide.start(rows[:1], steps({others[0]: a}, {others[0]: one}), gate)
+    assert gate.found(job) == (["all"] * 6, [(others[0], "")])
     others[3].tokens += [a, b, b]
     assert follow(guide, others[3])[0] == "$bc" and not others[3].matcher.alone
-    some[2].tokens.append(a)
-    guide.start([(0, some[2])], 1, lambda: [{some[2]: b}])
-    assert guide.take(rows) is None  # of another plan
-    some[2].tokens.append(b)
-    assert follow(guide, some[2])[0] == "$bc"
-
-    def fails():
-        raise RuntimeError("the device is gone")
-
-    guide.start(rows, 6, fails)
-    guide.make_way()
-    assert guide.take(rows) is None
-    some[4].tokens.append(a)
-    guide.start([(0, some[4])], 1, lambda: [{some[4]: end}])  # a stop id: the request ends
+    some[2].finish = "abort"
+    assert gate.found(guide.start([(0, some[2])], [], gate)) == (["all"] * 6, [])
     guide.close()
-    assert guide._job.done.wait(60) and shown(guide._job.found[0][0]) == "all"
     guide._thread.join(60)
     assert not guide._thread.is_alive()
 
 
-def test_masks_of_many_rows_are_made_in_two_parts(monkeypatch):
-    """Those that will take long, and those that share a lexer with them, first; what comes is what `allow` gives."""
-    monkeypatch.setattr(matchers, "MANY", 2)
-    monkeypatch.setattr(guides, "SPLIT", 8)
+def test_the_gate_opens_whatever_happens(monkeypatch):
+    guide, gate = Guide(build.table, 97), Gate(2, 4)
+    some = [request(regex("[ab]+")) for _ in range(2)]
+    for one in some:
+        one.matcher = guide.open(one)
+    rows = list(enumerate(some))
+
+    class Lost:
+        def drew(self):
+            raise RuntimeError("the device is gone")
+
+    masks, ended = gate.found(guide.start(rows, [Lost()], gate))
+    assert masks == ["all", "all"] and ended == [(one, "no mask could be made: the device is gone") for one in some]
+    good, some[0].matcher.matcher = some[0].matcher.matcher, None
+    masks, ended = gate.found(guide.start(rows, [], gate))
+    assert masks == ["all", "ab"] and [who for who, _ in ended] == some[:1]
+    some[0].matcher.matcher, some[0].matcher.over = good, None
+    monkeypatch.setattr(guide, "_fill", lambda *_: 1 / 0)
+    masks, ended = gate.found(guide.start(rows, [], gate))
+    assert masks == ["all", "all"] and ended == [(one, "no mask could be made: division by zero") for one in some]
+    monkeypatch.undo()
+    assert gate.found(guide.start(rows, [], gate)) == (["ab", "ab"], [])  # the next goes on
+    guide.close()
+
+
+def test_masks_that_are_waited_for_are_those_of_allow():
     guide, draw, patterns = Guide(build.table, 97), random.Random(3), ["[a-z]{1,9}=(yes|no)", "(ab|ba)+c", "[0-9]{3}-x"]
-    many = [request(regex(patterns[i % 3])) for i in range(21)]
+    gate, many = Gate(21, 4), [request(regex(patterns[i % 3])) for i in range(21)]
     for one in many:
         one.matcher = guide.open(one)
-    parts, split = [], guide._split
-    some = np.zeros((21, 97), np.int32)
-    some[:5], some[5:9, 0] = -1, -1
-    guide._note([(i, one, 0) for i, one in enumerate(many)], some)
-    assert [one.matcher.slow for one in many] == [True] * 5 + [False] * 16
-    many[7].matcher.forced = [3]
-    guide._note([(7, many[7], 0)], some)
-    assert many[7].matcher.slow
-    many[7].matcher.forced = []
-    for one in many:
-        one.matcher.slow = one.grammar == many[0].grammar
-    monkeypatch.setattr(guide, "_note", lambda rows, masks: None)
-    monkeypatch.setattr(guide, "_split", lambda rows: parts.append(split(rows)) or parts[-1])
-    rows = list(enumerate(many))
-    masks, ended = guide.allow(rows, 21)
+    rows, drawn, at = list(enumerate(many)), {}, 0
     while rows:
-        assert len(ended) == len({request for request, _ in ended}) and not any(why for _, why in ended)
-        over = {request for request, _ in ended}
-        rows = [(row, one) for row, one in rows if one not in over]
-        drawn = {one: draw.choice(ids(masks[row])) for row, one in rows}
-        guide.start(rows, 21, lambda drawn=drawn: [drawn])
-        guide.make_way()
-        assert {len(one.matcher.followed) - len(one.output) for _, one in rows} <= {1}
-        masks, ended = guide.take(rows)
+        masks, ended = gate.found(guide.start(rows, steps(drawn), gate))
         for one, token in drawn.items():
             one.tokens.append(token)
         twins = [(row, request(one.grammar)) for row, one in rows]
         for (_, one), (_, twin) in zip(rows, twins, strict=True):
             twin.matcher, twin.tokens[2:] = guide.open(twin), one.output
         expected, over = guide.allow(twins, 21)
-        np.testing.assert_array_equal(masks, expected)
-        assert len(ended) == len(over)
+        assert masks == [shown(mask) for mask in expected] and len(ended) == len(over)
+        ended = {one for one, _ in ended}
+        rows = [(row, one) for row, one in rows if one not in ended]
+        drawn, at = {one: draw.choice(ids(gate.masks[row])) for row, one in rows}, at + 1
+        rows = [(row, one) for row, one in rows if drawn[one] != build.EOS]
+        drawn = {one: token for one, token in drawn.items() if token != build.EOS}
     for one in many:
         assert any(re.fullmatch(pattern, build.text(one.output)) for pattern in patterns)
-    assert len(parts) > 5
-    for first, others in parts:
-        assert not {one.matcher.source for _, one, _ in first} & {one.matcher.source for _, one, _ in others}
-        assert (len(first) + len(others) < guides.SPLIT) == (not others) or len(first) >= 2
-    first, others = parts[0]
-    assert {one.grammar for _, one, _ in first} >= {many[0].grammar}
-    assert many[0].grammar not in {one.grammar for _, one, _ in others} and len(others) >= 10
-    # What fails in the one part or in the other is made again by whoever waits for it.
-    rows = list(enumerate(many := [request(regex(patterns[0])) for _ in range(8)]))
-    for place in range(8):
-        for one in many:
-            one.matcher = guide.open(one)
-        good, many[place].matcher.matcher = many[place].matcher.matcher, None
-        guide.start(rows, 8, lambda: [])
-        guide.make_way()
-        assert guide.take(rows) is None
-        many[place].matcher.matcher = good
-        masks, ended = guide.allow(rows, 8)
-        assert not ended and len({shown(mask) for mask in masks}) == 1
     guide.close()
-
-
-def test_most_masks_are_made_ahead(engine, expected, monkeypatch):
-    taken, take = [], engine.guide.take
-    monkeypatch.setattr(guides, "SPLIT", 2)
-    monkeypatch.setattr(engine.guide, "take", lambda rows: taken.append((rows, take(rows))) or taken[-1][1])
-    check(engine, expected)
-    asked = [found is not None for rows, found in taken]
-    assert sum(asked) > len(asked) * 0.7, asked
 
 
 def test_forced_texts(monkeypatch):
@@ -549,11 +556,11 @@ def test_forced_texts(monkeypatch):
     other = request(regex("(a|bcde)fg+"))
     other.matcher = guide.open(other)
     assert follow(guide, other, "bc")[0] == "d"
-    guide.start([(1, other)], 3, lambda: [{other: build.BYTES.index(b"d")}])
-    guide.make_way()
+    gate = Gate(3, 4)
+    gate.found(guide.start([(1, other)], steps({other: build.BYTES.index(b"d")}), gate))
     assert other.matcher.followed == [build.BYTES.index(c) for c in (b"b", b"c", b"d")]
     assert follow(guide, other, "d") == ("e", []) and not other.matcher.alone
-    guide.start([(1, other)], 3, lambda: [{other: build.BYTES.index(b"e")}])
+    gate.found(guide.start([(1, other)], steps({other: build.BYTES.index(b"e")}), gate))
     assert follow(guide, other)[0] == "e" and other.matcher.alone
     _, ended = follow(guide, other, "x")
     assert ended and ended[0][0] is other and ended[0][1]

@@ -1,0 +1,113 @@
+"""Waits on the device until the host has made the masks of a step, and fetches them.
+
+So a step can be launched whole before the host knows what its tokens may be.  Host and device share page-locked memory
+of the host, int32: a flag, which rows have masks, and the masks.
+
+R rows, W words of a mask.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.triton_call import cdiv, jit, tl, triton_call
+
+CYCLE = 16  # numbers of openings, after which they begin again; half of them may be on their way
+FREE = -1  # in place of a number: nothing to wait for
+WIDE = -1  # in place of the newest opening: nothing is waited for any more
+HEAD = 64  # words ahead of those that tell which rows have masks; the first is the flag
+TICKET = 8  # words: address (the lowest 31 bits, the rest), number, where the masks begin, patience; and none
+BLOCK = 1024
+# Acquire: what the host wrote before the flag is seen by whoever has seen the flag.
+FLAG = "{ nanosleep.u32 100; ld.acquire.sys.global.b32 $0, [$1]; }"
+CLOCK = "mov.u64 $0, %globaltimer;"
+
+
+def ticket(address: int, number: int, masks: int, patience: float) -> np.ndarray:
+    """int32[TICKET]: what `await_masks` needs to know.
+
+    address: of the shared memory.  number: of the opening to wait for, below CYCLE, or FREE.  masks: where the masks
+    begin, in words.  patience: seconds to wait at most.
+    """
+    words = np.zeros(TICKET, np.int32)
+    words[:5] = address & 0x7FFFFFFF, address >> 31, number, masks, round(patience * 1e3)
+    return words
+
+
+def is_open(flag, number):
+    """Whether an opening has been, when the flag is the newest that has."""
+    return ((flag - number) & (CYCLE - 1) < CYCLE // 2) | (flag == WIDE)
+
+
+def await_masks_reference(ticket, flag, bound, masks, *, rows: int):
+    """int32[rows, W]: the masks of the rows that are bound, -1 for the others; 0 where nobody opened in time.
+
+    flag: int32[], bound: int32[R] and masks: int32[R, W], R >= rows, as they are when the waiting ends.
+    """
+    number = ticket[2]
+    found = jnp.where((bound[:rows, None] != 0) & is_open(flag, number), masks[:rows], -1)
+    found = jnp.where(is_open(flag, number), found, 0)
+    return jnp.where(number == FREE, -1, found).astype(jnp.int32)
+
+
+@jit
+def _shared(ticket):
+    """A pointer to the shared memory."""
+    address = (tl.load(ticket + 1).to(tl.int64) << 31) | tl.load(ticket).to(tl.int64)
+    return address.to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@jit
+def _closed(flag, number, CYCLE: tl.constexpr, WIDE: tl.constexpr):
+    return (((flag - number) & (CYCLE - 1)) >= CYCLE // 2) & (flag != WIDE)
+
+
+@jit
+def _wait(ticket, after, opened, CYCLE: tl.constexpr, WIDE: tl.constexpr, FLAG: tl.constexpr, CLOCK: tl.constexpr):
+    """opened: 1 when the masks are there, 0 where there is nothing to wait for, -1 when patience has ended.  Grid (1,):
+    each thread that asks crosses PCIe."""
+    number, result = tl.load(ticket + 2), 0
+    if number >= 0:
+        shared = _shared(ticket)
+        patience = tl.load(ticket + 4).to(tl.int64) * 1000000  # ns
+        began = tl.inline_asm_elementwise(CLOCK, "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+        now = began
+        flag = tl.inline_asm_elementwise(FLAG, "=r,l", [shared], dtype=tl.int32, is_pure=False, pack=1)
+        while _closed(flag, number, CYCLE, WIDE) & (now - began < patience):
+            now = tl.inline_asm_elementwise(CLOCK, "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+            flag = tl.inline_asm_elementwise(FLAG, "=r,l", [shared], dtype=tl.int32, is_pure=False, pack=1)
+        result = tl.where(_closed(flag, number, CYCLE, WIDE), -1, 1)
+    tl.store(opened, result)
+
+
+@jit
+def _fetch(ticket, opened, out, W: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK words of a row: grid (R, W / BLOCK).  Rows without masks are not read across PCIe.  Volatile: no cache may
+    have what was there in the step before."""
+    row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    state = tl.load(opened)
+    words = tl.full([BLOCK], -1, tl.int32)
+    if state > 0:
+        shared = _shared(ticket)
+        if tl.load(shared + HEAD + row, volatile=True) != 0:
+            masks = shared + tl.load(ticket + 3) + row * W
+            words = tl.load(masks + at, mask=at < W, other=0, volatile=True)
+    if state < 0:
+        words = tl.zeros([BLOCK], tl.int32)
+    tl.store(out + row * W + at, words, mask=at < W)
+
+
+def await_masks(ticket, after, *, rows: int, words: int):
+    """int32[rows, words]: see `await_masks_reference`; `ticket` as the function of that name makes it.
+
+    after: an array that is to be there before the waiting begins, lest what makes it wait, too.
+    """
+    (opened,) = triton_call(
+        _wait, ticket, after, out=[jax.ShapeDtypeStruct((1,), jnp.int32)], grid=(1,), warps=1, stages=1, CYCLE=CYCLE,
+        WIDE=WIDE, FLAG=FLAG, CLOCK=CLOCK,
+    )  # fmt: skip
+    (masks,) = triton_call(
+        _fetch, ticket, opened, out=[jax.ShapeDtypeStruct((rows, words), jnp.int32)],
+        grid=(rows, cdiv(words, BLOCK)), warps=4, stages=1, W=words, HEAD=HEAD, BLOCK=BLOCK,
+    )  # fmt: skip
+    return masks
