@@ -13,6 +13,7 @@ import numpy as np
 from jaxserve import mesh as meshes
 from jaxserve import ops
 from jaxserve.cache import PagedKV
+from jaxserve.engine.gate import Gate
 from jaxserve.engine.launch import InFlight, Packed, Piece
 from jaxserve.engine.programs import compile_all
 from jaxserve.engine.sizes import Sizes, bucket
@@ -50,6 +51,9 @@ class Runner:
         self.programs: dict = {}
         self.unmasked: dict[int, jax.Array] = {}  # rows -> a mask that allows everything
         self.on_cpu = mesh.devices.flat[0].platform == "cpu"
+        # Where kernels run, steps wait for masks on the device, before the gate; else the host does, ahead of the draw.
+        self.gated = ops.waits()
+        self.gate: Gate | None = None
         # XLA's collectives between virtual CPU devices deadlock when two programs run at once.
         self.one_at_a_time = mesh.size > 1 and self.on_cpu
         # By lane: what is the same in every step of the request seated there.
@@ -80,7 +84,8 @@ class Runner:
             jobs["advance", shape] = advance, self._arguments(shape), self._options(shape.tokens)
         for rows in () if self.scores_only else sorted({shape.drawn for shape in self._apart()}):
             left = self._hidden(rows), self._struct((rows, ROW_WIDTH))
-            mask, options = self._struct((rows, self.mask_words)), self._options(rows)
+            mask = self._struct((ops.waiting.TICKET,) if self.gated else (rows, self.mask_words))
+            options = self._options(rows)
             jobs["draw", rows] = draw, (self.cfg, head, state.newest, state.tables, *left, mask), options
             jobs["pick", rows] = pick, (self.cfg, head, state.newest, *left), options
         for tokens in self.sizes.scored:
@@ -147,6 +152,9 @@ class Runner:
         self.state = make()
         self.seated = [None] * self.plan.lanes
         self.unmasked = {}
+        if self.gated and self.gate is None and not self.scores_only:
+            most = max(shape.drawn for shape in self._apart())
+            self.gate = Gate(self.mesh.devices.flat[0], self._put, most, self.mask_words)
 
     @property
     def intact(self):
@@ -158,7 +166,8 @@ class Runner:
         return self.state is not None and not any(x.is_deleted() for x in jax.tree.leaves(self.state))
 
     def release(self):
-        """Gives the device's memory back."""
+        """Gives the device's memory back, once the steps in flight have ended."""
+        _ = self.intact
         self.state = self.params = None
         self.programs, self.unmasked = {}, {}
 
@@ -189,7 +198,7 @@ class Runner:
     def pack(self, chunks, guided=()):
         """A plan as one array, padded to a size that is compiled.
 
-        guided: (row, request) of rows that take a mask; with any, the plan is for `advance`, not `dispatch`.
+        guided: (row, request) of rows that take a mask.
         """
         seats = [seat for c in chunks if c.grew and (seat := self._seat(c.request))]
         # A list of each and arrays of these: a plan of 256 rows is packed in a third of the time that a loop takes.
@@ -232,17 +241,13 @@ class Runner:
     def _empty(self, shape, full=False, whole=False):
         return Packed([], shape, full, whole, 0, self._blank(shape)[0], [])
 
-    def send(self, packed):
-        """Sends a step's array to the device, ahead of its launch and of the time when that is urgent."""
-        packed.words = self._put(packed.words)
-
-    def dispatch(self, packed):
-        """Starts a step and returns an InFlight at once."""
+    def dispatch(self, packed, ticket=None):
+        """Starts a step and returns an InFlight at once.  ticket: of the gate, for a step with guided rows."""
         if packed.whole:
             self._sit(packed.seats)
             self.state, drawn = self._call(("step", packed.shape), self.params, self.state, self._put(packed.words))
             return InFlight(packed, drawn)
-        return self.draw(self.advance(packed), None)
+        return self.draw(self.advance(packed), ticket)
 
     def advance(self, packed):
         """Starts the first half of a step; what is returned goes to `draw`, once and before the next step."""
@@ -255,6 +260,7 @@ class Runner:
         """Starts the other half and returns an InFlight at once.
 
         allowed: int32[R, mask_words], R = packed.shape.drawn; a row whose bits are all set is free.  None: all are.
+        Where there is a gate: its ticket, or None.
         """
         packed, left = half
         rows, state, head = packed.shape.drawn, self.state, self.params.head
@@ -262,7 +268,9 @@ class Runner:
             newest, drawn = self._call(("pick", rows), head, state.newest, left.last, left.rows)
             self.state = state.replace(newest=newest)
             return InFlight(packed, drawn)
-        if allowed is not None:
+        if self.gate is not None:
+            allowed = self.gate.free if allowed is None else allowed
+        elif allowed is not None:
             allowed = self._put(allowed)
         elif (allowed := self.unmasked.get(rows)) is None:
             allowed = self.unmasked[rows] = self._put(np.full((rows, self.mask_words), -1, np.int32))
