@@ -91,6 +91,21 @@ def _from_hugging_face(model, revision, download_dir):
         raise ValueError(f"{where}: the download failed: {error}") from error
 
 
+def reach() -> None:
+    """OSError where Hugging Face does not answer.  Asks once: its libraries ask six times, for 25 seconds.
+
+    Offline mode, in which they look at what is here, is none of its business.
+    """
+    from huggingface_hub import constants, utils
+
+    if constants.is_offline_mode():
+        return
+    try:
+        utils.get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:  # of whichever HTTP library it has
+        raise OSError(f"{constants.ENDPOINT} cannot be reached ({error})") from error
+
+
 def _from_modelscope(model, revision, download_dir):
     try:
         from modelscope import snapshot_download

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxserve import hub
+
 log = logging.getLogger("jaxserve")
 
 Text = str | list[dict]
@@ -74,8 +76,11 @@ def texts(
         attempts = logging.getLogger("huggingface_hub")  # of which it tells; what became of them is one line here
         before = attempts.level
         try:
+            import datasets
+
             attempts.setLevel(logging.ERROR)
-            found = _named(NAMED[str(source)], test)
+            hub.reach()
+            found = _named(datasets, NAMED[str(source)], test)
         except Exception as error:  # the library's and the network's, of any kind
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             log.warning("the data set %s cannot be loaded: %s", source, reason)
@@ -217,9 +222,7 @@ def _json(path: Path) -> list:
     return rows if "" not in parts else rows[0]
 
 
-def _named(named: Named, test: bool) -> list[Text]:
-    import datasets
-
+def _named(datasets, named: Named, test: bool) -> list[Text]:
     rows = datasets.load_dataset(
         named.path, split=named.test if test else named.train, streaming=True, **named.settings
     )

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from jaxserve.lite import corpus
 from jaxserve.text.chat import ChatTemplate
@@ -103,6 +104,18 @@ def test_a_named_set_that_cannot_be_loaded(monkeypatch, caplog):
     assert corpus.texts("wikitext2") is None
     (record,) = caplog.records
     assert "the data set wikitext2 cannot be loaded: " in record.message and "\n" not in record.message
+
+
+def test_a_named_set_without_a_network(monkeypatch, caplog):
+    class Datasets:
+        load_dataset = None
+
+    monkeypatch.setitem(sys.modules, "datasets", Datasets)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert corpus.texts("ptb") is None
+    (record,) = caplog.records
+    assert "ptb cannot be loaded: http://127.0.0.1:9 cannot be reached (" in record.message
 
 
 def test_named_sets(monkeypatch):
