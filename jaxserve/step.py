@@ -28,7 +28,8 @@ ROW_WIDTH = len(ROW) + Sampling.WIDTH
 BORDER = 64  # words
 # XLA counts the pools once more for every kernel that writes them in place, finds the memory too small, and recomputes
 # what all layers share (rotations, pieces of attention) in each layer: four kernels a layer more.
-OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+# Profiled, programs run as ever: in CUDA graphs.
+OPTIONS = {"xla_disable_hlo_passes": "rematerialization", "xla_enable_command_buffers_during_profiling": True}
 
 
 class Shape(NamedTuple):

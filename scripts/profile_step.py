@@ -13,22 +13,22 @@ import collections
 import glob
 import gzip
 import json
-import os
 import re
 import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
-
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_enable_command_buffers_during_profiling=true"
+from types import SimpleNamespace
 
 import bench_offline
 import jax
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine import loading
+from jaxserve.engine import loading, runner
 from jaxserve.engine.request import Request, SamplingParams
+from jaxserve.engine.sizes import Sizes, bucket
 
 SCOPES = ("mixer", "ffn", "head", "sample")  # named in models/decoder.py and step.py
 NUMBER = re.compile(r"[_.]?\d+")
@@ -39,6 +39,21 @@ def scope_of(texts):
     """The first of SCOPES that is a part of one of the paths."""
     words = {word for text in texts for word in str(text).split("/")}
     return next((scope for scope in SCOPES if scope in words), "rest")
+
+
+def few(rows):
+    """As Sizes.choose, without the sizes that this profile does not need; those of a start before are on disk."""
+
+    def choose(platform, plan):
+        sizes = Sizes.choose(platform, plan)
+        if not sizes.whole:
+            return sizes
+        whole, drawn = bucket(rows, sizes.whole), bucket(rows, sizes.rows)
+        bursts = tuple((size, steps) for size, steps in sizes.bursts if size >= rows)[:1]
+        tokens = tuple(sorted({sizes.scored[0], sizes.tokens[-1]}))
+        return replace(sizes, tokens=tokens, rows=(drawn,), scored=tokens[:1], whole=(whole,), bursts=bursts)
+
+    return choose
 
 
 def outermost(events):
@@ -158,6 +173,7 @@ def main():
     options = parser.parse_args()
     config = EngineConfig(tp=options.tp, session_len=options.session_len, max_batch_size=max(256, options.rows),
                           enable_prefix_caching=False)  # fmt: skip
+    runner.Sizes = SimpleNamespace(choose=few(options.rows))
     engine = loading.load(options.model, config, report=lambda text: print(text, file=sys.stderr, flush=True))
     bench_offline.run(engine, [(list(range(1000, 1100)), 16)], 1)
     found, steps = trace(engine, options.rows, options.prompt, options.steps, options.prefill)
