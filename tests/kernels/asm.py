@@ -23,6 +23,7 @@ class Memory:
     def __init__(self, *arrays, at=None):
         at = [a.ctypes.data for a in arrays] if at is None else at
         self.asked = []  # (address, bytes) of what is to come to the L2 cache
+        self.coming = [[]]  # groups of copies to this memory, the last one still open
         self.places = [(start, a.reshape(-1).view(np.uint8)) for start, a in zip(at, arrays, strict=True)]
 
     def __call__(self, address, wanted, size, aligned):
@@ -54,8 +55,8 @@ def parse(text):
                 name, count = re.fullmatch(r"(\w+)(?:<(\d+)>)?", name.strip()).groups()
                 registers |= {f"{name}{i}": bits for i in range(int(count))} if count else {name: bits}
         else:
-            predicate, name, rest = re.fullmatch(r"(?:@(\w+) )?([\w.:]+) (.*)", line, re.S).groups()
-            operands = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^\s,]+", rest)
+            predicate, name, rest = re.fullmatch(r"(?:@(\w+) )?([\w.:]+)(?: (.*))?", line, re.S).groups()
+            operands = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^\s,]+", rest or "")
             instructions.append((predicate, name, [_operand(o) for o in operands]))
     return registers, instructions
 
@@ -68,6 +69,11 @@ def _operand(text):
         name, offset = re.fullmatch(r"\[([\w$]+)(?: \+ (\d+))?\]", text).groups()
         return [name, int(offset or 0)]
     return int(text, 0) if re.fullmatch(r"\d+|0x[\dA-F]+", text) else text
+
+
+def unset(size):
+    """Shared memory that nobody has written."""
+    return Memory(np.full(size, 255, np.uint8), at=[SHARED])
 
 
 def run(text, kinds, inputs, **memories):
@@ -97,7 +103,7 @@ class Threads:
         self.values = {}
         for name, bits in self.bits.items():  # shared memory that is not set
             if bits < 0:
-                self.memories = memories | {"shared": Memory(np.full(-bits, 255, np.uint8), at=[SHARED])}
+                self.memories = {"shared": unset(-bits)} | memories
                 self.values[name] = np.full(self.count, SHARED, np.uint32)
         self.bits = {name: 32 if bits < 0 else bits for name, bits in self.bits.items()}
         for (name, kind), value in zip(self.inputs.items(), inputs, strict=True):
@@ -133,6 +139,8 @@ class Threads:
                 *operands, policy = operands
                 self.read(policy, 64)
             return self.move(op, how, operands, where)
+        if name.startswith("cp.async") and "prefetch" not in name:
+            return self.copy(name.split(".")[2], operands, where)
         if op == "cp":  # to the L2 cache: nothing but the address matters
             assert name == "cp.async.bulk.prefetch.L2.global"
             (place, _), size = operands
@@ -146,8 +154,12 @@ class Threads:
             return self.write(to, np.zeros(self.count, np.uint64), where)
         if op == "bar":  # all threads are at the same instruction anyway
             return None
-        if op == "mma":
-            values = _mma(how, *([self.read(n) for n in names] for names in of))
+        if op == "shfl":
+            assert how == ["sync", "bfly", "b32"]
+            assert of[1:] in ([n, 31, 0xFFFFFFFF] for n in (1, 2, 4, 8, 16))
+            values = (self.read(of[0])[np.arange(self.count) ^ of[1]],)
+        elif op == "mma":
+            values = (_mma_of_bytes if "s32" in how else _mma)(how, *([self.read(n) for n in names] for names in of))
         elif op == "mov" and isinstance(to, tuple):
             assert len(to) == 2
             both = self.read(of[0])
@@ -162,6 +174,26 @@ class Threads:
         for n, value in zip(to, values, strict=True):
             assert self.bits[n] == bits, f"{n} has {self.bits[n]} bits, {name} makes {bits}"
             self.write(n, value, where)
+
+    def copy(self, what, operands, where):
+        """cp.async: 16 bytes, or zeros, from global to shared memory; there when their group has been waited for."""
+        groups = self.memories["shared"].coming
+        if what == "commit_group":
+            groups.append([])
+        elif what in ("wait_group", "wait_all"):
+            while len(groups) > (operands[0] if operands else 0) + 1:
+                for data, at, moved in groups.pop(0):
+                    data[at] = moved
+            assert operands or not groups[0], "copies that are in no group"
+        else:
+            (to, offset), (source, of), size, given = operands
+            assert (what, size) == ("cg", 16)
+            given, moved = self.read(given), np.zeros((self.count, 16), np.uint8)
+            assert np.isin(given, (0, 16)).all()
+            for data, mine, at in self.memories["global"](self.read(source, 64) + of, where & (given > 0), 16, 16):
+                moved[mine] = data[at]
+            for data, mine, at in self.memories["shared"](self.read(to) + offset, where, 16, 16):
+                groups[-1].append((data, at, moved[mine]))
 
     def move(self, op, how, operands, where):
         """ld and st: `how` is the space, what caches do, how many, and the type of each."""
@@ -181,7 +213,7 @@ class Threads:
                 moved[mine] = data[at]
         if op == "ld":
             for n, value in zip(names, moved.view(f"u{item}").T, strict=True):
-                self.write(n, value, where)
+                self.write(n, value.astype(f"u{max(item, self.bits[n] // 8)}"), where)
 
 
 def _width(op, how):
@@ -242,6 +274,20 @@ def _setp(how, a, b):
     return a != b
 
 
+def _fma(how, a, b, c):
+    if how == ["rn", "f32"]:
+        a, b, c = (r.view(np.float32).astype(np.float64) for r in (a, b, c))
+        return (a * b + c).astype(np.float32).view(np.uint32)
+    return _two(how, lambda a, b, c: a * b + c, a, b, c)
+
+
+def _max(how, a, b):
+    if how == ["s32"]:
+        return np.maximum(a.view(np.int32), b.view(np.int32)).view(np.uint32)
+    assert how == ["NaN", "f32"]
+    return np.maximum(a.view(np.float32), b.view(np.float32)).view(np.uint32)
+
+
 INSTRUCTIONS = {
     "mov": lambda how, a: a,
     "shr": lambda how, a, n: a >> n,
@@ -250,7 +296,11 @@ INSTRUCTIONS = {
     "or": lambda how, a, b: a | b,
     "lop3": _lop3,
     "prmt": _prmt,
-    "fma": lambda how, *of: _two(how, lambda a, b, c: a * b + c, *of),
+    "fma": _fma,
+    "xor": lambda how, a, b: a ^ b,
+    "sub": lambda how, a, b: a - b,
+    "max": _max,
+    "abs": lambda how, a: a & 0x7FFFFFFF,
     "mul": _mul,
     "add": _add,
     "cvt": _cvt,
@@ -269,3 +319,16 @@ def _mma(how, a, b, c):
     c = np.stack([r.view(np.float32) for r in c], 1).reshape(-1, 8, 4, 2, 2)
     product = (a @ b).reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4)
     return (c + product).astype(np.float32).reshape(-1, 4).view(np.uint32).T
+
+
+def _mma_of_bytes(how, a, b, c):
+    """mma.m16n8k32 of unsigned bytes and signed ones."""
+    assert how == ["sync", "aligned", "m16n8k32", "row", "col", "s32", "u8", "s8", "s32"]
+    # [warp, row, column, register, of four] -> matrices
+    a = np.stack([r[:, None].view(np.uint8) for r in a], 1).astype(np.int64).reshape(-1, 8, 4, 2, 2, 4)
+    b = np.stack([r[:, None].view(np.int8) for r in b], 1).astype(np.int64).reshape(-1, 8, 4, 2, 4)
+    a = a.transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, 32)
+    b = b.transpose(0, 3, 2, 4, 1).reshape(-1, 32, 8)
+    c = np.stack(c, 1).reshape(-1, 8, 4, 2, 2)
+    product = (a @ b).reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).astype(np.uint32)
+    return (c + product).reshape(-1, 4).T
