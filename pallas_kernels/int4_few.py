@@ -47,6 +47,7 @@ mov.b32 $0, 0; }}"""
     return text, "=r,r,l,r,r,r,l,r,r"
 
 
+TOGETHER = "{ bar.warp.sync 0xFFFFFFFF;\nmov.b32 $0, $1;\n}"
 NOTHING = "{ cp.async.commit_group;\nmov.b32 $0, $1;\n}"
 
 
@@ -229,12 +230,14 @@ def add_up(warps, values, each, pairs, squares):
 
 @jit
 def _tile(i: tl.constexpr, block, TILES: tl.constexpr, COUNT: tl.constexpr, GATED: tl.constexpr):
-    """The i-th tile of a block, of COUNT tiles; GATED: of each matrix, and the second half of i is the other's."""
+    """How far the i-th tile of a block is from its first; COUNT tiles are there, if GATED of each of two matrices.
+
+    Then the second half of i is the second matrix's.
+    """
     EACH: tl.constexpr = TILES // 2 if GATED else TILES
-    tile = block * EACH + i % EACH
-    if COUNT % EACH != 0:
-        tile = tl.minimum(tile, COUNT - 1)
-    return tile + i // EACH * COUNT
+    if COUNT % EACH == 0:
+        return i % EACH + i // EACH * COUNT
+    return tl.minimum(i % EACH, COUNT - 1 - block * EACH) + i // EACH * COUNT
 
 
 @jit
@@ -242,18 +245,19 @@ def _bring(ring, units, parameters, wide, tile, chunk, lane, UNITS: tl.constexpr
            GROUPS: tl.constexpr, SUBS: tl.constexpr, BRING: tl.constexpr):  # fmt: skip
     """Asks for a tile's chunk, to the ring's place; where there is none, for zeros.
 
-    units, parameters: what the lane brings of tile 0 and chunk 0; wide: bytes of each of these parameters.
+    units, parameters: what the lane brings of a block's first tile and chunk 0; wide: bytes of each such parameter.
     """
-    unit, group = chunk * 2, chunk * SUBS + lane // 3
+    unit, group = chunk * 2, chunk * SUBS + lane // 4
     here = unit < UNITS
     chunk = tl.where(here, chunk, 0)
-    units += tile.to(tl.int64) * (UNITS * 512) + chunk * 1024
-    parameters += (chunk * (SUBS * WIDTH) + tile * 16).to(tl.int64) * wide
+    units += chunk * 1024 + tl.cast(tile, tl.int64) * (UNITS * 512)
+    parameters += chunk * (SUBS * WIDTH) * wide + tile * 16 * wide
     second, known = here if UNITS % 2 == 0 else unit + 1 < UNITS, here if GROUPS % SUBS == 0 else group < GROUPS
     tl.inline_asm_elementwise(
         BRING[0], BRING[1],
-        [ring + lane * 16, units, tl.where(here, 16, 0), tl.where(second, 16, 0), ring + 1024 + lane * 16, parameters,
-         tl.where(known, 16, 0), (lane < 3 * SUBS).to(tl.int32)],
+        [ring + lane * 16, units, tl.where(here, 16, 0), tl.where(second, 16, 0),
+         ring + 1024 + lane * 16 - lane // 4 * 16, parameters, tl.where(known, 16, 0),
+         ((lane < 4 * SUBS) & (lane % 4 < 3)).to(tl.int32)],
         dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
 
 
@@ -312,9 +316,9 @@ def _few(x_ptr, tiles_ptr, scale_ptr, zero_ptr, norm_ptr, residual_ptr, sizes_pt
          D: tl.constexpr, F: tl.constexpr, eps: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
          GROUP: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, WARPS: tl.constexpr,
          TILES: tl.constexpr, STAGES: tl.constexpr, TURNS: tl.constexpr, BLOCKS: tl.constexpr, ROUNDS: tl.constexpr,
-         SCALE_BF16: tl.constexpr, DECLARE: tl.constexpr, NOTHING: tl.constexpr, BRING: tl.constexpr,
-         TAKE: tl.constexpr, LOADX: tl.constexpr, PREPARE: tl.constexpr, PRODUCTS: tl.constexpr, ADD: tl.constexpr,
-         NEXT: tl.constexpr, LATER: tl.constexpr, ASK_KINDS: tl.constexpr):  # fmt: skip
+         SCALE_BF16: tl.constexpr, DECLARE: tl.constexpr, NOTHING: tl.constexpr, TOGETHER: tl.constexpr,
+         BRING: tl.constexpr, TAKE: tl.constexpr, LOADX: tl.constexpr, PREPARE: tl.constexpr, PRODUCTS: tl.constexpr,
+         ADD: tl.constexpr, NEXT: tl.constexpr, LATER: tl.constexpr, ASK_KINDS: tl.constexpr):  # fmt: skip
     """TILES tiles (GATED: half of them of the second matrix) and BLOCKS times 4 tokens; warps share the chunks out.
 
     Grid: tiles / TILES, blocks of tokens.  With EXPERTS, each has F outputs, and the tokens that sizes_ptr says.
@@ -340,18 +344,24 @@ def _few(x_ptr, tiles_ptr, scale_ptr, zero_ptr, norm_ptr, residual_ptr, sizes_pt
     ring = shared + warp * (STAGES * SLOT)
     staging = shared + (WARPS * STAGES * SLOT) + warp * 576
     x, norm = x_ptr, norm_ptr
-    units, wide = tiles_ptr.to(tl.int64) + lane * 16, tl.where(lane % 3 == 2, 1, 2)
-    parameters = tl.where(lane % 3 == 2, zero_ptr.to(tl.int64), scale_ptr.to(tl.int64) + lane % 3 * 16)
-    parameters += tl.where(lane < 3 * SUBS, lane // 3, 0) * WIDTH * wide
+    tile, piece = block * (TILES // 2 if GATED else TILES) + expert * COUNT, lane % 4  # of scales two, and one of zeros
+    units, wide = (
+        tiles_ptr.to(tl.int64) + tl.cast(tile, tl.int64) * (UNITS * 512) + lane * 16,
+        tl.where(piece == 2, 1, 2),
+    )
+    parameters = tl.where(piece == 2, zero_ptr.to(tl.int64), scale_ptr.to(tl.int64) + piece * 16)
+    parameters += (tl.where(lane < 4 * SUBS, lane // 4, 0) * WIDTH + tile * 16) * wide
     token, chunk = first + lane // 16, warp
-    given = _tokens(x, norm, chunk, token, last, lane, D, NORM, ROUNDS, BLOCKS, LOADX)
     for i in tl.static_range(STAGES):
         if i // TILES < TURNS:
-            tile = _tile(i % TILES, block, TILES, COUNT, GATED) + expert * COUNT
+            tile = _tile(i % TILES, block, TILES, COUNT, GATED)
             _bring(ring + i * SLOT, units, parameters, wide, tile, chunk + i // TILES * WARPS, lane, UNITS, WIDTH,
                    D // GROUP, SUBS, BRING)  # fmt: skip
         else:
             tl.inline_asm_elementwise(NOTHING, "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1)
+    # ptxas would wait for the tokens first.
+    tl.inline_asm_elementwise(TOGETHER, "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1)
+    given = _tokens(x, norm, chunk, token, last, lane, D, NORM, ROUNDS, BLOCKS, LOADX)
     ask(next_ptr, NEXT, ASK_KINDS, 32 * WARPS)
     ask(later_ptr, LATER, ASK_KINDS, 32 * WARPS)
     HALF: tl.constexpr = VALUES // 2 if GATED else VALUES
@@ -386,7 +396,7 @@ def _few(x_ptr, tiles_ptr, scale_ptr, zero_ptr, norm_ptr, residual_ptr, sizes_pt
             got = tl.inline_asm_elementwise(TAKE[0], TAKE[1], [of + lane * 16, of + 1024 + row * 2, of + 1056 + row],
                                             dtype=TAKEN, is_pure=False, pack=1)  # fmt: skip
             if (i + STAGES) // TILES < TURNS:
-                tile = _tile((i + STAGES) % TILES, block, TILES, COUNT, GATED) + expert * COUNT
+                tile = _tile((i + STAGES) % TILES, block, TILES, COUNT, GATED)
                 _bring(ring + slot, units, parameters, wide, tile, chunk + (i + STAGES) // TILES * WARPS, lane, UNITS,
                        WIDTH, D // GROUP, SUBS, BRING)  # fmt: skip
             else:
@@ -467,9 +477,9 @@ def int4_few(x, tiles, scale, zero, sizes=None, *, group, norm=None, eps=0.0, re
         warps=warps, stages=1, D=D, F=F, eps=float(eps), EXPERTS=experts, PADDED=power_of_two(experts), GROUP=group,
         GATED=pairs, NORM=int(normed), RESIDUAL=int(residual is not None), WARPS=warps, TILES=each, STAGES=stages,
         TURNS=cdiv(cdiv(D, CHUNK), warps), BLOCKS=blocks, ROUNDS=rounds, SCALE_BF16=int(scale.dtype == jnp.bfloat16),
-        NOTHING=NOTHING, DECLARE=f"{{ .shared .align 16 .b8 buffer[{size}];\nmov.b32 $0, buffer;\n}}", NEXT=next_,
-        LATER=later, ASK_KINDS=ASK_KINDS, BRING=bring(), TAKE=take(subs, stages), LOADX=(LOAD_X, LOAD_X_KINDS),
-        PREPARE=prepare(kind, rounds, subs, int(normed)), PRODUCTS=products(blocks, subs),
+        DECLARE=f"{{ .shared .align 16 .b8 buffer[{size}];\nmov.b32 $0, buffer;\n}}", NOTHING=NOTHING,
+        TOGETHER=TOGETHER, NEXT=next_, LATER=later, ASK_KINDS=ASK_KINDS, BRING=bring(), TAKE=take(subs, stages),
+        LOADX=(LOAD_X, LOAD_X_KINDS), PREPARE=prepare(kind, rounds, subs, int(normed)), PRODUCTS=products(blocks, subs),
         ADD=add_up(warps, values, sums, pairs, (rounds, blocks) if normed else (0, 0)),
     )  # fmt: skip
     return out
