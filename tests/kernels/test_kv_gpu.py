@@ -4,7 +4,8 @@ Compiling takes the time, so a choice of combinations runs.  Attention: every ki
 among them) and every dtype, every dtype with every head size, a window with each of them, and what is served most:
 bfloat16 with int8 and int4 at 64 and 128.  Steps mix prompts and single tokens, which have a kernel each, with rows cut
 into pieces and rows that are not.  Group and page sizes come with one head size, kinds in turn.  Definitions run on
-the numbers that codes stand for, which tests on a CPU show to be the same, so that they are compiled once a shape.
+the numbers that codes stand for, which tests on a CPU show to be the same, so that they are compiled once a shape, and
+on the CPU, which takes a second to compile one and not five.
 """
 
 import functools
@@ -26,10 +27,10 @@ KINDS = ("int8", "int4", "fp8")
 DTYPES = ("bfloat16", "float16", "float32")
 MIXED = [  # kind, head dim, dtype, window: a Latin square, with windows along a diagonal of it
     (kind, head_dim, DTYPES[(h + k) % 3], 300 if h and h % 3 == k else None)
-    for h, head_dim in enumerate((64, 80, 96, 128, 256))
+    for h, head_dim in enumerate((64, 80, 128, 256))
     for k, kind in enumerate(KINDS)
 ]
-MIXED += [("int4", 64, "bfloat16", None), ("int8", 128, "bfloat16", None), ("int4", 128, "bfloat16", None)]
+MIXED += [("int4", 64, "bfloat16", None), ("int8", 128, "bfloat16", None)]
 HEADS = [  # kind, kv heads, query heads a kv head, page size
     ("int8", 1, 1, 16),
     ("int4", 3, 3, 32),
@@ -65,9 +66,12 @@ def numbers(pool):
 
 def check_mixed(case, kind, scale, window=None):
     """paged_prefill, which has paged_decode attend for the rows of one token."""
-    q, pools, rows = jnp.asarray(case.q), quantized(case, kind), case.rows()
-    expected = prefill_reference(q.astype(jnp.float32), *map(numbers, pools), 1, *rows, scale=scale, window=window)
-    close(run(pk.paged_prefill, q, *pools, 1, *rows, scale=scale, window=window), expected.astype(q.dtype))
+    with jax.default_device(jax.devices("cpu")[0]):
+        q, pools, rows = jnp.asarray(case.q), quantized(case, kind), case.rows()
+        expected = prefill_reference(q.astype(jnp.float32), *map(numbers, pools), 1, *rows, scale=scale, window=window)
+        expected = expected.astype(q.dtype)
+    q, pools, rows = jax.device_put((q, pools, rows), jax.devices()[0])
+    close(run(pk.paged_prefill, q, *pools, 1, *rows, scale=scale, window=window), expected)
 
 
 @pytest.mark.parametrize("kind, head_dim, dtype, window", MIXED)
@@ -88,7 +92,7 @@ def test_other_heads_and_pages(kind, kv_heads, group, page_size):
 def test_many_rows(kind):
     """More rows than pieces, and a long one among short ones; every launch leaves the counters of pieces at zero."""
     random = np.random.default_rng(0)
-    lengths = [0, *random.integers(1, 200, 254), 9000]
+    lengths = [0, *random.integers(1, 200, 254), 5000]
     case = Case(lengths, [0] + [1] * 255, padding=1, kv_heads=8, group=2, head_dim=128, page_size=64,
                 dtype=jnp.bfloat16)  # fmt: skip
     q, pools = jnp.asarray(np.roll(case.q, 1, 0)), quantized(case, kind)  # row 0 has the padding's query
