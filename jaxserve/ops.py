@@ -21,9 +21,11 @@ QUANTIZED_POOL = P(None, None, "tp")  # [L, N, K, ...]: the arrays of a pk.Quant
 HEADS = P(None, "tp")  # [T, K, ...]
 # Tokens up to which `fused_matmul` is quicker than XLA's product and what it makes of the rest (an H200).
 FEW, FEW_GATED = 4, 16
+FEW_INT4 = 0  # the same of `int4_fused`: not measured yet
 # Bytes of what follows a product that it asks for: what memory can bring before the next one begins, and where
 # attention comes between.
 GAP, PAUSE = 6 << 20, 24 << 20
+ONE_KERNEL = True  # that decodes, see `attend`
 log = logging.getLogger("jaxserve")
 
 
@@ -94,6 +96,25 @@ def rope_kv_write(k_pool, v_pool, qkv, cos, sin, layer, slot, q_norm=None, k_nor
     return run(k_pool, v_pool, qkv, cos, sin, slot, q_norm, k_norm)
 
 
+def attend(k_pool, v_pool, qkv, cos, sin, layer, spans, q_norm=None, k_norm=None, eps=0.0, window=None):
+    """Attention of this step's tokens, qkv [T, K, G+2, H], after their keys and values are stored.
+
+    As `rope_kv_write` and `paged_attention`, one kernel where all rows have one token.  Returns [T, K, G, H] and the
+    pools, which change in place.
+    """
+    if spans.decode and kernels() and ONE_KERNEL and not isinstance(k_pool, pk.QuantizedPool):
+
+        def local(k_pool, v_pool, qkv, cos, sin, pages, length, q_norm, k_norm):
+            return pk.rope_decode(k_pool, v_pool, qkv, cos, sin, layer, pages=pages, length=length, eps=eps,
+                                  scale=qkv.shape[-1] ** -0.5, window=window, q_norm=q_norm, k_norm=k_norm)  # fmt: skip
+
+        run = _split(local, (POOL, POOL, HEADS, P(), P(), P(), P(), P(), P()), (HEADS, POOL, POOL))
+        return run(k_pool, v_pool, qkv, cos, sin, spans.pages, spans.length, q_norm, k_norm)
+    slot = spans.slot(k_pool.shape[2])
+    q, k_pool, v_pool = rope_kv_write(k_pool, v_pool, qkv, cos, sin, layer, slot, q_norm, k_norm, eps)
+    return paged_attention(q, k_pool, v_pool, layer, spans, window), k_pool, v_pool
+
+
 def paged_attention(q, k_pool, v_pool, layer, spans, window=None):
     """Every token attends to its own row, up to its own position.  q [T, K, G, H] to the same shape."""
     known = {"layer": layer, "scale": q.shape[-1] ** -0.5, "window": window}
@@ -143,35 +164,62 @@ def _share(axis):
     return 1 if axis is None else jax.sharding.get_abstract_mesh().shape[axis]
 
 
-def fused_matmul(x, weight, *, norm, eps, gated, residual, following, pause, axes):
+def fused_matmul(x, weight, *, axes, **around):
     """x [T, D] times weight [D, *out], to [T, *out], in one kernel with what stands around it.
 
-    norm: None, or the weight [D] of the RMSNorm that x goes through before; gated: of [D, 2, F], to [T, F], silu(first)
-    * second; residual: None, or what the result is added to.  following: arrays of weights that are read next, each
-    with its mesh axes; pause: whether attention comes before.  axes: the mesh axis of each of [D, *out].
+    axes: the mesh axis of each of [D, *out].  Of `around`: norm: None, or the weight [D] of the RMSNorm (eps) that x
+    goes through before; gated: of [D, 2, F], to [T, F], silu(first) * second; residual: None, or what the result is
+    added to; following: arrays of weights that are read next, each with its mesh axes; pause: whether attention comes
+    before.
     """
+
+    def multiply(x, weight, *, gated, **more):
+        y = pk.skinny_matmul(x, weight if gated else weight.reshape(weight.shape[0], -1), gated=gated, **more)
+        return y if gated else y.reshape(x.shape[0], *weight.shape[1:])
+
+    return _fused(multiply, x, (weight,), (axes,), axes, **around)
+
+
+def int4_fuses(x, scale):
+    """Whether `int4_fused` is quicker than `int4_matmul` and XLA around it, and can do it."""
+    return kernels() and x.dtype.itemsize == scale.dtype.itemsize == 2 and x.shape[0] <= FEW_INT4
+
+
+def int4_fused(x, packed, scale, zero, *, group, axes, **around):
+    """As `fused_matmul`, of an int4 matrix; arguments as those of `int4_matmul`."""
+
+    def multiply(x, packed, scale, zero, *, gated, **more):
+        flat = (a.reshape(a.shape[0], -1) for a in (scale, zero))
+        y = pk.int4_few(x, packed.reshape(-1, *packed.shape[-2:]), *flat, group=group, gated=gated, **more)
+        return y if gated else y.reshape(x.shape[0], *scale.shape[1:])
+
+    return _fused(multiply, x, (packed, scale, zero), (int4_axes(axes), axes, axes), axes, **around)
+
+
+def _fused(multiply, x, weight, specs, axes, *, norm, eps, gated, residual, following, pause):
+    """A product and what stands around it, by each device with its part of the weight: arrays, `specs` their axes."""
     out = axes[1:] if not gated else axes[2:]
     apart = _share(axes[0]) > 1  # each device has a part of the sums
 
     def local(x, weight, norm, residual, arrays):
-        flat = weight if gated else weight.reshape(weight.shape[0], -1)
-        y = pk.skinny_matmul(x, flat, norm=norm, eps=eps, gated=gated, residual=None if apart else residual,
-                             following=_first(arrays, x.shape[0], PAUSE if pause else GAP))  # fmt: skip
-        y = y if gated else y.reshape(x.shape[0], *weight.shape[1:])
+        y = multiply(x, *weight, norm=norm, eps=eps, gated=gated, residual=None if apart else residual,
+                     following=_first(arrays, x.shape[0], PAUSE if pause else GAP))  # fmt: skip
         if not apart:
             return y
         y = jax.lax.psum(y, axes[0])
         return y if residual is None else residual + y
 
-    ins = (P(None, axes[0]), P(*axes), P(), P(None, *out), tuple(P(*of) for _, of in following))
-    return _split(local, ins, P(None, *out))(x, weight, norm, residual, tuple(array for array, _ in following))
+    split = tuple(P(*of) for of in specs), tuple(P(*of) for _, of in following)
+    run = _split(local, (P(None, axes[0]), split[0], P(), P(None, *out), split[1]), P(None, *out))
+    return run(x, weight, norm, residual, tuple(array for array, _ in following))
 
 
 def _first(arrays, tokens, size):
     """The first `size` bytes of what products with these arrays of weights read, one behind the other."""
     out = []
     for array in arrays:
-        parts = pk.skinny_parts(array.shape, tokens) if jnp.issubdtype(array.dtype, jnp.floating) else 1
+        kind = {2: pk.skinny_parts, 4: pk.few_parts}.get(array.dtype.itemsize, lambda *_: 1)  # int4 are words of 8
+        parts = kind(array.shape, tokens)
         out.append(pk.First(array, min(size, array.nbytes), parts))
         size -= out[-1].size
     return tuple(first for first in out if first.size)

@@ -11,6 +11,7 @@ from pallas_kernels.eight_bit_matmul import (
     grouped_eight_bit_reference,
 )
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference
+from pallas_kernels.int4_few import few_parts, int4_few
 from pallas_kernels.int4_matmul import (
     PIECE as INT4_PIECE,
 )
@@ -29,6 +30,7 @@ from pallas_kernels.mosaic import prepare
 from pallas_kernels.paged_decode import paged_decode, paged_decode_reference
 from pallas_kernels.paged_prefill import paged_prefill, paged_prefill_reference
 from pallas_kernels.prefetch import First
+from pallas_kernels.rope_decode import rope_decode, rope_decode_reference
 from pallas_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
 from pallas_kernels.skinny_matmul import COLUMNS as SKINNY_OUTPUTS
 from pallas_kernels.skinny_matmul import UNIT as SKINNY_INPUTS
@@ -44,11 +46,13 @@ __all__ = [
     "available",
     "eight_bit_matmul",
     "eight_bit_matmul_reference",
+    "few_parts",
     "grouped_eight_bit",
     "grouped_eight_bit_reference",
     "grouped_matmul",
     "grouped_matmul_reference",
     "int4_dequantize",
+    "int4_few",
     "int4_grouped",
     "int4_grouped_reference",
     "int4_matmul",
@@ -63,6 +67,8 @@ __all__ = [
     "paged_prefill_reference",
     "pool_shapes",
     "prepare",
+    "rope_decode",
+    "rope_decode_reference",
     "rope_kv_write",
     "rope_kv_write_reference",
     "skinny_matmul",
