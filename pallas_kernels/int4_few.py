@@ -11,6 +11,7 @@ where they are used first.  D inputs, F outputs, T tokens; a tile has 16 outputs
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -435,6 +436,13 @@ def shares(T, D, tiles, programs):
     warps = 16 if chunks >= 16 and (tiles <= programs or T > 4) else min(8, power_of_two(chunks))
     each = cdiv(tiles, programs * (16 // warps if warps >= 8 else 2))
     return warps, each, 2 if warps == 16 else 4
+
+
+def few_parts(shape, tokens):
+    """Of tiles of this shape: into how many equal parts programs begin, each in its own, for so many tokens."""
+    tiles = math.prod(shape[:-2])
+    each = max(1, shares(tokens, shape[-2] * UNIT, tiles, cores())[1] // 2)  # of a gated product, of each half
+    return tiles // each if tiles % each == 0 else tiles
 
 
 @functools.partial(jax.jit, static_argnames=("group", "eps", "gated", "dtype", "warps", "tiles_each", "stages"))

@@ -7,13 +7,12 @@ The check: every request has its number of tokens, and every bound answer follow
 a tokenizer (random weights) gets words of random letters as its vocabulary.
 
 The pieces are milliseconds a step with bound rows, mean and 99th percentile.  `made` is the guide's thread, all of a
-step; of it `token` waits for the device: as long as this is not next to nothing, the device sets the pace.  Then come,
-for each of two parts of the rows, on a thread each: `next` (what each row has to follow), `follow` (matchers are told
-the tokens, and asked for what is forced), `fill` (llguidance, on --threads threads); `masks` is the last two, and ends
-of answers.  On the engine's thread: `way` (until matchers have followed), `plan`, `pack`, `send`, `wait` (for the
-masks), `draw` (with `upload`, of the masks; launches the drawing), `advance` (launches the next step's forward),
-`record` (tokens to their outboxes); `turn` is all of a turn.  What must fit into a step of the device is made without
-token, draw and advance.
+step; of it `token` waits for the device: as long as this is not next to nothing, the device sets the pace.  Then come
+`next` (what each row has to follow), `follow` (matchers are told the tokens, and asked for what is forced), `fill`
+(llguidance, on --threads threads); `masks` is the last two, and ends of answers.  `late`, made without token, is what
+must fit into a forward of the device, which waits for the masks before it draws.  On the engine's thread: `plan`,
+`pack`, `advance` (launches the forward), `draw` (launches the drawing), `record` (waits for a step, then tokens to
+their outboxes); `turn` is all of a turn.
 """
 
 import argparse
@@ -115,36 +114,23 @@ class Pieces:
         for owner, name, label in (
             (guide, "_made", "made"), (guide, "_next", "next"), (guide, "_follow", "follow"),
             (guide, "_fill", "fill"), (guide, "_masks", "masks"),
-            (guide, "take", "wait"), (guide, "make_way", "way"),
             (runner, "draw", "draw"), (engine.turns, "_read", "record"), (runner, "advance", "advance"),
-            (runner, "send", "send"), (engine.scheduler, "plan", "plan"), (runner, "pack", "pack"),
-            (engine.turns, "turn", "turn"),
+            (engine.scheduler, "plan", "plan"), (runner, "pack", "pack"), (engine.turns, "turn", "turn"),
         ):  # fmt: skip
             self.time(owner, name, label)
-        start, put = guide.start, runner._put
+        made = guide._made
 
-        def uploaded(array):
-            began = time.perf_counter()
-            found = put(array)
-            if getattr(array, "ndim", 0) == 2:
-                self.seconds.setdefault("upload", []).append(time.perf_counter() - began)
-            return found
+        def timed(job):
+            def come(steps):
+                yield from steps
+                waited.append(time.perf_counter() - began)
 
-        def started(rows, count, read, *without):
-            def waits():
-                waited, steps = 0.0, iter(read())
-                while True:
-                    began = time.perf_counter()
-                    drawn = next(steps, None)
-                    waited += time.perf_counter() - began
-                    if drawn is None:
-                        break
-                    yield drawn
-                self.seconds.setdefault("token", []).append(waited)
+            waited, began, job.before = [], time.perf_counter(), come(job.before)
+            made(job)
+            self.seconds.setdefault("token", []).extend(waited)
+            self.seconds.setdefault("late", []).append(time.perf_counter() - began - sum(waited))
 
-            start(rows, count, waits, *without)
-
-        guide.start, runner._put = started, uploaded
+        guide._made = timed
 
     def clear(self):
         for found in self.seconds.values():

@@ -17,6 +17,7 @@ what the masks allow.  Milliseconds; the lines with RESULT are JSON.
 import argparse
 import json
 import os
+import queue
 import tempfile
 import threading
 import time
@@ -173,17 +174,37 @@ def steps(table, options):
 
 
 class Later:
-    """An array that is there at a given time."""
+    """An array that is there at a time that is not known yet."""
 
-    def __init__(self, tokens, when):
-        self.tokens, self.when = tokens, when
+    def __init__(self, tokens):
+        self.tokens, self.known, self.when = tokens, threading.Event(), 0.0
 
     def copy_to_host_async(self):
         pass
 
     def __array__(self, dtype=None, copy=None):
+        self.known.wait()
         pause(self.when - time.perf_counter())
         return self.tokens
+
+
+class HostGate:
+    """engine.gate.Gate for a device that only waits."""
+
+    def __init__(self, rows, words):
+        self.masks, self.bound = np.zeros((rows, words), np.int32), np.zeros(rows, np.int32)
+        self.opened, self.newest = {}, 0
+
+    def next(self):
+        self.newest += 1
+        self.opened.pop(self.newest - 16, None)
+        self.opened[self.newest] = threading.Event(), []
+        return self.newest, self.newest
+
+    def open(self, number):
+        event, when = self.opened[number]
+        when.append(time.perf_counter())
+        event.set()
 
 
 class Waiting(Runner):
@@ -192,46 +213,58 @@ class Waiting(Runner):
     def __init__(self, *arguments, options, scripts):
         super().__init__(*arguments)
         self.sizes, self.on_cpu = replace(Sizes.choose("gpu", self.plan), bursts=()), False
-        self.options, self.scripts, self.free_at, self.state = options, scripts, 0.0, True
+        self.options, self.scripts, self.state = options, scripts, True
+        self.gate = HostGate(self.plan.lanes, self.mask_words)
+        self.launched = queue.SimpleQueue()
+        threading.Thread(target=self._device, daemon=True).start()
+
+    def _device(self):
+        """When what was launched is done: (time of the launch, milliseconds, number to wait for, array)."""
+        free_at = 0.0
+        while True:
+            launched, milliseconds, number, array = self.launched.get()
+            free_at = max(free_at, launched)
+            if number is not None:
+                event, when = self.gate.opened[number]
+                event.wait()
+                free_at = max(free_at, when[0])
+            free_at += milliseconds / 1e3
+            if array is not None:
+                array.when = free_at
+                array.known.set()
 
     def _sit(self, seats):
         for lane, who, _ in seats:
             self.seated[lane] = who
 
-    def _launch(self, launching, milliseconds):
-        """Launches what the device takes so long for, and tells when that will be done.
+    def _launch(self, launching, milliseconds, number=None, array=None):
+        """Launches what the device takes so long for.
 
         Once launched it starts, even if this thread has to wait for the interpreter then.
         """
-        launched = time.perf_counter() + launching / 1e3
-        self.free_at = max(self.free_at, launched) + milliseconds / 1e3
+        self.launched.put((time.perf_counter() + launching / 1e3, milliseconds, number, array))
         time.sleep(launching / 1e3)
-        return self.free_at
 
-    def _drawn(self, packed, when):
+    def _drawn(self, packed):
         tokens = [self.scripts(c.request, c.stop - c.request.prompt_len) if c.emits else 0 for c in packed.chunks]
-        tokens = np.array([tokens + [0] * (packed.shape.rows - len(tokens))], np.int32)
-        return InFlight(packed, SimpleNamespace(tokens=Later(tokens, when)))
+        return Later(np.array([tokens + [0] * (packed.shape.rows - len(tokens))], np.int32))
 
     def _forward(self, packed):
         more = max(0, packed.tokens - packed.shape.rows)
         return self.options.step_ms - self.options.draws_ms + more / self.options.prompt_rate
-
-    def send(self, packed):
-        pass
-
-    def dispatch(self, packed):
-        self._sit(packed.seats)
-        whole = self._forward(packed) + self.options.draws_ms
-        return self._drawn(packed, self._launch(self.options.launch_ms, whole))
 
     def advance(self, packed):
         self._sit(packed.seats)
         self._launch(self.options.launch_ms, self._forward(packed))
         return packed, None
 
-    def draw(self, half, allowed):
-        return self._drawn(half[0], self._launch(self.options.draw_ms, self.options.draws_ms))
+    def draw(self, half, number):
+        tokens = self._drawn(half[0])
+        self._launch(self.options.draw_ms, self.options.draws_ms, number, tokens)
+        return InFlight(half[0], SimpleNamespace(tokens=tokens))
+
+    def dispatch(self, packed, number=None):
+        return self.draw(self.advance(packed), number)
 
     @property
     def intact(self):
@@ -327,7 +360,7 @@ def main():
     parser.add_argument("--prompt-rate", type=float, default=180.0, help="prompt tokens that a step takes in a ms more")
     parser.add_argument("--draws-ms", type=float, default=0.3, help="the part of it that draws")
     parser.add_argument("--launch-ms", type=float, default=0.75, help="launching a forward, on the host")
-    parser.add_argument("--draw-ms", type=float, default=0.5, help="launching what draws, with its masks")
+    parser.add_argument("--draw-ms", type=float, default=0.5, help="launching what draws")
     parser.add_argument("--fill-ms", type=float, help="instead of filling masks")
     options = parser.parse_args()
     table = vocabulary(options.vocabulary)

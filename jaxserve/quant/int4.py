@@ -32,6 +32,13 @@ class Int4:
         out = out.reshape(*x.shape[:-1], *out.shape[1:])
         return out if self.bias is None else out + jnp.broadcast_to(self.bias, out.shape)
 
+    def fused(self, x, **around):
+        """As `Dense.fused`."""
+        if self.bias is not None or self.order is not None or not ops.int4_fuses(x, self.scale):
+            return None
+        held = {"group": self.group, "axes": self.axes}
+        return ops.int4_fused(x, self.packed, self.scale, self.zero, **held, **around)
+
     def read(self):
         """As `Dense.read`."""
         return self.packed, ops.int4_axes(self.axes)

@@ -1,5 +1,6 @@
 """The int4 kernel for few tokens in Triton's interpreter, its instructions by asm.py, against NumPy; and on a GPU."""
 
+import importlib
 import os
 
 import jax
@@ -8,10 +9,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import First, int4_tiles, triton_call
-from pallas_kernels import int4_few as module
 from tests.kernels.emulated import Launcher, close, on_the_host
 from tests.kernels.test_int4_matmul import Matrix
 
+module = importlib.import_module("pallas_kernels.int4_few")
 interpreted = pytest.mark.skipif(
     bool(triton_call.MISSING) or os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton and TRITON_INTERPRET=1"
 )
