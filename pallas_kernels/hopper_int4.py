@@ -22,14 +22,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.int4_mma import BITS, ROWS, UNIT, WORDS
 from pallas_kernels.triton_call import cdiv, cores
 
-WARPGROUPS = 2  # that multiply
 LINES = 64  # outputs of an instruction
-BLOCK = WARPGROUPS * LINES  # what the number of outputs has to be a multiple of
+BLOCK = 2 * LINES  # what the number of outputs has to be a multiple of
 TOKENS = 256  # at most, of an instruction
 MEMORY = 222 << 10  # of the shared memory of a core
-LOADING, MULTIPLYING = 40, 232  # registers of a lane
-# More than what the core has been given at the start would be waited for without an end.
-assert LOADING + WARPGROUPS * MULTIPLYING <= 65536 // (128 * (WARPGROUPS + 1)) // 8 * 8 * (WARPGROUPS + 1)
+LOADING, MULTIPLYING = 40, {2: 232, 4: 104}  # registers of a lane; the latter by the warpgroups that multiply
+for warpgroups, registers in MULTIPLYING.items():
+    # More than what all have been given at the start would be waited for without an end.
+    all_of_them = 65536 // (128 * (warpgroups + 1)) // 8 * 8 * (warpgroups + 1)
+    assert LOADING + warpgroups * registers <= all_of_them
 
 
 def _scale_to(kind, scale_kind, register, address):
@@ -186,6 +187,7 @@ class How(NamedTuple):
     overlap: bool = False  # a unit's values are computed while the one before is multiplied
     side: int = 4  # blocks of other tokens that go through the outputs side by side, about
     cluster: int = 1  # blocks that get the tokens' inputs together
+    shifts: int = 1  # pairs of warpgroups that multiply, each every other turn; more than one up to 64 tokens
 
 
 # Microseconds on an H200: a turn of 64 inputs by what it loads, and by what it multiplies (either is a start and so
@@ -235,7 +237,7 @@ def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None, ordered=Fa
         grid=(min(cores() // how.cluster, F // BLOCK // how.cluster * cdiv(T, how.tokens) * how.split),),
         grid_names=("core",),
         **({"cluster": (how.cluster,), "cluster_names": ("beside",)} if how.cluster > 1 else {}),
-        num_threads=WARPGROUPS + 1,
+        num_threads=2 * how.shifts + 1,
         thread_name="warpgroup",
         scratch_types=memory,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -246,16 +248,19 @@ def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None, ordered=Fa
 
 def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
     """The kernel, and what it has of shared memory and barriers."""
-    tokens, inputs, split, stages, overlap, side, cluster = how
+    tokens, inputs, split, stages, overlap, side, cluster, shifts = how
     turns, units, rows, piece = D // inputs // split, inputs // UNIT, max(1, inputs // group), _piece(tokens)
-    pieces, result = tokens // piece, 2 * piece * BLOCK * out_type.itemsize
+    pieces, result = tokens // piece, 2 * piece * BLOCK * out_type.itemsize + (shifts - 1) * tokens * BLOCK * 4
     stages = min(stages, turns, (MEMORY - result) // (tokens * inputs * 2 + BLOCK * (inputs // 2 + rows * 3)))
+    stages = stages // shifts * shifts
     overlap = overlap and stages > 2
+    assert turns % shifts == 0 < stages and (shifts == 1 or tokens <= 64)
     blocks, outputs = cdiv(T, tokens), F // BLOCK // cluster
     side = max(n for n in range(1, 2 * side) if blocks % n == 0)
     together = {"collective_axes": ("beside",)} if cluster > 1 else {}
 
-    def kernel(x_ref, tiles_ref, scale_ref, zero_ref, out_ref, x_in, words, scales, zeros, results, filled, free):
+    def kernel(x_ref, tiles_ref, scale_ref, zero_ref, out_ref, x_in, words, scales, zeros, results, filled, free,
+               *between):  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
 
         def each(body):
@@ -288,23 +293,25 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
             lax.fori_loop(0, turns, turn, None)
 
         def multiply(before, n, part, m):
-            mine = pl.ds(warpgroup * LINES, LINES)
+            half, shift = (lax.rem(warpgroup, 2), lax.div(warpgroup, 2)) if shifts > 1 else (warpgroup, 0)
+            mine = pl.ds(half * LINES, LINES)
 
             def turn(k, acc):
+                k = k * shifts + shift
                 slot = lax.rem(before + k, stages)
                 plgpu.barrier_wait(filled.at[slot])
                 for u in range(units):
                     first, second = (64 * u // group, (64 * u + 32) // group) if inputs >= group else (0, 0)
                     near = [a.at[slot, row, mine] for row in (first, second) for a in (scales, zeros)]
-                    values = _unit(dtype, scale_dtype, group, words.at[slot, pl.ds(warpgroup * 4, 4), u], *near)
+                    values = _unit(dtype, scale_dtype, group, words.at[slot, pl.ds(half * 4, 4), u], *near)
                     plgpu.wgmma(acc, values, x_in.at[slot].at[:, pl.ds(UNIT * u, UNIT)].T)
                     if overlap:
                         plgpu.wgmma_wait(1)
                     if overlap and u == 0:  # what the turn before has loaded has been multiplied
 
-                        @pl.when(k > 0)
+                        @pl.when(k >= shifts)
                         def _():
-                            plgpu.barrier_arrive(free.at[lax.rem(before + k - 1, stages)])
+                            plgpu.barrier_arrive(free.at[lax.rem(before + k - shifts, stages)])
 
                 if not overlap:
                     plgpu.wgmma_wait(0)
@@ -312,29 +319,54 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
 
             def scoped(acc):
                 # wgmma reads registers until it is done: with two units in the loop each has its own.
-                several = 2 if overlap and units == 1 else 1
+                several, count = 2 if overlap and units == 1 else 1, turns // shifts
 
-                @pl.loop(0, turns // several)
+                @pl.loop(0, count // several)
                 def _(i):
                     for j in range(several):
                         turn(several * i + j, acc)
 
-                if turns % several:
-                    turn(turns - 1, acc)
+                if count % several:
+                    turn(count - 1, acc)
                 plgpu.wgmma_wait(0)
                 if overlap:
-                    plgpu.barrier_arrive(free.at[lax.rem(before + turns - 1, stages)])
-                out = acc[...].astype(out_type)
+                    plgpu.barrier_arrive(free.at[lax.rem(before + turns - shifts + shift, stages)])
+                if shifts == 1:
+                    finish(acc[...])
+                else:
+                    add_up(acc[...])
+
+            def add_up(out):
+                sums, there, taken = between
+
+                @pl.when(shift == 1)
+                def _():
+                    @pl.when(before > 0)
+                    def _():
+                        plgpu.barrier_wait(taken.at[half])
+
+                    sums[half] = out
+                    plgpu.barrier_arrive(there.at[half])
+
+                @pl.when(shift == 0)
+                def _():
+                    plgpu.barrier_wait(there.at[half])
+                    others = plgpu.load(sums.at[half], layout=plgpu.Layout.WGMMA)
+                    plgpu.barrier_arrive(taken.at[half])
+                    finish(out + others)
+
+            def finish(out):
+                out = out.astype(out_type)
                 for p in range(pieces):
                     plgpu.wait_smem_to_gmem(min(p, 1), wait_read_only=True)
-                    _put(out, p * piece, results.at[warpgroup, p % 2])
+                    _put(out, p * piece, results.at[half, p % 2])
                     plgpu.commit_smem()
-                    at = pl.ds(m * tokens + p * piece, piece), pl.ds(n * BLOCK + warpgroup * LINES, LINES)
-                    plgpu.copy_smem_to_gmem(results.at[warpgroup, p % 2], out_ref.at[part].at[at])
+                    at = pl.ds(m * tokens + p * piece, piece), pl.ds(n * BLOCK + half * LINES, LINES)
+                    plgpu.copy_smem_to_gmem(results.at[half, p % 2], out_ref.at[part].at[at])
 
             pl.run_scoped(scoped, plgpu.ACC((LINES, tokens), jnp.float32))
 
-        @pl.when(warpgroup == WARPGROUPS)
+        @pl.when(warpgroup == 2 * shifts)
         def _():
             plgpu.set_max_registers(LOADING, action="decrease")
             each(load)
@@ -343,22 +375,31 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
             def _(slot):
                 plgpu.barrier_wait(free.at[slot])
 
-        @pl.when(warpgroup < WARPGROUPS)
+        @pl.when(warpgroup < 2 * shifts)
         def _():
-            plgpu.set_max_registers(MULTIPLYING, action="increase")
+            plgpu.set_max_registers(MULTIPLYING[2 * shifts], action="increase")
             each(multiply)
             plgpu.wait_smem_to_gmem(0)
+            if shifts > 1:
+
+                @pl.when(warpgroup >= 2)
+                def _():
+                    plgpu.barrier_wait(between[2].at[warpgroup - 2])
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("beside",)) if cluster > 1 else plgpu.Barrier
+    wide = 32 if tokens % 32 == 0 else 16
+    spread = (plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(4 * wide))
+    between = (plgpu.SMEM((2, LINES, tokens), jnp.float32, transforms=spread), *[plgpu.Barrier(num_barriers=2)] * 2)
     return kernel, (
         plgpu.SMEM((stages, tokens, inputs), dtype, transforms=tiled),
         plgpu.SMEM((stages, BLOCK // ROWS, units, WORDS), jnp.int32),
         plgpu.SMEM((stages, rows, BLOCK), scale_dtype),
         plgpu.SMEM((stages, rows, BLOCK), jnp.uint8),
-        plgpu.SMEM((WARPGROUPS, 2, piece, LINES), out_type, transforms=_rows(out_type)),
+        plgpu.SMEM((2, 2, piece, LINES), out_type, transforms=_rows(out_type)),
         plgpu.Barrier(num_arrivals=4, num_barriers=stages),
-        barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+        barrier(num_arrivals=2, num_barriers=stages),
+        *(between if shifts > 1 else ()),
     )
 
 

@@ -28,7 +28,7 @@ def hopper_int4(monkeypatch):
             scratch[:] = refs[-1:]
             kernel(*refs[:-1])
 
-        return run, (*memory, plgpu.SMEM((module.WARPGROUPS, module.LINES, module.UNIT), dtype))
+        return run, (*memory, plgpu.SMEM((4, module.LINES, module.UNIT), dtype))
 
     wgmma = plgpu.wgmma
 
@@ -70,6 +70,7 @@ CASES = [  # T, D, F, group, what is other than 32 tokens and stages for 3 turns
     (72, 256, 256, 32, {"split": 2, "overlap": True, "side": 1}),
     (9, 192, 128, 64, {"tokens": 16, "overlap": True}),  # an odd number of turns
     (64, 256, 512, 64, {"overlap": True, "cluster": 2}),
+    (64, 512, 640, 128, {"inputs": 128, "stages": 2, "shifts": 2}),
 ]
 
 
