@@ -218,8 +218,9 @@ def _first(arrays, tokens, size):
     """The first `size` bytes of what products with these arrays of weights read, one behind the other."""
     out = []
     for array in arrays:
-        kind = {2: pk.skinny_parts, 4: pk.few_parts}.get(array.dtype.itemsize, lambda *_: 1)  # int4 are words of 8
-        parts = kind(array.shape, tokens)
+        parts = pk.skinny_parts(array.shape, tokens) if jnp.issubdtype(array.dtype, jnp.floating) else 1
+        if array.dtype == jnp.int32:  # eight of 4 bits
+            parts = pk.few_parts(array.shape, tokens)
         out.append(pk.First(array, min(size, array.nbytes), parts))
         size -= out[-1].size
     return tuple(first for first in out if first.size)
