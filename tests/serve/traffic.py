@@ -61,6 +61,8 @@ def shaped(model: str, draw: Random) -> tuple[str, dict, int]:
         body["n"] = 3
     if draw.random() < 0.2:
         body |= {"seed": draw.randrange(1000), "top_p": 0.9, "presence_penalty": 0.5}
+    if draw.random() < 0.1:
+        body["guided_regex"] = "[a-z ]*"  # as long as is asked for
     return path, body, length * body["n"]
 
 
@@ -102,6 +104,8 @@ def other(url: str, model: str, draw: Random) -> tuple[str, str | None]:
         ("/v1/encode", {"input": text(draw)}),
         ("/v1/embeddings", {"model": model, "input": text(draw)}),
         ("/v1/completions", {"model": model, "prompt": "a b c", "echo": True, "logprobs": 1, "max_tokens": 2}),
+        ("/v1/chat/completions", {"model": model, "messages": "x", "max_tokens": 16, "guided_choice": ["yes", "no"]}),
+        ("/v1/completions", {"model": model, "prompt": "x", "response_format": {"type": "json_object"}}),
         ("/v1/responses", {"model": model, "input": text(draw), "max_output_tokens": 16, "store": False}),
         ("/v1/messages", {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 16}),
         ("/generate", {"prompt": text(draw), "max_tokens": 16}),
