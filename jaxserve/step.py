@@ -187,9 +187,10 @@ def advance(cfg, shape, params, state, words):
     return state.replace(cache=cache), whole
 
 
-@partial(jax.jit, static_argnames="cfg", donate_argnames="newest", compiler_options=OPTIONS)
-def pick(cfg, head, newest, last, rows):
-    """The likeliest token of each row.  Returns State.newest anew and what was drawn."""
+@partial(jax.jit, static_argnames=("cfg", "most"), donate_argnames="newest", compiler_options=OPTIONS)
+def pick(cfg, most, head, newest, last, rows):
+    """The likeliest token of the first `most` rows.  Returns State.newest anew and what was drawn."""
+    last, rows = last[:most], rows[:most]
     logits = _logits(cfg, head, last)
     with jax.named_scope("sample"):
         drawn = greedy(logits)

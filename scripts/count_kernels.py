@@ -85,7 +85,7 @@ def job(made, tokens, rows, steps, full):
     from jaxserve.step import Shape, advance, step
 
     if not tokens:
-        key = ("draw" if full else "pick"), rows
+        key = ("draw", rows) if full else ("pick", rows, rows)
         return key, *made._jobs()[key]
     shape, function = Shape(tokens, rows, 64, full, steps), step if tokens == rows else advance
     return (function.__name__, shape), function, made._arguments(shape), made._options(tokens)

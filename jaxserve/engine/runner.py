@@ -25,6 +25,7 @@ START, COUNT, ROPE = ROW.index("start"), ROW.index("count"), ROW.index("rope_len
 # From so many tokens cuBLAS multiplies faster than the kernels that XLA generates: a step of a 1.8B model on an H200
 # takes 2.95 ms, not 3.19, at 64, 3.87, not 4.53, at 512, 19.2, not 20.8, at 4096; but 2.09, not 1.97, at 16.
 CUBLAS_FROM = 48
+FEW = 8  # rows of which a step with prompts often has no more: their logits alone are computed
 
 
 class Runner:
@@ -87,7 +88,8 @@ class Runner:
             mask = self._struct((ops.waiting.TICKET,) if self.gated else (rows, self.mask_words))
             options = self._options(rows)
             jobs["draw", rows] = draw, (self.cfg, head, state.newest, state.tables, *left, mask), options
-            jobs["pick", rows] = pick, (self.cfg, head, state.newest, *left), options
+            for most in self._picked(rows):
+                jobs["pick", rows, most] = pick, (self.cfg, most, head, state.newest, *left), self._options(most)
         for tokens in self.sizes.scored:
             known = self._hidden(tokens), self._struct((tokens,)), self._struct((), bool)
             jobs["score", tokens] = score, (self.cfg, head, *known), self._options(BLOCK)
@@ -118,6 +120,10 @@ class Runner:
             yield from (Shape(rows, rows, pages) for rows in sizes.rows)
             # One row more than tokens can never be: T == R means one token a row (cache.Spans).
             yield from (Shape(tokens, self.rows_of(tokens), pages) for tokens in sizes.tokens)
+
+    def _picked(self, rows):
+        """How many of the rows `pick` may take: all, or the few that are there while prompts are long."""
+        return (rows,) if self.on_cpu or rows <= FEW else (FEW, rows)
 
     def rows_of(self, tokens):
         """Rows of a step with prompts."""
@@ -184,6 +190,8 @@ class Runner:
                 for shape in self._apart():
                     for full in () if self.scores_only else (False, True):
                         self.dispatch(self._empty(shape, full))
+                    for most in () if self.scores_only else self._picked(shape.drawn)[1:]:
+                        self.dispatch(self._empty(shape, chunks=[None] * most))
                 scored = [self.score([Piece([0] * n, [], 0, n, [])])[-1] for n in self.sizes.scored]
                 self.logits(scored[0], 0)
             self._sit([(0, (), table_rows(None, self.vocab, self.plan.session_len))])
@@ -238,8 +246,8 @@ class Runner:
         size = next(t for t in sizes.tokens if t >= tokens and self.rows_of(t) >= rows)
         return Shape(size, self.rows_of(size), pages), False
 
-    def _empty(self, shape, full=False, whole=False):
-        return Packed([], shape, full, whole, 0, self._blank(shape)[0], [])
+    def _empty(self, shape, full=False, whole=False, chunks=()):
+        return Packed(list(chunks), shape, full, whole, 0, self._blank(shape)[0], [])
 
     def dispatch(self, packed, ticket=None):
         """Starts a step and returns an InFlight at once.  ticket: of the gate, for a step with guided rows."""
@@ -265,7 +273,8 @@ class Runner:
         packed, left = half
         rows, state, head = packed.shape.drawn, self.state, self.params.head
         if not packed.full:
-            newest, drawn = self._call(("pick", rows), head, state.newest, left.last, left.rows)
+            most = next(most for most in self._picked(rows) if most >= len(packed.chunks))
+            newest, drawn = self._call(("pick", rows, most), head, state.newest, left.last, left.rows)
             self.state = state.replace(newest=newest)
             return InFlight(packed, drawn)
         if self.gate is not None:
@@ -360,7 +369,7 @@ def _products(key):
     """Which products with the weights are in a program, by its key: of layers or head, and of how many rows."""
     if key[0] in ("step", "advance"):
         return [("layers", key[1].tokens), ("head", key[1].tokens)][: 2 if key[0] == "step" else 1]
-    return [("head", key[1])] if key[0] in ("pick", "draw") else []
+    return [("head", key[-1])] if key[0] in ("pick", "draw") else []
 
 
 def _array(numbers):

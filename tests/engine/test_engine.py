@@ -8,6 +8,7 @@ import pytest
 
 from jaxserve.engine.engine import EngineDead
 from jaxserve.engine.request import SamplingParams
+from jaxserve.engine.runner import Runner
 from scripts import tiny_checkpoint
 from tests import oracle
 from tests.engine import build
@@ -64,6 +65,17 @@ def test_batch_equals_oracle(engine, expected):
 def test_alone_equals_oracle(engine, expected):
     for request, want in zip(random_requests(), expected):
         assert build.run(engine, [request]) == [want]
+
+
+def test_few_rows_picked_equal_oracle(folder, expected, monkeypatch):
+    """Steps of few requests compute logits for as many, as on a GPU; steps of more for all that fit."""
+    monkeypatch.setattr(Runner, "_picked", lambda self, rows: (2, rows) if rows > 2 else (rows,))
+    with build.engine(folder) as engine:
+        call, ran = engine.runner._call, set()
+        engine.runner._call = lambda key, *arguments: (ran.add(key), call(key, *arguments))[1]
+        assert build.run(engine, random_requests()) == expected
+        assert build.run(engine, random_requests()[:1]) == expected[:1]
+        assert {key[2] == 2 for key in ran if key[0] == "pick" and key[1] > 2} == {True, False}
 
 
 def test_preempted_equals_oracle(folder, expected):
