@@ -432,10 +432,14 @@ def shares(T, D, tiles, programs):
 
     All programs are there at once; a core has 32 to 80 KB on the way, where 4.3 TB/s at 800 ns need 26.
     """
-    chunks = cdiv(D, CHUNK)
-    warps = 16 if chunks >= 16 and (tiles <= programs or T > 4) else min(8, power_of_two(chunks))
-    each = cdiv(tiles, programs * (16 // warps if warps >= 8 else 2))
-    return warps, each, 2 if warps == 16 else 4
+    chunks, whole = cdiv(D, CHUNK), cdiv(tiles, programs)
+    if chunks < 16:
+        warps = power_of_two(chunks + 1) // 2
+        return warps, cdiv(tiles, programs * 16 // warps), 4
+    half = cdiv(tiles, 2 * programs)
+    if T <= 4 and tiles > programs and cdiv(cdiv(tiles, half), programs) * half <= whole:
+        return 8, half, 4  # two programs a core, where they have as much to do as one
+    return 16, whole, 2
 
 
 def few_parts(shape, tokens):

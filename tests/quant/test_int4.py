@@ -11,6 +11,8 @@ from jaxserve import mesh as meshes
 from jaxserve import ops
 from jaxserve.quant.dense import Dense
 from jaxserve.quant.int4 import Int4, group_of, nearest, quantize
+from pallas_kernels import skinny_matmul_reference
+from pallas_kernels.int4_mma import int4_untile
 
 
 def random_nibbles(D, out, group, seed=0):
@@ -50,6 +52,41 @@ def test_split(axes):
     with meshes.on(mesh):
         found = jax.jit(Int4.dot)(Int4(*arrays, group=64, axes=axes), x)
     np.testing.assert_allclose(found, np.tensordot(x, matrix, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "out, axes, around",
+    [((2, 3, 16), (None, None, None, None), {"norm": True}), ((2, 3, 16), (None, "tp", None, None), {"norm": True}),
+     ((32,), ("tp", None), {"residual": True}), ((2, 64), (None, None, "tp"), {"norm": True, "gated": True})],
+)  # fmt: skip
+def test_fused(monkeypatch, out, axes, around):
+    """One kernel (its definition) with what stands around it, of the tiles that a GPU has, by one device and by two."""
+
+    def definition(x, tiles, scale, zero, *, group, norm, eps, gated, residual, following):
+        assert [first.array.dtype for first in following] == [jnp.int32]
+        q = int4_untile(tiles).reshape(-1, group, scale.shape[1]).astype(jnp.float32)
+        weight = ((q - zero[:, None]) * scale[:, None]).reshape(-1, scale.shape[1])
+        weight = weight.reshape(len(weight), 2, -1) if gated else weight
+        return skinny_matmul_reference(x, weight, norm=norm, eps=eps, gated=gated, residual=residual)
+
+    monkeypatch.setattr(ops, "kernels", lambda: True)
+    monkeypatch.setattr(ops, "int4_fuses", lambda x, scale: True)
+    monkeypatch.setattr(ops.pk, "int4_few", definition)
+    monkeypatch.setattr(ops.pk, "few_parts", lambda shape, tokens: 1)
+    q, scale, zero, matrix = random_nibbles(256, out, 64)
+    rng, mesh = np.random.default_rng(1), meshes.make_mesh(2 if "tp" in axes else 1)
+    x, norm, residual = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 256), 256, (3, *out)))
+    with meshes.on(mesh):
+        held = Int4(ops.int4_pack(jnp.asarray(q), group=64), jnp.asarray(scale), jnp.asarray(zero), group=64, axes=axes)
+        more = {"norm": norm if "norm" in around else None, "eps": 1e-3, "gated": "gated" in around}
+        more["residual"] = residual if "residual" in around else None
+        found = jax.jit(lambda held, x: held.fused(x, following=(held.read(),), pause=False, **more))(held, x)
+    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-3) * norm if "norm" in around else x
+    want = np.tensordot(x, matrix, 1)
+    if "gated" in around:
+        want = want[:, 0] / (1 + np.exp(-want[:, 0])) * want[:, 1]
+    want = want + residual if "residual" in around else want
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.float32])
