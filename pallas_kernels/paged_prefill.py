@@ -236,8 +236,8 @@ def _prefill_tiles(q, k_pool, v_pool, layer, pages, first, count, start, *, scal
     P = pages.shape[1]
     kind = k_pool.kind if isinstance(k_pool, QuantizedPool) else None
     pools = (k_pool, v_pool) if kind is None else (*kernel_arguments(k_pool), *kernel_arguments(v_pool))
-    constants = kernel_constants(kind, q.dtype) if kind else {}
     size = tuning.lookup(tuning.of_kind("paged_prefill", kind), q.dtype, H)
+    constants = kernel_constants(kind, q.dtype) | {"KEYS": 1 - size.get("turned", 0)} if kind else {}
     tile = max(1, size["rows"] // G)
     found = tiles(first, count, start, T, tile)
     (out,) = triton_call(

@@ -230,9 +230,9 @@ def attend_tile_codes(
     q_ptr, k_ptr, k_parameters_ptr, v_ptr, v_parameters_ptr, pages_ptr, tiles_ptr, first_page_ptr, P, out_ptr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
     HP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    KIND: tl.constexpr, VALUES: tl.constexpr, BOOST: tl.constexpr, ASM: tl.constexpr,
+    KEYS: tl.constexpr, KIND: tl.constexpr, VALUES: tl.constexpr, BOOST: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One tile for one kv head, as `_attend_tile` of paged_prefill.py: grid (K, tiles)."""
+    """One tile for one kv head, as `_attend_tile` of paged_prefill.py: grid (K, tiles); keys are the axis KEYS."""
     head = tl.program_id(0)
     row, token, tokens, position = tile_at(tiles_ptr)
     if tokens <= 0:
@@ -241,15 +241,15 @@ def attend_tile_codes(
     x = tl.arange(0, ROWS)
     w = tl.arange(0, HP // VALUES)
     first_page = tl.load(first_page_ptr)
-    mine = (x // G < tokens)[:, None] & (w < W)[None, :]
+    mine = tl.expand_dims(x // G < tokens, KEYS) & tl.expand_dims(w < W, 1 - KEYS)
     place = ((token + x // G) * (K * G) + head * G + x % G) * H
     if row < 0:
         for j in tl.static_range(VALUES):
-            to = place[:, None] + column(w, j, KIND, H)[None, :]
-            tl.store(out_ptr + to, tl.zeros([ROWS, HP // VALUES], out_ptr.dtype.element_ty), mask=mine)
+            to = tl.expand_dims(place, KEYS) + tl.expand_dims(column(w, j, KIND, H), 1 - KEYS)
+            tl.store(out_ptr + to, tl.zeros_like(to).to(out_ptr.dtype.element_ty), mask=mine)
         return
-    q, reach, q_sum = _queries(q_ptr, place, mine, w, 1, KIND, VALUES, H)
-    top, total, base, sums = _none(ROWS, HP // VALUES, 1, VALUES)
+    q, reach, q_sum = _queries(q_ptr, place, mine, w, KEYS, KIND, VALUES, H)
+    top, total, base, sums = _none(ROWS, HP // VALUES, KEYS, VALUES)
     k_words = k_ptr.to(tl.pointer_type(tl.uint16))
     v_words = v_ptr.to(tl.pointer_type(tl.uint16))
     visible = position + x // G  # the newest key that a row sees
@@ -267,24 +267,24 @@ def attend_tile_codes(
             page = pages_of(pages, at + BLOCK, end, S, BLOCK)
             top, total, base, sums = _turn(
                 q, q_sum, reach, slot, w, True, True, top, total, base, sums, k_words, k_parameters_ptr, v_words,
-                v_parameters_ptr, False, S % BLOCK == 0, SCALE, W, BLOCK, PRECISION, 1, KIND, VALUES, BOOST, ASM,
+                v_parameters_ptr, False, S % BLOCK == 0, SCALE, W, BLOCK, PRECISION, KEYS, KIND, VALUES, BOOST, ASM,
             )  # fmt: skip
         begin = full
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
         key = at + tl.arange(0, BLOCK)
         slot = _slots(first_page + page, at, head, K, S, BLOCK)
         page = pages_of(pages, at + BLOCK, end, S, BLOCK)
-        seen = key[None, :] <= visible[:, None]
+        seen = tl.expand_dims(key, 1 - KEYS) <= tl.expand_dims(visible, KEYS)
         if WINDOW:
-            seen &= key[None, :] > visible[:, None] - WINDOW
+            seen &= tl.expand_dims(key, 1 - KEYS) > tl.expand_dims(visible - WINDOW, KEYS)
         top, total, base, sums = _turn(
             q, q_sum, reach, slot, w, (key < end) & (key >= oldest), seen, top, total, base, sums, k_words,
-            k_parameters_ptr, v_words, v_parameters_ptr, True, S % BLOCK == 0, SCALE, W, BLOCK, PRECISION, 1, KIND,
+            k_parameters_ptr, v_words, v_parameters_ptr, True, S % BLOCK == 0, SCALE, W, BLOCK, PRECISION, KEYS, KIND,
             VALUES, BOOST, ASM,
         )  # fmt: skip
     dtype: tl.constexpr = q[0].dtype
     share = 1.0 / tl.maximum(total, 1.0e-30)
     for j in tl.static_range(VALUES):
-        out = (sums[j] * (unit(j, KIND, dtype) / BOOST) + base[:, None]) * share[:, None]
-        to = place[:, None] + column(w, j, KIND, H)[None, :]
+        out = (sums[j] * (unit(j, KIND, dtype) / BOOST) + tl.expand_dims(base, KEYS)) * tl.expand_dims(share, KEYS)
+        to = tl.expand_dims(place, KEYS) + tl.expand_dims(column(w, j, KIND, H), 1 - KEYS)
         tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), mask=mine)

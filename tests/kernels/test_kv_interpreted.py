@@ -20,7 +20,7 @@ from pallas_kernels.kv_quant import unit, values
 from pallas_kernels.triton_call import jit, tl
 from tests.kernels import asm
 from tests.kernels.cases import Case, quantized
-from tests.kernels.test_interpreted import Memory, interpreter, tuning  # noqa: F401  the module is skipped with it
+from tests.kernels.test_interpreted import SIZES, Memory, interpreter, tuning  # noqa: F401  the module is skipped with it
 
 KINDS = ("int8", "int4", "fp8")
 
@@ -46,8 +46,12 @@ def test_decode(heads, window, page_size, dtype, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("heads, window, dtype", [((1, 3, 80), None, np.float16), ((1, 2, 16), 20, np.float32)])
-def test_prefill(heads, window, dtype, kind):
+@pytest.mark.parametrize(
+    "heads, window, dtype, turned", [((1, 3, 80), None, np.float16, 0), ((1, 2, 16), 20, np.float32, 1)]
+)
+def test_prefill(heads, window, dtype, turned, kind, monkeypatch):
+    """turned: keys are the rows of the products, not the columns."""
+    monkeypatch.setattr(tuning, "lookup", lambda *_: {**SIZES, "turned": turned})
     kv_heads, group, head_dim = heads
     case = Case([5, 60, 0, 33, 40], [5, 9, 0, 1, 6], page_size=16, kv_heads=kv_heads, group=group,
                 head_dim=head_dim, dtype=dtype, padding=7, window=window)  # fmt: skip
