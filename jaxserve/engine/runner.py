@@ -37,7 +37,7 @@ class Runner:
         scores_only: nothing but `score` and `logits` will be called.
         """
         self.cfg, self.mesh, self.plan, self.shapes = cfg, mesh, plan, shapes
-        self.params: Any = None
+        self.params = None
         self.state: Any = None
         self.sizes = Sizes.choose(mesh.devices.flat[0].platform, plan)
         self.scores_only = scores_only
@@ -63,6 +63,15 @@ class Runner:
         self.table = np.zeros((plan.lanes, self.sizes.pages[-1]), np.int32)
         self.filled = np.zeros(plan.lanes, np.int32)  # pages in the table
         self.sampled = np.zeros(plan.lanes, bool)  # whether it needs the full sampler
+
+    @property
+    def params(self) -> Any:
+        """Params on the device, None before they are loaded."""
+        return self._params
+
+    @params.setter
+    def params(self, params):
+        self._params, self.leaves = params, tuple(jax.tree.leaves(params))
 
     def compile(self, folder, progress=None):
         """Compiles every program that can be needed; nothing is compiled after it."""
@@ -139,7 +148,8 @@ class Runner:
         return self._struct((count, self.cfg.width), self.shapes.embed.dtype)
 
     def _arguments(self, shape):
-        return (self.cfg, shape, self.shapes, self.state_shape, self._struct((shape.sections[-1],)))
+        leaves, tree = jax.tree.flatten(self.shapes)
+        return (self.cfg, shape, tree, tuple(leaves), self.state_shape, self._struct((shape.sections[-1],)))
 
     def workspace(self):
         """Bytes on a device that the largest program, as compiled, and the sampler's tables take."""
@@ -253,7 +263,7 @@ class Runner:
         """Starts a step and returns an InFlight at once.  ticket: of the gate, for a step with guided rows."""
         if packed.whole:
             self._sit(packed.seats)
-            self.state, drawn = self._call(("step", packed.shape), self.params, self.state, self._put(packed.words))
+            self.state, drawn = self._call(("step", packed.shape), self.leaves, self.state, self._put(packed.words))
             return InFlight(packed, drawn)
         return self.draw(self.advance(packed), ticket)
 
@@ -261,7 +271,7 @@ class Runner:
         """Starts the first half of a step; what is returned goes to `draw`, once and before the next step."""
         shape = packed.shape
         self._sit(packed.seats)
-        self.state, left = self._call(("advance", shape), self.params, self.state, self._put(packed.words))
+        self.state, left = self._call(("advance", shape), self.leaves, self.state, self._put(packed.words))
         return packed, left
 
     def draw(self, half, allowed):
@@ -305,7 +315,7 @@ class Runner:
             token[at:stop], target[at : at + len(piece.targets)] = piece.tokens, piece.targets
             table[: len(piece.pages)] = piece.pages
             at = stop
-        self.state, left = self._call(("advance", shape), self.params, self.state, self._put(words))
+        self.state, left = self._call(("advance", shape), self.leaves, self.state, self._put(words))
         known = left.hidden, self._put(target), self._put(np.bool_(alternatives))
         return *self._call(("score", size), self.params.head, *known), left.hidden
 
