@@ -27,6 +27,7 @@ GAUGES = ("num_requests_running", "num_requests_waiting", "num_tokens_waiting", 
 MORE_MEMORY = 24 << 20  # bytes that a process may have more in the end ...
 MORE_SHARE = 0.1  # ... or this share of what it had: freed memory does not go back page by page
 POOL = 10  # threads of gevent's pool in a web process, which come as they are needed and stay
+POOL_FILES = 2  # of each of them
 
 
 class Soak:
@@ -111,9 +112,10 @@ def differences(before: dict, after: dict) -> list[str]:
         now = after[name]
         if now["pid"] != then["pid"]:
             found.append(f"{name}: it was started again")
-        if now["files"] > then["files"]:
+        pool = min(POOL, max(0, now["threads"] - then["threads"])) if name.startswith("jaxserve-web") else 0
+        if now["files"] > then["files"] + POOL_FILES * pool:
             found.append(f"{name}: {now['files']} open files, {then['files']} before")
-        if now["threads"] > then["threads"] + (POOL if name.startswith("jaxserve-web") else 0):
+        if now["threads"] > then["threads"] + pool:
             found.append(f"{name}: {now['threads']} threads, {then['threads']} before")
         if now["bytes"] > then["bytes"] + max(MORE_MEMORY, MORE_SHARE * then["bytes"]):
             found.append(f"{name}: {now['bytes'] >> 20} MiB, {then['bytes'] >> 20} before")

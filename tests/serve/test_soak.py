@@ -29,3 +29,13 @@ def test_a_leak_is_seen(change, fault):
     (found,) = soak.differences(before, {"jaxserve-engine 0": before["jaxserve-engine 0"] | change})
     assert fault in found
     assert not soak.differences(before, before)
+
+
+def test_threads_of_a_pool_are_no_leak():
+    soak = script("soak")
+    then = {"bytes": 100 << 20, "files": 10, "threads": 3, "pid": 1}
+    more = then | {"files": 14, "threads": 5}
+    assert soak.differences({"jaxserve-web 0": then}, {"jaxserve-web 0": more}) == []
+    assert len(soak.differences({"jaxserve-web 0": then}, {"jaxserve-web 0": more | {"files": 15}})) == 1
+    assert len(soak.differences({"jaxserve-engine 0": then}, {"jaxserve-engine 0": more})) == 2
+    assert len(soak.differences({"jaxserve-web 0": then}, {"jaxserve-web 0": more | {"threads": 14}})) == 1
