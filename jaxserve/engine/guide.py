@@ -54,6 +54,7 @@ class Job:
         self.before, self.gate = before, gate
         self.number, self.ticket = gate.next()  # the ticket is for the step
         self.ended: Ended = []  # known when the gate is open: before the step draws
+        self.followed = threading.Event()  # set once all that is left to do leaves the interpreter to others
 
 
 class Guide:
@@ -132,6 +133,7 @@ class Guide:
                 job.ended = [(request, f"no mask could be made: {short(str(error))}") for _, request, _ in job.rows]
             finally:
                 job.gate.open(job.number)
+                job.followed.set()
                 job.before = ()
             del job
 
@@ -142,7 +144,7 @@ class Guide:
         bound[:] = 0
         if rows:
             bound[[row for row, *_ in rows]] = 1
-            job.ended = self._masks(rows, masks)
+            job.ended = self._masks(rows, masks, job.followed)
 
     def _next(self, rows, steps):
         """The rows that go on, each with what its matcher has yet to follow, when the tokens of `steps` have come."""
@@ -177,9 +179,16 @@ class Guide:
         seen = state.seen
         return came[seen - known :] if seen >= known else [*request.tokens[seen:known], *came]
 
-    def _masks(self, rows: Sequence[tuple[int, Request, list[int]]], masks: np.ndarray) -> Ended:
+    def _masks(
+        self,
+        rows: Sequence[tuple[int, Request, list[int]]],
+        masks: np.ndarray,
+        followed: threading.Event | None = None,
+    ) -> Ended:
         """`allow` for rows with the tokens that each has yet to follow.  Of `masks` these rows are written."""
         going, forced, over = self._follow(rows)
+        if followed is not None:
+            followed.set()
         over += self._fill(going, masks)
         if forced:
             at, tokens = np.array(list(forced)), np.array(list(forced.values()))

@@ -161,6 +161,9 @@ class Turns:
     def _read(self):
         """Records what the oldest step in flight drew, once it is done."""
         step = self.pending.popleft()
+        if self.pending and self.pending[0].masks is not None:
+            # The guide first: the device waits for it, and would wait for whatever Python code runs here meanwhile.
+            self.pending[0].masks.followed.wait()
         try:
             told = step.read()
         except Exception:
