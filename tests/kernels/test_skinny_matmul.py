@@ -136,5 +136,7 @@ def test_gpu(T, D, F, options, dtype):
     x, weight, more = case(T, D, F, options, dtype)
     got = [module.skinny_matmul(x, weight, **more) for _ in range(3)]
     close(got[0], jax.jit(module.skinny_matmul_reference, static_argnames=("eps", "gated"))(x, weight, **more), 1e-2)
+    first = prefetch.First(jnp.zeros((96, 4096), dtype), 1 << 18, 3), prefetch.First(jnp.zeros(8, jnp.int32), 1 << 20)
+    got += [module.skinny_matmul(x, weight, **more, following=first, early=early, once=early) for early in (0, 1)]
     for again in got[1:]:  # sums in the same order, counters as they were
         np.testing.assert_array_equal(*(np.asarray(a, np.float32) for a in (got[0], again)))
