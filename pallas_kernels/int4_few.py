@@ -437,8 +437,8 @@ def shares(T, D, tiles, programs):
         warps = power_of_two(chunks + 1) // 2
         return warps, cdiv(tiles, programs * 16 // warps), 4
     half = cdiv(tiles, 2 * programs)
-    if T <= 4 and tiles > programs and cdiv(cdiv(tiles, half), programs) * half <= whole:
-        return 8, half, 4  # two programs a core, where they have as much to do as one
+    if T <= 4 and tiles > programs and half <= 4 and cdiv(cdiv(tiles, half), programs) * half <= whole:
+        return 8, half, 4  # two programs a core, where registers allow it, and they have as much to do as one
     return 16, whole, 2
 
 
@@ -467,10 +467,13 @@ def int4_few(x, tiles, scale, zero, sizes=None, *, group, norm=None, eps=0.0, re
     blocks, rounds = at_once // 4, 2 if T > 2 else 1
     chosen = shares(T, D, count * (1 + gated), cores())
     warps, stages = max(blocks, warps or chosen[0]), stages or chosen[2]
-    each = tiles_each or chosen[1]
-    each = cdiv(each, 2) * 2 if gated else each
-    while 2 * blocks * each > 32:
-        each = cdiv(each // 2, 2) * 2 if gated else cdiv(each, 2)
+    turns = cdiv(cdiv(D, CHUNK), warps)
+    of = tiles_each or chosen[1]
+    each, parts = cdiv(of, 1 + gated) * (1 + gated), 1
+    most = 32 if turns == 1 or blocks == 1 else 24  # sums of a lane that registers are there for
+    while each > 1 + gated and 2 * blocks * each > most:
+        parts += 1
+        each = cdiv(cdiv(of, parts), 1 + gated) * (1 + gated)
     values, pairs = 2 * blocks * each, int(gated)
     half = values // (1 + pairs)
     sums = cdiv(half, warps)
@@ -488,7 +491,7 @@ def int4_few(x, tiles, scale, zero, sizes=None, *, group, norm=None, eps=0.0, re
         x if sizes is None else sizes, *arrays, T, out=[jax.ShapeDtypeStruct((T, F), dtype or x.dtype)], grid=grid,
         warps=warps, stages=1, D=D, F=F, eps=float(eps), EXPERTS=experts, PADDED=power_of_two(experts), GROUP=group,
         GATED=pairs, NORM=int(normed), RESIDUAL=int(residual is not None), WARPS=warps, TILES=each, STAGES=stages,
-        TURNS=cdiv(cdiv(D, CHUNK), warps), BLOCKS=blocks, ROUNDS=rounds, SCALE_BF16=int(scale.dtype == jnp.bfloat16),
+        TURNS=turns, BLOCKS=blocks, ROUNDS=rounds, SCALE_BF16=int(scale.dtype == jnp.bfloat16),
         DECLARE=f"{{ .shared .align 16 .b8 buffer[{size}];\nmov.b32 $0, buffer;\n}}", NOTHING=NOTHING,
         TOGETHER=TOGETHER, NEXT=next_, LATER=later, ASK_KINDS=ASK_KINDS, BRING=bring(), TAKE=take(subs, stages),
         LOADX=(LOAD_X, LOAD_X_KINDS), PREPARE=prepare(kind, rounds, subs, int(normed)), PRODUCTS=products(blocks, subs),
