@@ -231,9 +231,14 @@ def waits():
     return kernels()
 
 
-def await_masks(ticket, after, rows, words):
-    """int32[rows, words], masks that the host makes meanwhile: see the kernel's file, `waiting`."""
-    return _split(lambda *of: waiting.await_masks(*of, rows=rows, words=words), (P(), P()), P())(ticket, after)
+def await_masks(ticket, logits):
+    """int32[R, W], masks that the host makes until logits [R, V] are there: see the kernel's file, `waiting`."""
+    rows, words = logits.shape[0], -(-logits.shape[1] // 32)
+
+    def local(ticket, logits):
+        return waiting.await_masks(ticket, logits[:1, :1], rows=rows, words=words)
+
+    return _split(local, (P(), P(None, "tp")), P())(ticket, logits)
 
 
 def layout():

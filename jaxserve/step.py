@@ -211,7 +211,7 @@ def draw(cfg, head, newest, tables, last, rows, allowed):
     """
     lane, logits = rows[:, LANE], _logits(cfg, head, last)
     if allowed.ndim == 1:
-        allowed = ops.await_masks(allowed, logits[:1, :1], logits.shape[0], -(-logits.shape[1] // 32))
+        allowed = ops.await_masks(allowed, logits)
     with jax.named_scope("sample"):
         drawn, tables = sample(logits, Sampling.unpack(rows[:, len(ROW) :]), tables, lane, allowed)
     return newest.at[lane].set(drawn.tokens, mode="drop"), tables, _told(drawn)
