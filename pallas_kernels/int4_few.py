@@ -463,7 +463,8 @@ def int4_few(x, tiles, scale, zero, sizes=None, *, group, norm=None, eps=0.0, re
     (T, D), F = x.shape, scale.shape[1] // experts // (1 + gated)
     kind = {"bfloat16": "bf16", "float16": "f16"}[x.dtype.name]
     count, subs = F // ROWS, CHUNK // group
-    at_once = min(MOST, 4 * power_of_two(cdiv(cdiv(T, experts), 4)))
+    # Some experts have more tokens than others, and who has no room for them is read again.
+    at_once = min(MOST, 4 * power_of_two(cdiv(cdiv(T, experts), 4) if experts == 1 else cdiv(T, 2 * experts)))
     blocks, rounds = at_once // 4, 2 if T > 2 else 1
     chosen = shares(T, D, count * (1 + gated), cores())
     warps, stages = max(blocks, warps or chosen[0]), stages or chosen[2]
