@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from jaxserve.engine import gate
 from jaxserve.engine.engine import EngineDead
 from jaxserve.engine.request import Request, SamplingParams
 from scripts import tiny_checkpoint
@@ -110,6 +111,33 @@ def test_a_step_that_cannot_be_read_is_computed_again(engine, expected, nth):
     assert everything(engine) == expected
     assert engine.stats()["failed_steps"] == 1
     assert sound(engine, expected)
+
+
+def test_faults_while_steps_wait_for_their_masks(folder, expected, monkeypatch):
+    """Whatever becomes of steps that are launched, the gate opens for them, and those after them get their masks."""
+    build.waits(monkeypatch)
+    monkeypatch.setattr(gate, "PATIENCE", 20.0)
+    with build.engine(folder, guide=build.table) as engine:
+
+        def lose(real, *args):
+            real(*args)
+            engine.runner.state.cache.k.delete()
+            raise RuntimeError("the device fell off")
+
+        def unreadable(real, *args):
+            step = real(*args)
+            step.read = partial(before("no answer"), None)
+            return step
+
+        faults = [("draw", before("not now"), 2), ("draw", before("not now"), 7), ("advance", before("not now"), 5)]
+        faults += [("advance", lose, 4), ("draw", unreadable, 6), ("draw", unreadable, 3)]
+        for count, (name, fault, nth) in enumerate(faults):
+            engine.turns.ahead = 1 + count % 2
+            once = Once(engine.runner, name, fault, nth)
+            assert everything(engine) == expected, (name, nth)
+            setattr(engine.runner, name, once.real)
+            assert engine.stats()["failed_steps"] == count + 1
+        assert sound(engine, expected)
 
 
 def test_out_of_memory_makes_steps_smaller(engine, expected):
