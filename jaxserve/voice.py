@@ -220,7 +220,8 @@ class Formats:
             if grammar is None and ask.tools and self.tools is not None:
                 strict = any(tool["function"].get("strict") is True for tool in ask.tools)
                 if ask.tool_choice != "auto" or strict:
-                    choice, parallel = ask.tool_choice, ask.parallel_tool_calls
+                    choice = ask.tool_choice  # a function that is named is called exactly once, as OpenAI has it
+                    parallel = ask.parallel_tool_calls and choice in ("auto", "required")
                     grammar = self.tools.grammar(ask.tools, choice, parallel, self.tokenizer)
             if grammar is not None and self.reasoning is not None and ask.chat:
                 grammar = reasoning.allow_thoughts(grammar, self.reasoning, opened, self.tokenizer)

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from jaxserve.serve import schemas
+from jaxserve.text.tools.rules import FURTHER
 from tests.serve.live import live
 from tests.serve.local import MODEL, exact, serving
 
@@ -101,6 +102,7 @@ def test_required_calls_are_enforced_by_a_grammar():
             server.post(CHAT, asking(tool_choice=choice))
             grammar = server.engine.submitted[-1].grammar
             assert (grammar and {name for name in ("add", "mul") if f"{name}\\" in grammar}) == shown
+            assert grammar is None or (FURTHER in grammar) == (choice == "required")
         server.post(CHAT, asking(tools=[function("add", strict=True)]))
         assert server.engine.submitted[-1].grammar
 
