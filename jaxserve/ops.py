@@ -186,7 +186,8 @@ def int4_fuses(x, scale):
 
 
 def int4_fused(x, packed, scale, zero, *, group, axes, **around):
-    """As `fused_matmul`, of an int4 matrix; arguments as those of `int4_matmul`."""
+    """As `fused_matmul`, of an int4 matrix; arguments as those of `int4_matmul`, and bias [*out] where nothing else is
+    added to the result."""
 
     def multiply(x, packed, scale, zero, *, gated, **more):
         flat = (a.reshape(a.shape[0], -1) for a in (scale, zero))
@@ -196,13 +197,14 @@ def int4_fused(x, packed, scale, zero, *, group, axes, **around):
     return _fused(multiply, x, (packed, scale, zero), (int4_axes(axes), axes, axes), axes, **around)
 
 
-def _fused(multiply, x, weight, specs, axes, *, norm, eps, gated, residual, following, pause):
+def _fused(multiply, x, weight, specs, axes, *, norm, eps, gated, residual, following, pause, bias=None):
     """A product and what stands around it, by each device with its part of the weight: arrays, `specs` their axes."""
     out = axes[1:] if not gated else axes[2:]
     apart = _share(axes[0]) > 1  # each device has a part of the sums
 
     def local(x, weight, norm, residual, arrays):
-        y = multiply(x, *weight, norm=norm, eps=eps, gated=gated, residual=None if apart else residual,
+        added = residual if bias is None else residual.reshape(-1)
+        y = multiply(x, *weight, norm=norm, eps=eps, gated=gated, residual=None if apart else added,
                      following=_first(arrays, x.shape[0], PAUSE if pause else GAP))  # fmt: skip
         if not apart:
             return y
@@ -210,8 +212,9 @@ def _fused(multiply, x, weight, specs, axes, *, norm, eps, gated, residual, foll
         return y if residual is None else residual + y
 
     split = tuple(P(*of) for of in specs), tuple(P(*of) for _, of in following)
-    run = _split(local, (P(None, axes[0]), split[0], P(), P(None, *out), split[1]), P(None, *out))
-    return run(x, weight, norm, residual, tuple(array for array, _ in following))
+    more = (residual, P(None, *out)) if bias is None else (bias, P(*out))
+    run = _split(local, (P(None, axes[0]), split[0], P(), more[1], split[1]), P(None, *out))
+    return run(x, weight, norm, more[0], tuple(array for array, _ in following))
 
 
 def _first(arrays, tokens, size):

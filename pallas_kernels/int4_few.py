@@ -303,13 +303,13 @@ def _added(acc, found, f: tl.constexpr, to: tl.constexpr, BLOCKS: tl.constexpr, 
 @jit
 def _place(j: tl.constexpr, thread, block, first, last, F: tl.constexpr, VALUES: tl.constexpr, BLOCKS: tl.constexpr,
            WARPS: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
-    """Where in the result a thread's j-th sum (of `add_up`) goes, and whether it is one."""
+    """Where the row is that a thread's j-th sum (of `add_up`) goes to, where in it, and whether it is such a sum."""
     HALF: tl.constexpr = VALUES // 2 if GATED else VALUES
     value, lane = thread // 32 + j * WARPS, thread % 32
     token = first + value % BLOCKS * 4 + lane % 4
     tile = block * (HALF // (2 * BLOCKS)) + value // (2 * BLOCKS)
-    at = token * F + tile * 16 + value // BLOCKS % 2 * 8 + lane // 4
-    return at, (value < HALF) & (token < last) & (tile < F // 16)
+    column = tile * 16 + value // BLOCKS % 2 * 8 + lane // 4
+    return token * F, column, (value < HALF) & (token < last) & (tile < F // 16)
 
 
 @jit
@@ -368,8 +368,9 @@ def _few(x_ptr, tiles_ptr, scale_ptr, zero_ptr, norm_ptr, residual_ptr, sizes_pt
     HALF: tl.constexpr = VALUES // 2 if GATED else VALUES
     EACH: tl.constexpr = (HALF + WARPS - 1) // WARPS
     kept = ()
-    for j in tl.static_range(EACH * RESIDUAL):
-        at, here = _place(j, thread, block, first, last, F, VALUES, BLOCKS, WARPS, GATED)
+    for j in tl.static_range(EACH if RESIDUAL else 0):
+        at, column, here = _place(j, thread, block, first, last, F, VALUES, BLOCKS, WARPS, GATED)
+        at = at + column if RESIDUAL == 2 else column
         kept = kept + (tl.load(residual_ptr + at, mask=here, other=0.0),)  # noqa: RUF005
     acc = (tl.zeros([32 * WARPS], tl.float32),) * VALUES
     squares = (tl.zeros([32 * WARPS], tl.float32),) * (ROUNDS * BLOCKS if NORM else 0)
@@ -418,13 +419,13 @@ def _few(x_ptr, tiles_ptr, scale_ptr, zero_ptr, norm_ptr, residual_ptr, sizes_pt
     if NORM:
         by = tl.rsqrt(total[EACH * (2 if GATED else 1)] / D + eps)
     for j in tl.static_range(EACH):
-        at, here = _place(j, thread, block, first, last, F, VALUES, BLOCKS, WARPS, GATED)
+        at, column, here = _place(j, thread, block, first, last, F, VALUES, BLOCKS, WARPS, GATED)
         y = tl.where(here, total[j], 0.0) * by
         if GATED:
             y = y / (1.0 + tl.exp(-y)) * (tl.where(here, total[EACH + j], 0.0) * by)
         if RESIDUAL:
             y += kept[j].to(tl.float32)
-        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=here)
+        tl.store(out_ptr + at + column, y.to(out_ptr.dtype.element_ty), mask=here)
 
 
 def shares(T, D, tiles, programs):
@@ -454,7 +455,8 @@ def int4_few(x, tiles, scale, zero, sizes=None, *, group, norm=None, eps=0.0, re
              dtype=None, warps=None, tiles_each=None, stages=None):  # fmt: skip
     """x [T, D] times the matrix of `tiles` (of `int4_tiles`, two-dimensional out), to [T, F]; best for few tokens.
 
-    norm [D] (with eps), residual [T, F], gated (the matrix is [D, 2 * F]) and following as `skinny_matmul` has them.
+    norm [D] (with eps), residual [T, F] (or [F], for all tokens), gated (the matrix is [D, 2 * F]) and following as
+    `skinny_matmul` has them.
     sizes int32[E]: tokens of expert 0 stand before those of expert 1, ...: how many each has; then the matrix is E of
     them, side by side, and the result [T, F / E].  warps: of a program; tiles_each: of a program; stages: chunks that a
     warp has asked for; by `shares` unless said.
@@ -491,8 +493,8 @@ def int4_few(x, tiles, scale, zero, sizes=None, *, group, norm=None, eps=0.0, re
         _few, x, tiles, scale, zero, x if norm is None else norm, x if residual is None else residual,
         x if sizes is None else sizes, *arrays, T, out=[jax.ShapeDtypeStruct((T, F), dtype or x.dtype)], grid=grid,
         warps=warps, stages=1, D=D, F=F, eps=float(eps), EXPERTS=experts, PADDED=power_of_two(experts), GROUP=group,
-        GATED=pairs, NORM=int(normed), RESIDUAL=int(residual is not None), WARPS=warps, TILES=each, STAGES=stages,
-        TURNS=turns, BLOCKS=blocks, ROUNDS=rounds, SCALE_BF16=int(scale.dtype == jnp.bfloat16),
+        GATED=pairs, NORM=int(normed), RESIDUAL=0 if residual is None else residual.ndim, WARPS=warps, TILES=each,
+        STAGES=stages, TURNS=turns, BLOCKS=blocks, ROUNDS=rounds, SCALE_BF16=int(scale.dtype == jnp.bfloat16),
         DECLARE=f"{{ .shared .align 16 .b8 buffer[{size}];\nmov.b32 $0, buffer;\n}}", NOTHING=NOTHING,
         TOGETHER=TOGETHER, NEXT=next_, LATER=later, ASK_KINDS=ASK_KINDS, BRING=bring(), TAKE=take(subs, stages),
         LOADX=(LOAD_X, LOAD_X_KINDS), PREPARE=prepare(kind, rounds, subs, int(normed)), PRODUCTS=products(blocks, subs),

@@ -34,9 +34,10 @@ class Int4:
 
     def fused(self, x, **around):
         """As `Dense.fused`."""
-        if self.bias is not None or self.order is not None or not ops.int4_fuses(x, self.scale):
+        plain = not around["gated"] and around["residual"] is None
+        if self.order is not None or not (plain or self.bias is None) or not ops.int4_fuses(x, self.scale):
             return None
-        held = {"group": self.group, "axes": self.axes}
+        held = {"group": self.group, "axes": self.axes, "bias": self.bias}
         return ops.int4_fused(x, self.packed, self.scale, self.zero, **held, **around)
 
     def read(self):

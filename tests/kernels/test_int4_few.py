@@ -31,7 +31,7 @@ def assembly(monkeypatch):
 
 
 def case(T, D, F, group, options, dtype, scale_dtype=np.float16):
-    """Arguments, those of `options` (letters: n norm, r residual, g gated), and the result in float64."""
+    """Arguments, those of `options` (letters: n norm, r residual, b bias, g gated), and the result in float64."""
     gated, random = "g" in options, np.random.default_rng(1)
     m = Matrix(D, F * (1 + gated), group, scale_dtype)
     x = m.tokens(T, dtype)
@@ -42,8 +42,8 @@ def case(T, D, F, group, options, dtype, scale_dtype=np.float16):
     y = y @ m.values
     if gated:
         y = y[:, :F] / (1 + np.exp(-y[:, :F])) * y[:, F:]
-    if "r" in options:
-        more["residual"] = jnp.asarray(random.standard_normal((T, F)), dtype)
+    if "r" in options or "b" in options:
+        more["residual"] = jnp.asarray(random.standard_normal((T, F) if "r" in options else F), dtype)
         y = y + np.asarray(more["residual"], np.float64)
     return (x, pack(jnp.asarray(m.q)), m.scale, jnp.asarray(m.zero)), more | {"group": group, "dtype": jnp.float32}, y
 
@@ -54,7 +54,7 @@ def case(T, D, F, group, options, dtype, scale_dtype=np.float16):
     [
         (1, 128, 16, 128, "", jnp.bfloat16, {}),
         (2, 64, 32, 32, "r", jnp.float16, {}),  # half a chunk
-        (3, 1024, 80, 128, "n", jnp.float16, {"warps": 2, "tiles_each": 3}),  # the last program has fewer tiles
+        (3, 1024, 80, 128, "nb", jnp.float16, {"warps": 2, "tiles_each": 3}),  # the last program has fewer tiles
         (8, 576, 32, 64, "n", jnp.bfloat16, {"warps": 4}),  # the warps' shares are not alike
         (20, 192, 32, 32, "r", jnp.bfloat16, {}),  # two blocks of tokens
         (7, 512, 48, 32, "ngr", jnp.bfloat16, {"warps": 2, "tiles_each": 4, "stages": 3}),

@@ -56,8 +56,8 @@ def test_split(axes):
 
 @pytest.mark.parametrize(
     "out, axes, around",
-    [((2, 3, 16), (None, None, None, None), {"norm": True}), ((2, 3, 16), (None, "tp", None, None), {"norm": True}),
-     ((32,), ("tp", None), {"residual": True}), ((2, 64), (None, None, "tp"), {"norm": True, "gated": True})],
+    [((2, 3, 16), (None, None, None, None), {"norm"}), ((2, 3, 16), (None, "tp", None, None), {"norm", "bias"}),
+     ((32,), ("tp", None), {"residual"}), ((2, 64), (None, None, "tp"), {"norm", "gated"})],
 )  # fmt: skip
 def test_fused(monkeypatch, out, axes, around):
     """One kernel (its definition) with what stands around it, of the tiles that a GPU has, by one device and by two."""
@@ -67,7 +67,8 @@ def test_fused(monkeypatch, out, axes, around):
         q = int4_untile(tiles).reshape(-1, group, scale.shape[1]).astype(jnp.float32)
         weight = ((q - zero[:, None]) * scale[:, None]).reshape(-1, scale.shape[1])
         weight = weight.reshape(len(weight), 2, -1) if gated else weight
-        return skinny_matmul_reference(x, weight, norm=norm, eps=eps, gated=gated, residual=residual)
+        added = residual if residual is None else jnp.broadcast_to(residual, (len(x), residual.shape[-1]))
+        return skinny_matmul_reference(x, weight, norm=norm, eps=eps, gated=gated, residual=added)
 
     monkeypatch.setattr(ops, "kernels", lambda: True)
     monkeypatch.setattr(ops, "int4_fuses", lambda x, scale: True)
@@ -77,7 +78,8 @@ def test_fused(monkeypatch, out, axes, around):
     rng, mesh = np.random.default_rng(1), meshes.make_mesh(2 if "tp" in axes else 1)
     x, norm, residual = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 256), 256, (3, *out)))
     with meshes.on(mesh):
-        held = Int4(ops.int4_pack(jnp.asarray(q), group=64), jnp.asarray(scale), jnp.asarray(zero), group=64, axes=axes)
+        arrays = ops.int4_pack(jnp.asarray(q), group=64), jnp.asarray(scale), jnp.asarray(zero)
+        held = Int4(*arrays, residual[0] if "bias" in around else None, group=64, axes=axes)
         more = {"norm": norm if "norm" in around else None, "eps": 1e-3, "gated": "gated" in around}
         more["residual"] = residual if "residual" in around else None
         found = jax.jit(lambda held, x: held.fused(x, following=(held.read(),), pause=False, **more))(held, x)
@@ -85,7 +87,7 @@ def test_fused(monkeypatch, out, axes, around):
     want = np.tensordot(x, matrix, 1)
     if "gated" in around:
         want = want[:, 0] / (1 + np.exp(-want[:, 0])) * want[:, 1]
-    want = want + residual if "residual" in around else want
+    want = want + residual if "residual" in around else want + residual[0] if "bias" in around else want
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
 
 
