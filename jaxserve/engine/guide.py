@@ -148,22 +148,14 @@ class Guide:
 
     def _next(self, rows, steps):
         """The rows that go on, each with what its matcher has yet to follow, when the tokens of `steps` have come."""
-        going: list[tuple[int, Request, int, list[int]]] = [(*each, []) for each in rows]
-        for drawn in steps:
-            left = []
-            for each in going:
-                request = each[1]
-                if (token := drawn.get(request)) is not None:
-                    if token < 0 or token in request.stop_ids:
-                        continue
-                    each[3].append(token)
-                left.append(each)
-            going = left
-        return [
-            (row, request, self._missed(request, known, came))
-            for row, request, known, came in going
-            if known + len(came) <= request.limit
-        ]
+        going = []
+        for row, request, known in rows:
+            came = [token for drawn in steps if (token := drawn.get(request)) is not None]
+            if came and (min(came) < 0 or not request.stop_ids.isdisjoint(came)):
+                continue
+            if known + len(came) <= request.limit:
+                going.append((row, request, self._missed(request, known, came)))
+        return going
 
     def _missed(self, request: Request, known: int, came: list[int]) -> list[int]:
         """The tokens that a matcher has yet to follow, of the first `known` and those that came since.
@@ -187,14 +179,14 @@ class Guide:
     ) -> Ended:
         """`allow` for rows with the tokens that each has yet to follow.  Of `masks` these rows are written."""
         going, forced, over = self._follow(rows)
-        if followed is not None:
-            followed.set()
-        over += self._fill(going, masks)
         if forced:
             at, tokens = np.array(list(forced)), np.array(list(forced.values()))
             words = np.minimum(tokens // 32, self.words - 1)
             masks[at] = 0
             masks[at, words] = np.where(tokens < 32 * self.words, 1 << tokens % 32, 0).astype(np.uint32).view(np.int32)
+        if followed is not None:
+            followed.set()
+        over += self._fill(going, masks)
         if going:
             at = np.array([row for row, _ in going])
             can_end = (masks[at[:, None], self._eos // 32] >> (self._eos % 32) & 1).any(1)
