@@ -3,6 +3,7 @@
 There is room for the masks of one step: those of the next are made when its tokens have come.
 """
 
+import atexit
 import ctypes
 import logging
 import weakref
@@ -34,8 +35,8 @@ class Gate:
         address = memory.ctypes.data
         numbers = (*range(CYCLE), waiting.FREE)
         *self._tickets, self.free = put([waiting.ticket(address, n, begin, PATIENCE) for n in numbers])
-        # Whatever waits when the process ends, or this is forgotten, would wait until its patience ends.
-        weakref.finalize(self, _open_wide, self._flag, owner)
+        self._owner = owner
+        atexit.register(_open_wide, weakref.ref(self))  # before JAX's own end, which waits for all that was launched
 
     def next(self):
         """The number of the next opening, and what the step that waits for it takes."""
@@ -44,11 +45,17 @@ class Gate:
 
     def open(self, number):
         """Lets those pass who wait for this opening, or an earlier one: `masks` and `bound` are theirs."""
-        self._flag[0] = number
+        if self._flag[0] != waiting.WIDE:
+            self._flag[0] = number
+
+    def open_wide(self):
+        """Nobody waits any more, whatever may be in `masks`."""
+        self._flag[0] = waiting.WIDE
 
 
-def _open_wide(flag, owner):
-    flag[0] = waiting.WIDE
+def _open_wide(gate):
+    if (left := gate()) is not None:
+        left.open_wide()
 
 
 def _shared(device, count):
