@@ -167,8 +167,9 @@ def paged_decode(
     results = triton_call(
         attend_codes if kind else _attend, *inputs, *(() if fresh else (out,)), out=made,
         in_place=() if fresh else (len(inputs),), grid=(K, most), warps=size["warps"], stages=size["stages"],
-        SCALE=scale, WINDOW=window or 0, S=S, K=K, G=G, H=H, GP=max(smallest, group), HP=padded, BLOCK=size["block"],
-        STAGES=size["stages"], PRECISION="ieee" if q.dtype == jnp.float32 else "tf32", GC=group,
+        registers=size.get("registers"), SCALE=scale, WINDOW=window or 0, S=S, K=K, G=G, H=H,
+        GP=max(smallest, group), HP=padded, BLOCK=size["block"], STAGES=size["stages"],
+        PRECISION="ieee" if q.dtype == jnp.float32 else "tf32", GC=group,
         PARTS=max(1, min(4096, 2048 * size["warps"]) // (group * padded)), **constants,  # as registers hold
     )  # fmt: skip
     return results[0] if fresh else results[-1]

@@ -72,24 +72,30 @@ def cores() -> int:
     return jax.sharding.get_abstract_mesh().abstract_device.num_cores
 
 
-def triton_call(kernel, *inputs, out, grid, in_place=(), warps: int, stages: int, **constants):
+def triton_call(kernel, *inputs, out, grid, in_place=(), warps: int, stages: int, registers=None, **constants):
     """Launches a Triton kernel and returns its outputs as a tuple.
 
     The kernel's parameters are the inputs (arrays, or Python integers, which are int32 run-time arguments), then one
     pointer for each ShapeDtypeStruct of `out`, then the constants. The inputs at the indices `in_place` (counted
     among all inputs) are also outputs: the kernel writes through the input's pointer, and they are returned after
-    `out`.
+    `out`.  `registers`: at most so many a thread, where the compiler would take more than occupancy can bear.
     """
     import jax_triton
 
     launch = _launch_03 if jax_triton.__version__.startswith("0.3.") else _launch_04
     grid = (*grid, 1, 1)[:3]
-    return launch(kernel, inputs, tuple(out), grid, tuple(in_place), warps, stages, constants)
+    return launch(kernel, inputs, tuple(out), grid, tuple(in_place), warps, stages, registers, constants)
 
 
-def _launch_03(kernel, inputs, out, grid, in_place, warps, stages, constants):
+def _launch_03(kernel, inputs, out, grid, in_place, warps, stages, registers, constants):
     from jax._src.lib import gpu_triton  # the same module that jax-triton uses
     from jax_triton import triton_lib
+
+    def backend(*target):
+        made = triton_lib.get_cuda_backend(*target)
+        parse = made.parse_options
+        made.parse_options = lambda options: parse(options | {"maxnreg": registers})
+        return made
 
     arrays = [x for x in inputs if not isinstance(x, int)]
     types_ = [
@@ -99,7 +105,7 @@ def _launch_03(kernel, inputs, out, grid, in_place, warps, stages, constants):
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True  # half of the PTX
         compiled, _ = triton_lib.get_or_create_triton_kernel(
-            triton_lib.get_cuda_backend, "cuda", kernel, types_, integers, num_warps=warps, num_stages=stages,
+            backend, "cuda", kernel, types_, integers, num_warps=warps, num_stages=stages,
             num_ctas=1, compute_capability=device()[1], enable_fp_fusion=True, metaparams=constants, dump=False,
         )  # fmt: skip
     parameters = [
@@ -115,7 +121,7 @@ def _launch_03(kernel, inputs, out, grid, in_place, warps, stages, constants):
     return tuple(run(*arrays, opaque=zlib.compress(lean, 9)))
 
 
-def _launch_04(kernel, inputs, out, grid, in_place, warps, stages, constants):
+def _launch_04(kernel, inputs, out, grid, in_place, warps, stages, registers, constants):
     import jax_triton
 
     with warnings.catch_warnings():

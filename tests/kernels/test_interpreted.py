@@ -42,7 +42,7 @@ class Memory:
         return self.array.ctypes.data
 
 
-def run(kernel, *inputs, out, grid, in_place=(), warps, stages, **constants):
+def run(kernel, *inputs, out, grid, in_place=(), warps, stages, registers=None, **constants):
     """`triton_call` by the interpreter; what a kernel leaves unwritten is NaN; what it does not return stays."""
     before = inputs
     inputs = [x if isinstance(x, int) else Memory(np.array(x)) for x in inputs]
