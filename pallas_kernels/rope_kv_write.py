@@ -133,8 +133,8 @@ def _codes(first, second, inside, TOP: tl.constexpr, KIND: tl.constexpr):
         first = tl.minimum(tl.maximum(first, -TOP), TOP).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         second = tl.minimum(tl.maximum(second, -TOP), TOP).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
-        first = tl.minimum(tl.maximum(tl.floor(first + 0.5), 0.0), TOP).to(tl.int32).to(tl.uint8)
-        second = tl.minimum(tl.maximum(tl.floor(second + 0.5), 0.0), TOP).to(tl.int32).to(tl.uint8)
+        first = tl.minimum(tl.maximum(first + 0.5, 0.0), TOP).to(tl.int32).to(tl.uint8)  # which rounds down
+        second = tl.minimum(tl.maximum(second + 0.5, 0.0), TOP).to(tl.int32).to(tl.uint8)
     return first, second, parameters
 
 
@@ -144,53 +144,53 @@ def _rope_write_codes(
     signs_ptr, first_page_ptr, T, q_ptr,
     K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, GP: tl.constexpr, HP: tl.constexpr, NORM: tl.constexpr,
     EPS: tl.constexpr, S: tl.constexpr, KIND: tl.constexpr, TOP: tl.constexpr, TOKENS: tl.constexpr,
-    SPREAD: tl.constexpr,
+    ROWS: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens' queries, keys and values of one kv head, which are quantized: grid (T / TOKENS, K).
 
-    SPREAD: the block of `spread`, or 0; signs: of it, [HP, HP].
+    ROWS: those of several tokens, GP each.  SPREAD: the block of `spread`, or 0; signs: of it, [HP, HP].
     """
     head = tl.program_id(1)
-    g = tl.arange(0, GP)[:, None]
+    x = tl.arange(0, ROWS)
     h = tl.arange(0, HP)[None, :]
     HALF: tl.constexpr = H // 2
-    inside = h < HALF
-    mine = (g < G + 2) & inside
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     if SPREAD:
         signs = tl.load(signs_ptr + tl.arange(0, HP)[:, None] * HP + h)
     first_page = tl.load(first_page_ptr)
     begin = tl.program_id(0) * TOKENS
-    for token in tl.range(begin, tl.minimum(begin + TOKENS, T)):
-        slot = tl.load(slot_ptr + token)
-        a, b = _turned(qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, token, head, g, h, K, G, H, NORM, EPS)
-        first = a.to(tl.float32)
-        second = b.to(tl.float32)
+    for at in tl.range(begin, tl.minimum(begin + TOKENS, T), ROWS // GP):
+        token = tl.minimum(at + x // GP, T - 1)
+        g = tl.where(at + x // GP < T, x % GP, GP)[:, None]
+        slot = tl.load(slot_ptr + token)[:, None]
+        token = token[:, None]
+        first, second = _turned(
+            qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, token, head, g, h, K, G, H, NORM, EPS
+        )  # fmt: skip
         if SPREAD:
-            x = tl.dot(a, signs, input_precision="ieee")
-            y = tl.dot(b, signs, input_precision="ieee")
+            a = tl.dot(first, signs, input_precision="ieee")
+            b = tl.dot(second, signs, input_precision="ieee")
             ROOT: tl.constexpr = (2 * SPREAD) ** -0.5
-            first = tl.where(g < G + 1, (x + y) * ROOT, first)
-            second = tl.where(g < G + 1, (x - y) * ROOT, second)
+            first = tl.where(g < G + 1, (a + b) * ROOT, first.to(tl.float32))
+            second = tl.where(g < G + 1, (a - b) * ROOT, second.to(tl.float32))
         q_place = ((token * K + head) * G + g) * H + h
-        is_query = mine & (g < G)
+        is_query = (g < G) & (h < HALF)
         tl.store(q_ptr + q_place, first.to(dtype), mask=is_query)
         tl.store(q_ptr + q_place + HALF, second.to(dtype), mask=is_query)
-        low, high, parameters = _codes(first, second, inside, TOP, KIND)
+        low, high, parameters = _codes(first.to(tl.float32), second.to(tl.float32), h < HALF, TOP, KIND)
         place = ((first_page + slot // S).to(tl.int64) * K + head) * S + slot % S
-        at = place + tl.zeros_like(g)
-        tl.store(k_parameters + at, parameters, mask=g == G)
-        tl.store(v_parameters + at, parameters, mask=g == G + 1)
+        tl.store(k_parameters + place, parameters, mask=g == G)
+        tl.store(v_parameters + place, parameters, mask=g == G + 1)
+        is_key = (g == G) & (h < HALF)
+        is_value = (g == G + 1) & (h < HALF)
         if KIND == "int4":
-            at = place * HALF + h + tl.zeros_like(g)
-            tl.store(k_pool + at, low | (high << 4), mask=mine & (g == G))
-            tl.store(v_pool + at, low | (high << 4), mask=mine & (g == G + 1))
+            tl.store(k_pool + place * HALF + h, low | (high << 4), mask=is_key)
+            tl.store(v_pool + place * HALF + h, low | (high << 4), mask=is_value)
         else:
-            at = place * H + h + tl.zeros_like(g)
-            tl.store(k_pool + at, low, mask=mine & (g == G))
-            tl.store(k_pool + at + HALF, high, mask=mine & (g == G))
-            tl.store(v_pool + at, low, mask=mine & (g == G + 1))
-            tl.store(v_pool + at + HALF, high, mask=mine & (g == G + 1))
+            tl.store(k_pool + place * H + h, low, mask=is_key)
+            tl.store(k_pool + place * H + h + HALF, high, mask=is_key)
+            tl.store(v_pool + place * H + h, low, mask=is_value)
+            tl.store(v_pool + place * H + h + HALF, high, mask=is_value)
 
 
 def rope_kv_write(k_pool, v_pool, qkv, cos, sin, layer: int, slot, *, q_norm=None, k_norm=None, eps: float = 0.0):
@@ -208,14 +208,17 @@ def rope_kv_write(k_pool, v_pool, qkv, cos, sin, layer: int, slot, *, q_norm=Non
             GP=power_of_two(heads), HP=power_of_two(H // 2), **known,
         )  # fmt: skip
     kind, block = k_pool.kind, spread_block(H // 2) if spreads(k_pool) else 0
-    tokens = min(16, cdiv(T, 512)) if block else 1  # that share a Hadamard matrix
+    group = power_of_two(heads)
+    rows = max(16, group)  # of a product at least, where there is one
+    each = rows // group
+    tokens = each * cdiv(min(16, cdiv(T, 512)) if block else 1, each)  # that share a Hadamard matrix
     least = 16 if block else 1  # of a product's sides
     padded = max(least, power_of_two(H // 2))
     signs = jnp.asarray(spread_signs(H // 2, padded), qkv.dtype) if block else cos
     q, *arrays = triton_call(
         _rope_write_codes, *kernel_arguments(k_pool), *kernel_arguments(v_pool), qkv, cos, sin, slot, *norms, signs,
         jnp.full(1, layer * N, jnp.int32), T, out=[queries], in_place=(0, 1, 2, 3), grid=(cdiv(T, tokens), K),
-        warps=size["warps"], stages=1, GP=max(least, power_of_two(heads)), HP=padded, S=S,
-        KIND=kind, TOP=top_code(kind), TOKENS=tokens, SPREAD=block, **known,
+        warps=size["warps"], stages=1, GP=group, HP=padded, S=S, KIND=kind,
+        TOP=top_code(kind), TOKENS=tokens, ROWS=rows, SPREAD=block, **known,
     )  # fmt: skip
     return q, QuantizedPool(*arrays[:2], kind), QuantizedPool(*arrays[2:], kind)
