@@ -3,7 +3,6 @@
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -30,6 +29,7 @@ from jaxserve.models.config import ModelConfig, from_hf
 from jaxserve.models.decoder import Params
 
 UNPACKED_SHARE = 0.5  # of the free memory, that values of quantized weights may take on the CPU
+AHEAD, PIECE = (".safetensors", ".gguf"), 64 << 20  # files that are read ahead, in pieces of so many bytes
 FORMATS = {None: ("hf", "llama"), "smooth_quant": ("hf", "smooth_quant")}  # what may be asked for, by what is there
 
 
@@ -156,39 +156,44 @@ def load(model, config, report=_quiet, progress=_quiet, guide=None, scores_only=
 
 
 def _compile_and_read(runner, held, report, progress):
-    """Compiles the programs and loads the weights at once; whichever fails ends both.
+    """Compiles the programs, then loads the weights, whose files are read ahead meanwhile.
 
-    One is the processor's work, the other that of the disk and of copies, which hardly disturb what XLA times.
+    Not both at once: XLA times kernels on arrays as large as the KV cache, and weights that come to lie between these
+    would leave no room in one piece for the cache itself.
     """
-    began, over, found, alone = time.perf_counter(), threading.Event(), 0, False
+    began, over, found = time.perf_counter(), threading.Event(), 0
     folder = hub.cache_dir() / "programs"
-
-    def read():
-        def loaded(done, total):
-            if over.is_set():
-                raise RuntimeError("compiling failed")
-            alone and progress("loading", done, total)  # one bar at a time
-
-        params = jax.block_until_ready(held.read(loaded, folder))
-        return params, time.perf_counter() - began
 
     def compiled(done, total, loaded):
         nonlocal found
         found = loaded
         progress("compiling", done, total)
-        if reading.done():
-            reading.result()
 
-    with ThreadPoolExecutor(1) as thread:
-        reading = thread.submit(read)
+    ahead = threading.Thread(target=_read_ahead, args=(held.source.path, over), name="jaxserve-read-ahead", daemon=True)
+    ahead.start()
+    try:
+        runner.compile(folder, compiled)
+    finally:
+        over.set()
+    compiling = time.perf_counter() - began
+    report(f"{len(runner.programs)} programs ready in {compiling:.1f} s ({found} from the cache)")
+    loaded = partial(progress, "loading")
+    runner.params = jax.block_until_ready(held.read(loaded, folder))
+    report(f"weights loaded in {time.perf_counter() - began - compiling:.1f} s")
+
+
+def _read_ahead(path, over):
+    """Asks the system for a checkpoint's large files, so that they are in memory when they are needed."""
+    files = [path] if path.is_file() else [file for file in path.glob("*") if file.suffix in AHEAD]
+    for file in sorted(files):
         try:
-            runner.compile(folder, compiled)
-            took, alone = time.perf_counter() - began, True
-            report(f"{len(runner.programs)} programs ready in {took:.1f} s ({found} from the cache)")
-            runner.params, took = reading.result()
-        finally:
-            over.set()
-    report(f"weights loaded in {took:.1f} s, at the same time")
+            with open(file, "rb", buffering=0) as opened:
+                for offset in range(0, file.stat().st_size, PIECE):
+                    if over.is_set():
+                        return
+                    os.posix_fadvise(opened.fileno(), offset, PIECE, os.POSIX_FADV_WILLNEED)
+        except (OSError, AttributeError):  # whoever reads it then says what is wrong; macOS has no such call
+            return
 
 
 def convert(model, folder, config, report=_quiet, progress=_quiet):
