@@ -21,7 +21,7 @@ QUANTIZED_POOL = P(None, None, "tp")  # [L, N, K, ...]: the arrays of a pk.Quant
 HEADS = P(None, "tp")  # [T, K, ...]
 # Tokens up to which `fused_matmul` is quicker than XLA's product and what it makes of the rest (an H200).
 FEW, FEW_GATED = 4, 16
-FEW_INT4 = 0  # the same of `int4_fused`: not measured yet
+FEW_INT4 = 8  # the same of `int4_fused`
 # Bytes of what follows a product that it asks for: what memory can bring before the next one begins, and where
 # attention comes between.
 GAP, PAUSE = 6 << 20, 24 << 20
@@ -189,7 +189,7 @@ def int4_fused(x, packed, scale, zero, *, group, axes, **around):
     """As `fused_matmul`, of an int4 matrix; arguments as those of `int4_matmul`, and bias [*out] where nothing else is
     added to the result."""
 
-    def multiply(x, packed, scale, zero, *, gated, **more):
+    def multiply(x, packed, scale, zero, *, gated, following, **more):  # to ask for what follows took longer
         flat = (a.reshape(a.shape[0], -1) for a in (scale, zero))
         y = pk.int4_few(x, packed.reshape(-1, *packed.shape[-2:]), *flat, group=group, gated=gated, **more)
         return y if gated else y.reshape(x.shape[0], *scale.shape[1:])
@@ -222,8 +222,6 @@ def _first(arrays, tokens, size):
     out = []
     for array in arrays:
         parts = pk.skinny_parts(array.shape, tokens) if jnp.issubdtype(array.dtype, jnp.floating) else 1
-        if array.dtype == jnp.int32:  # eight of 4 bits
-            parts = pk.few_parts(array.shape, tokens)
         out.append(pk.First(array, min(size, array.nbytes), parts))
         size -= out[-1].size
     return tuple(first for first in out if first.size)

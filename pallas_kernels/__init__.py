@@ -11,7 +11,7 @@ from pallas_kernels.eight_bit_matmul import (
     grouped_eight_bit_reference,
 )
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference
-from pallas_kernels.int4_few import few_parts, int4_few
+from pallas_kernels.int4_few import int4_few
 from pallas_kernels.int4_matmul import (
     PIECE as INT4_PIECE,
 )
@@ -46,7 +46,6 @@ __all__ = [
     "available",
     "eight_bit_matmul",
     "eight_bit_matmul_reference",
-    "few_parts",
     "grouped_eight_bit",
     "grouped_eight_bit_reference",
     "grouped_matmul",

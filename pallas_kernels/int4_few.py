@@ -11,14 +11,12 @@ where they are used first.  D inputs, F outputs, T tokens; a tile has 16 outputs
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import expert_tile
 from pallas_kernels.int4_mma import ROWS, UNIT
-from pallas_kernels.prefetch import ASK_KINDS, ask, asked
 from pallas_kernels.triton_call import cdiv, cores, jit, power_of_two, tl, triton_call
 
 CHUNK = 2 * UNIT
@@ -313,13 +311,13 @@ def _place(j: tl.constexpr, thread, block, first, last, F: tl.constexpr, VALUES:
 
 
 @jit
-def _few(x_ptr, tiles_ptr, scale_ptr, zero_ptr, norm_ptr, residual_ptr, sizes_ptr, next_ptr, later_ptr, T, out_ptr,
+def _few(x_ptr, tiles_ptr, scale_ptr, zero_ptr, norm_ptr, residual_ptr, sizes_ptr, T, out_ptr,
          D: tl.constexpr, F: tl.constexpr, eps: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
          GROUP: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, WARPS: tl.constexpr,
          TILES: tl.constexpr, STAGES: tl.constexpr, TURNS: tl.constexpr, BLOCKS: tl.constexpr, ROUNDS: tl.constexpr,
          SCALE_BF16: tl.constexpr, DECLARE: tl.constexpr, NOTHING: tl.constexpr, TOGETHER: tl.constexpr,
          BRING: tl.constexpr, TAKE: tl.constexpr, LOADX: tl.constexpr, PREPARE: tl.constexpr, PRODUCTS: tl.constexpr,
-         ADD: tl.constexpr, NEXT: tl.constexpr, LATER: tl.constexpr, ASK_KINDS: tl.constexpr):  # fmt: skip
+         ADD: tl.constexpr):  # fmt: skip
     """TILES tiles (GATED: half of them of the second matrix) and BLOCKS times 4 tokens; warps share the chunks out.
 
     Grid: tiles / TILES, blocks of tokens.  With EXPERTS, each has F outputs, and the tokens that sizes_ptr says.
@@ -363,8 +361,6 @@ def _few(x_ptr, tiles_ptr, scale_ptr, zero_ptr, norm_ptr, residual_ptr, sizes_pt
     # ptxas would wait for the tokens first.
     tl.inline_asm_elementwise(TOGETHER, "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1)
     given = _tokens(x, norm, chunk, token, last, lane, D, NORM, ROUNDS, BLOCKS, LOADX)
-    ask(next_ptr, NEXT, ASK_KINDS, 32 * WARPS)
-    ask(later_ptr, LATER, ASK_KINDS, 32 * WARPS)
     HALF: tl.constexpr = VALUES // 2 if GATED else VALUES
     EACH: tl.constexpr = (HALF + WARPS - 1) // WARPS
     kept = ()
@@ -431,32 +427,24 @@ def _few(x_ptr, tiles_ptr, scale_ptr, zero_ptr, norm_ptr, residual_ptr, sizes_pt
 def shares(T, D, tiles, programs):
     """How the work is cut: warps of a program, its tiles (of all matrices), stages; `programs` cores, `tiles` in all.
 
-    All programs are there at once; a core has 32 to 80 KB on the way, where 4.3 TB/s at 800 ns need 26.
+    By what an H200 has taken.  A core has 32 to 64 KB on the way, where 4.3 TB/s at 800 ns need 26.
     """
     chunks, whole = cdiv(D, CHUNK), cdiv(tiles, programs)
     if chunks < 16:
         warps = power_of_two(chunks + 1) // 2
         return warps, cdiv(tiles, programs * 16 // warps), 4
-    half = cdiv(tiles, 2 * programs)
-    if T <= 4 and tiles > programs and half <= 4 and cdiv(cdiv(tiles, half), programs) * half <= whole:
-        return 8, half, 4  # two programs a core, where registers allow it, and they have as much to do as one
+    if whole > (4 if T <= 4 else 8):  # registers for all sums of a larger program would leave room for one a core
+        return 8, min(4, cdiv(tiles, 2 * programs)), 4
     return 16, whole, 2
 
 
-def few_parts(shape, tokens):
-    """Of tiles of this shape: into how many equal parts programs begin, each in its own, for so many tokens."""
-    tiles = math.prod(shape[:-2])
-    each = max(1, shares(tokens, shape[-2] * UNIT, tiles, cores())[1] // 2)  # of a gated product, of each half
-    return tiles // each if tiles % each == 0 else tiles
-
-
 @functools.partial(jax.jit, static_argnames=("group", "eps", "gated", "dtype", "warps", "tiles_each", "stages"))
-def int4_few(x, tiles, scale, zero, sizes=None, *, group, norm=None, eps=0.0, residual=None, gated=False, following=(),
-             dtype=None, warps=None, tiles_each=None, stages=None):  # fmt: skip
+def int4_few(x, tiles, scale, zero, sizes=None, *, group, norm=None, eps=0.0, residual=None, gated=False, dtype=None,
+              warps=None, tiles_each=None, stages=None):  # fmt: skip
     """x [T, D] times the matrix of `tiles` (of `int4_tiles`, two-dimensional out), to [T, F]; best for few tokens.
 
-    norm [D] (with eps), residual [T, F] (or [F], for all tokens), gated (the matrix is [D, 2 * F]) and following as
-    `skinny_matmul` has them.
+    norm [D] (with eps), residual [T, F] (or [F], for all tokens), gated (the matrix is [D, 2 * F]) as `skinny_matmul`
+    has them.
     sizes int32[E]: tokens of expert 0 stand before those of expert 1, ...: how many each has; then the matrix is E of
     them, side by side, and the result [T, F / E].  warps: of a program; tiles_each: of a program; stages: chunks that a
     warp has asked for; by `shares` unless said.
@@ -468,10 +456,11 @@ def int4_few(x, tiles, scale, zero, sizes=None, *, group, norm=None, eps=0.0, re
     # Some experts have more tokens than others, and who has no room for them is read again.
     at_once = min(MOST, 4 * power_of_two(cdiv(cdiv(T, experts), 4) if experts == 1 else cdiv(T, 2 * experts)))
     blocks, rounds = at_once // 4, 2 if T > 2 else 1
-    chosen = shares(T, D, count * (1 + gated), cores())
+    token_blocks = cdiv(T, at_once) if sizes is None else min(T, cdiv(T, at_once) + experts)
+    chosen = shares(T, D, count * (1 + gated) * token_blocks, cores())
     warps, stages = max(blocks, warps or chosen[0]), stages or chosen[2]
     turns = cdiv(cdiv(D, CHUNK), warps)
-    of = tiles_each or chosen[1]
+    of = min(tiles_each or chosen[1], count * (1 + gated))
     each, parts = cdiv(of, 1 + gated) * (1 + gated), 1
     most = 32 if turns == 1 or blocks == 1 else 24  # sums of a lane that registers are there for
     while each > 1 + gated and 2 * blocks * each > most:
@@ -486,17 +475,15 @@ def int4_few(x, tiles, scale, zero, sizes=None, *, group, norm=None, eps=0.0, re
     size = max(ring, more + step * min(sums * (1 + pairs), (SHARED - more) // step))
     if size > SHARED:
         raise ValueError(f"{size} bytes of shared memory, {SHARED} are there: {warps} warps, {stages} stages")
-    token_blocks = cdiv(T, at_once) if sizes is None else min(T, cdiv(T, at_once) + experts)
     grid = cdiv(count, each // (1 + pairs)), token_blocks
-    arrays, (next_, later) = asked(following, x, grid[0] * grid[1], 32 * warps)
     (out,) = triton_call(
         _few, x, tiles, scale, zero, x if norm is None else norm, x if residual is None else residual,
-        x if sizes is None else sizes, *arrays, T, out=[jax.ShapeDtypeStruct((T, F), dtype or x.dtype)], grid=grid,
+        x if sizes is None else sizes, T, out=[jax.ShapeDtypeStruct((T, F), dtype or x.dtype)], grid=grid,
         warps=warps, stages=1, D=D, F=F, eps=float(eps), EXPERTS=experts, PADDED=power_of_two(experts), GROUP=group,
         GATED=pairs, NORM=int(normed), RESIDUAL=0 if residual is None else residual.ndim, WARPS=warps, TILES=each,
         STAGES=stages, TURNS=turns, BLOCKS=blocks, ROUNDS=rounds, SCALE_BF16=int(scale.dtype == jnp.bfloat16),
         DECLARE=f"{{ .shared .align 16 .b8 buffer[{size}];\nmov.b32 $0, buffer;\n}}", NOTHING=NOTHING,
-        TOGETHER=TOGETHER, NEXT=next_, LATER=later, ASK_KINDS=ASK_KINDS, BRING=bring(), TAKE=take(subs, stages),
+        TOGETHER=TOGETHER, BRING=bring(), TAKE=take(subs, stages),
         LOADX=(LOAD_X, LOAD_X_KINDS), PREPARE=prepare(kind, rounds, subs, int(normed)), PRODUCTS=products(blocks, subs),
         ADD=add_up(warps, values, sums, pairs, (rounds, blocks) if normed else (0, 0)),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 An element of the matrix is (q - zero) * scale, with q of 0 to 15; scale and zero belong to `group` consecutive inputs
 of one output.  D inputs, F outputs, T tokens.
 
-Three ways, by the number of tokens: mma from registers (int4_mma.py), wgmma (hopper_int4.py), and a matmul of XLA's on
+Three ways, by the number of tokens: mma of integers (int4_few.py), wgmma (hopper_int4.py), and a matmul of XLA's on
 the values, written out first.  All read the same tiles.
 """
 
@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference
-from pallas_kernels.int4_mma import int4_by_values, int4_skinny, int4_values
+from pallas_kernels.int4_few import int4_few
+from pallas_kernels.int4_mma import int4_by_values, int4_values
 from pallas_kernels.mosaic import lowers
 from pallas_kernels.triton_call import device
 
@@ -76,7 +77,7 @@ def int4_matmul(x, tiles, scale, zero, *, group, dtype=None):
     )
     skinny = SKINNY if hopper else SKINNY_ELSEWHERE
     if skinny >= T:
-        return int4_skinny(x, tiles, scale, zero, **arguments)
+        return int4_few(x, tiles, scale, zero, **arguments)
     if hopper and T <= WGMMA:
         from pallas_kernels.hopper_int4 import int4_wgmma  # imports Mosaic, which takes half a second
 
@@ -99,7 +100,7 @@ def int4_grouped(x, tiles, scale, zero, sizes, *, group):
     (M, D), (_, E, F) = x.shape, scale.shape
     flat = [tiles.reshape(-1, *tiles.shape[2:]), *(a.reshape(a.shape[0], -1) for a in (scale, zero))]
     if M <= EXPERTS_SKINNY * E:
-        return int4_skinny(x, *flat, sizes, group=group)
+        return int4_few(x, *flat, sizes, group=group)
     at_once = max(1, PIECE // (F * D * x.dtype.itemsize))
     out = None if at_once >= E else jnp.zeros((M, F), x.dtype)
     for first in range(0, E, at_once):

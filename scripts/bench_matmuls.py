@@ -71,11 +71,12 @@ def ways(kind, T, D):
     if kind != "int4":
         return {kind: functools.partial(pk.eight_bit_matmul, **eight(kind, D))}
     from pallas_kernels.hopper_int4 import int4_wgmma
-    from pallas_kernels.int4_mma import int4_by_values, int4_skinny
+    from pallas_kernels.int4_few import int4_few
+    from pallas_kernels.int4_mma import int4_by_values
 
     out = {"int4": functools.partial(pk.int4_matmul, group=GROUP)}
     if T <= 32:
-        out["int4 by registers"] = functools.partial(int4_skinny, group=GROUP)
+        out["int4 by integers"] = functools.partial(int4_few, group=GROUP)
     if T > 8:
         out["int4 by wgmma"] = functools.partial(int4_wgmma, group=GROUP)
     if T >= 128:

@@ -75,9 +75,10 @@ def launch(group):
 
     def int4(dtype):
         from pallas_kernels.hopper_int4 import int4_wgmma
-        from pallas_kernels.int4_mma import int4_by_values, int4_skinny
+        from pallas_kernels.int4_few import int4_few
+        from pallas_kernels.int4_mma import int4_by_values
 
-        ways = [(1, int4_skinny), (33, int4_skinny), (100, int4_by_values)]
+        ways = [(1, int4_few), (33, int4_few), (100, int4_by_values)]
         ways += [(9, int4_wgmma), (300, int4_wgmma)] if pk.triton_call.device()[1] == 90 else []
         scale, zero = jnp.ones((3, 384), jnp.float16), jnp.ones((3, 384), jnp.uint8)
         tiles = jnp.ones((384 // 16, 3, 128), jnp.int32)

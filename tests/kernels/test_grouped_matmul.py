@@ -23,7 +23,7 @@ from pallas_kernels import (
     triton_call,
 )
 from pallas_kernels.eight_bit_matmul import quantize
-from pallas_kernels.int4_mma import int4_skinny
+from pallas_kernels.int4_few import int4_few
 from tests.kernels.emulated import on_the_host
 
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -229,7 +229,7 @@ def test_gpu_experts_of_four_bits(D, F, group, dtype, sizes, monkeypatch):
     want = np.asarray(int4_grouped_reference(x, packed, scale, zero, sizes, group=group), np.float64)
     close(int4_grouped(x, tiles, scale, zero, sizes, group=group), want, 1e-2)
     flat = [tiles.reshape(-1, *tiles.shape[2:]), *(a.reshape(len(a), -1) for a in (scale, zero))]
-    close(int4_skinny(x, *flat, sizes, group=group), want, 1e-2)
+    close(int4_few(x, *flat, sizes, group=group), want, 1e-2)
     for name, value in (("EXPERTS_SKINNY", 0), ("PIECE", 2 * D * F * 2)):  # through values, two experts at once
         monkeypatch.setitem(int4_matmul.__globals__, name, value)
     close(int4_grouped(x, tiles, scale, zero, sizes, group=group), want, 1e-2)

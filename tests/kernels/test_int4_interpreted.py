@@ -5,29 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import (
-    int4_dequantize,
-    int4_grouped_reference,
-    int4_matmul_reference,
-    int4_pack,
-    int4_tiles,
-)
-from pallas_kernels.int4_mma import int4_skinny, int4_values
+from pallas_kernels import int4_dequantize, int4_pack, int4_tiles
+from pallas_kernels.int4_mma import int4_values
 from tests.kernels import asm
-from tests.kernels.emulated import Launcher, close
+from tests.kernels.emulated import Launcher
 from tests.kernels.test_int4_matmul import Matrix
 from tests.kernels.test_interpreted import interpreter  # noqa: F401  the whole module is skipped with it
 
-skinny, values = int4_skinny.__wrapped__, int4_values.__wrapped__  # not under jit, for the interpreter
-tiles, pack, dequantize, matmul, grouped = (
+values = int4_values.__wrapped__  # not under jit, for the interpreter
+tiles, pack, dequantize = (
     jax.jit(function, static_argnames=names)
-    for function, names in (
-        (int4_tiles, ()),
-        (int4_pack, "group"),
-        (int4_dequantize, ("group", "dtype")),
-        (int4_matmul_reference, ("group", "dtype")),
-        (int4_grouped_reference, "group"),
-    )
+    for function, names in ((int4_tiles, ()), (int4_pack, "group"), (int4_dequantize, ("group", "dtype")))
 )
 
 
@@ -49,43 +37,7 @@ def assembly(interpreter, monkeypatch):  # noqa: F811
 
     for name in ("create_masked_load", "create_masked_store"):
         monkeypatch.setattr(InterpreterBuilder, name, checked(getattr(InterpreterBuilder, name)))
-    monkeypatch.setitem(skinny.__globals__, "triton_call", launcher)
-
-
-SKINNY = [  # T, D, F, group, how the units are shared out
-    (1, 64, 32, 32, {}),
-    (7, 192, 32, 64, {}),
-    (9, 576, 16, 64, {}),  # 9 units, 8 warps
-    (16, 512, 16, 128, {}),
-    (8, 320, 16, 32, {"warps": 2}),
-    (20, 768, 16, 32, {"warps": 2, "ahead": 4}),  # 3 turns' worth for 2 warps; tokens are no whole blocks
-    (33, 256, 16, 128, {"warps": 1, "ahead": 2}),
-    (3, 192, 16, 64, {"early": 1}),  # loads are held together
-    (9, 576, 16, 64, {"early": 2, "warps": 2, "ahead": 1}),
-    (20, 768, 16, 32, {"early": 2, "warps": 2, "ahead": 4}),
-    (16, 512, 32, 128, {"early": 1, "warps": 2, "ahead": 4}),
-]
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("T, D, F, group, how", SKINNY)
-def test_skinny(T, D, F, group, how, dtype):
-    m = Matrix(D, F, group)
-    x, q, zero = m.tokens(T, dtype), jnp.asarray(m.q), jnp.asarray(m.zero)
-    found = skinny(x, tiles(q), m.scale, zero, group=group, dtype=jnp.float32, **how)
-    close(found, np.asarray(x, np.float64) @ m.values, 1e-6)  # weights are not rounded
-    want = matmul(x, pack(q, group=group), m.scale, zero, group=group, dtype=jnp.float32)
-    close(found, want, 1e-2)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_types(dtype):
-    """Scales and results of the activations' type."""
-    m = Matrix(128, 16, 64, dtype)
-    x, q, zero = m.tokens(3, dtype), jnp.asarray(m.q), jnp.asarray(m.zero)
-    found = skinny(x, tiles(q), m.scale, zero, group=64)
-    assert found.dtype == dtype
-    close(found, np.asarray(x, np.float64) @ m.values, 1e-2)  # the interpreter cuts bfloat16 off
+    monkeypatch.setitem(values.__globals__, "triton_call", launcher)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -99,28 +51,6 @@ def test_values(D, F, group, dtype):
     if F > 32:
         part = values(tiles(q), m.scale, zero, group=group, dtype=dtype, first=16, outputs=32)
         np.testing.assert_array_equal(part.T, want[:, 16:])
-
-
-EXPERTS = [((0, 11, 1, 0, 20), 64, 32), ((2, 0, 0, 1), 192, 64), ((40, 3), 128, 128)]
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("sizes, D, group", EXPERTS)
-def test_experts(sizes, D, group, dtype):
-    E, F = len(sizes), 32
-    m = Matrix(D, E * F, group)
-    x, q, sizes = m.tokens(sum(sizes), dtype), jnp.asarray(m.q.reshape(D, E, F)), jnp.asarray(sizes, jnp.int32)
-    zero = jnp.asarray(m.zero)
-    words = tiles(q).reshape(E * F // 16, D // 64, 128)
-    found, early = (
-        skinny(x, words, m.scale, zero, sizes, group=group, dtype=jnp.float32, early=early) for early in (0, 2)
-    )
-    close(early, found, 1e-6)
-    expert = np.repeat(np.arange(E), sizes)
-    matrices = m.values.reshape(D, E, F).swapaxes(0, 1)
-    close(found, np.einsum("td,tdf->tf", np.asarray(x, np.float64), matrices[expert]), 1e-6)
-    scale, zero = (a.reshape(-1, E, F) for a in (m.scale, zero))
-    close(found, grouped(x, pack(q, group=group), scale, zero, sizes, group=group), 1e-2)
 
 
 @pytest.mark.parametrize("group", [32, 64])

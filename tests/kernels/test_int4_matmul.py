@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import int4_dequantize, int4_matmul_reference, int4_mma, int4_pack, int4_tiles
-from pallas_kernels.int4_mma import int4_by_values, int4_skinny, int4_untile, int4_values
+from pallas_kernels import int4_dequantize, int4_few, int4_matmul_reference, int4_pack, int4_tiles
+from pallas_kernels.int4_mma import int4_by_values, int4_untile, int4_values
 
 
 class Matrix:
@@ -102,14 +102,6 @@ def test_a_core_has_one_block_after_the_other(hopper_int4):
     assert how(64, 28672, 9216) == (64, 7)  # 72 blocks: four rounds of a seventh, not one of all
 
 
-@pytest.mark.parametrize("units", [1, 2, 9, 16, 32, 43, 64, 128, 224])
-def test_planned_shares_of_units(units):
-    """No warp without a unit, as it has been; the same loads ahead."""
-    warps, ahead, early = int4_mma.planned(units)
-    assert early and ahead == int4_mma.plain(units)[1]
-    assert (warps // 2 or 1) * ahead <= units or warps == 1
-
-
 GPU = [(576, 960, 64), (2048, 2048, 128), (512, 256, 32), (64, 128, 64), (192, 128, 32), (4096, 256, 128)]
 ALL = (1, 9, 64, 300)  # tokens, for each of them
 # Every shape for a few numbers of tokens, every number for one, float16 for two: compiling takes all the time.
@@ -151,7 +143,7 @@ def test_values(D, F, group, dtype):
 @pytest.mark.parametrize("D, F, group, T, dtype", CASES)
 def test_kernels(D, F, group, T, dtype):
     """Each way that takes so many tokens, as it chooses itself."""
-    ways = [int4_skinny] if T <= 64 else [functools.partial(int4_by_values, at_once=D * max(256, F))]
+    ways = [int4_few] if T <= 64 else [functools.partial(int4_by_values, at_once=D * max(256, F))]
     if F % 128 == 0 and T > 1 and hopper():
         from pallas_kernels.hopper_int4 import int4_wgmma
 
@@ -166,15 +158,6 @@ def hopper():
     from pallas_kernels.triton_call import device
 
     return device()[1] == 90
-
-
-EARLY = [(576, 960, 64, 9, 4, 1), (2048, 2048, 128, 1, 8, 2), (512, 256, 32, 16, 2, 2)]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("D, F, group, T, warps, early", EARLY)
-def test_early(D, F, group, T, warps, early):
-    check(functools.partial(int4_skinny, warps=warps, early=early), D, F, group, T, jnp.bfloat16)
 
 
 HOW = [  # D, F, group, T, dtype, what is other than what is chosen
