@@ -26,8 +26,8 @@ PROJECT = Path(__file__).parents[1]
 TOOLS = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
 DTYPES = ("bfloat16", "float16", "float32")
 GROUPS = ("control", "triton", "codes", "hopper", "int4")
-OURS = ("_attend", "attend_", "_cut", "_tiles", "_order", "_write", "_rope_write", "_skinny", "_few", "_grouped", "mosaic",
-        "prefill")  # fmt: skip
+OURS = ("_attend", "attend_", "_cut", "_tiles", "_order", "_write", "_rope_write", "_skinny", "_few", "_grouped",
+        "mosaic", "prefill")  # fmt: skip
 LIMIT = 110  # seconds of a group
 LENGTHS, NEW = [5, 700, 0, 128, 1, 300, 65], [5, 200, 0, 1, 1, 1, 65]
 
