@@ -84,5 +84,6 @@ class PagedKV:
         qkv [T, K, G+2, H], not yet turned by cos and sin [T, H/2]; norms: weights [H] of queries and of keys,
         or None and None.  Returns [T, K, G, H] and the new cache.
         """
-        out, *pools = ops.attend(self.k, self.v, qkv, cos, sin, layer, spans, *norms, eps, window)
-        return out, PagedKV(*pools)
+        slot = spans.slot(self.k.shape[2])
+        q, k_pool, v_pool = ops.rope_kv_write(self.k, self.v, qkv, cos, sin, layer, slot, *norms, eps)
+        return ops.paged_attention(q, k_pool, v_pool, layer, spans, window), PagedKV(k_pool, v_pool)

@@ -29,19 +29,16 @@ from pallas_kernels.kv_write import kv_write, kv_write_reference
 from pallas_kernels.mosaic import prepare
 from pallas_kernels.paged_decode import paged_decode, paged_decode_reference
 from pallas_kernels.paged_prefill import paged_prefill, paged_prefill_reference
-from pallas_kernels.prefetch import First
-from pallas_kernels.rope_decode import rope_decode, rope_decode_reference
 from pallas_kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
 from pallas_kernels.skinny_matmul import COLUMNS as SKINNY_OUTPUTS
 from pallas_kernels.skinny_matmul import UNIT as SKINNY_INPUTS
-from pallas_kernels.skinny_matmul import skinny_matmul, skinny_matmul_reference, skinny_parts
+from pallas_kernels.skinny_matmul import skinny_matmul, skinny_matmul_reference
 from pallas_kernels.triton_call import available
 
 __all__ = [
     "INT4_PIECE",
     "SKINNY_INPUTS",
     "SKINNY_OUTPUTS",
-    "First",
     "QuantizedPool",
     "available",
     "eight_bit_matmul",
@@ -66,11 +63,8 @@ __all__ = [
     "paged_prefill_reference",
     "pool_shapes",
     "prepare",
-    "rope_decode",
-    "rope_decode_reference",
     "rope_kv_write",
     "rope_kv_write_reference",
     "skinny_matmul",
     "skinny_matmul_reference",
-    "skinny_parts",
 ]

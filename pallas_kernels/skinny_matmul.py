@@ -9,12 +9,10 @@ D inputs, F outputs, T tokens; a unit has 32 inputs and 64 outputs.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.prefetch import ASK_KINDS, ask, asked
 from pallas_kernels.triton_call import cdiv, cores, jit, power_of_two, tl, triton_call
 
 UNIT, COLUMNS = 32, 64
@@ -43,17 +41,11 @@ def skinny_matmul_reference(x, weight, *, norm=None, eps=0.0, residual=None, gat
 # ---- Instructions, as functions of the sizes and the type.
 
 
-def load_unit(stride, masked, hint="", once=False):
-    """Loads 8 inputs' 128 bits, `stride` bytes apart: 32 results, the address, and whether to (0 where not).
-
-    once: they are the first to leave the L2 cache.
-    """
-    load = f"ld.global.nc.L1::no_allocate{'.L2::cache_hint' * once}{hint}.v4.b32"
+def load_unit(stride, masked):
+    """Loads 8 inputs' 128 bits, `stride` bytes apart: 32 results, the address, and whether to (0 where not)."""
+    load = f"{'@p ' * masked}ld.global.nc.L1::no_allocate.v4.b32"
     lines = [f"mov.b32 ${i}, 0;" for i in range(32 if masked else 0)]
-    if once:
-        lines = [".reg .b64 policy;", "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;", *lines]
-    lines += [f"{'@p ' * masked}{load} {{${4 * j}, ${4 * j + 1}, ${4 * j + 2}, ${4 * j + 3}}}, [$32 + {j * stride}]"
-              f"{', policy' * once};" for j in range(8)]  # fmt: skip
+    lines += [f"{load} {{${4 * j}, ${4 * j + 1}, ${4 * j + 2}, ${4 * j + 3}}}, [$32 + {j * stride}];" for j in range(8)]
     text = "{ .reg .pred p;\nsetp.ne.b32 p, $33, 0;\n" + "\n".join(lines) + "\n}"
     return text, ",".join(["=&r"] * 32 + ["l", "r"])
 
@@ -246,14 +238,14 @@ def _turn(now, given, acc, squares, lane, T, NORM: tl.constexpr, GATED: tl.const
 
 
 @jit
-def _skinny(x_ptr, weight_ptr, norm_ptr, residual_ptr, counter_ptr, next_ptr, later_ptr, T, out_ptr, sums_ptr,
-            squares_ptr, D: tl.constexpr, F: tl.constexpr, eps: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
+def _skinny(x_ptr, weight_ptr, norm_ptr, residual_ptr, counter_ptr, T, out_ptr, sums_ptr, squares_ptr,
+            D: tl.constexpr, F: tl.constexpr, eps: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
             RESIDUAL: tl.constexpr, BF16: tl.constexpr, SPLIT: tl.constexpr,
             WARPS: tl.constexpr, AHEAD: tl.constexpr, TOKENS: tl.constexpr, TURNS: tl.constexpr,
             LOAD: tl.constexpr, LOAD_KINDS: tl.constexpr, LOADX: tl.constexpr, LOADX_KINDS: tl.constexpr,
             PAIRS: tl.constexpr, PAIRS_KINDS: tl.constexpr, MMA: tl.constexpr, MMA_KINDS: tl.constexpr,
-            WEIGH: tl.constexpr, WEIGHED_KINDS: tl.constexpr, ADD: tl.constexpr, ADD_KINDS: tl.constexpr,
-            NEXT: tl.constexpr, LATER: tl.constexpr, EARLY: tl.constexpr, ASK_KINDS: tl.constexpr):  # fmt: skip
+            WEIGH: tl.constexpr, WEIGHED_KINDS: tl.constexpr, ADD: tl.constexpr,
+            ADD_KINDS: tl.constexpr):  # fmt: skip
     """64 outputs of TOKENS times 8 tokens, from a SPLIT-th of the inputs, whose units the warps share out.
 
     Grid: blocks of tokens, F / 64, SPLIT.
@@ -278,9 +270,6 @@ def _skinny(x_ptr, weight_ptr, norm_ptr, residual_ptr, counter_ptr, next_ptr, la
     squares = (zero,) * TOKENS
     words, tokens = _fetch(x, weight, norm, unit, UNITS, first + row, T, D, WIDTH, GATED, NORM, AHEAD, TOKENS, LOAD,
                            LOAD_KINDS, LOADX, LOADX_KINDS)  # fmt: skip
-    if EARLY:
-        ask(next_ptr, NEXT, ASK_KINDS, 32 * WARPS)
-        ask(later_ptr, LATER, ASK_KINDS, 32 * WARPS)
     for _ in tl.range(0, TURNS - 1, 1, num_stages=1):
         now, given = words, tokens
         unit += WARPS * AHEAD
@@ -288,9 +277,6 @@ def _skinny(x_ptr, weight_ptr, norm_ptr, residual_ptr, counter_ptr, next_ptr, la
                                LOAD, LOAD_KINDS, LOADX, LOADX_KINDS)  # fmt: skip
         acc, squares = _turn(now, given, acc, squares, lane, T, NORM, GATED, BF16, AHEAD, TOKENS, PAIRS, PAIRS_KINDS,
                              MMA, MMA_KINDS, WEIGH, WEIGHED_KINDS)  # fmt: skip
-    if not EARLY:  # all that this program reads is on its way
-        ask(next_ptr, NEXT, ASK_KINDS, 32 * WARPS)
-        ask(later_ptr, LATER, ASK_KINDS, 32 * WARPS)
     acc, squares = _turn(words, tokens, acc, squares, lane, T, NORM, GATED, BF16, AHEAD, TOKENS, PAIRS, PAIRS_KINDS,
                          MMA, MMA_KINDS, WEIGH, WEIGHED_KINDS)  # fmt: skip
     operands = (thread,)
@@ -387,34 +373,22 @@ def shares(T, D, F, gated, programs):
     return warps, 2 if each == 2 * warps and not gated else 1, split
 
 
-def skinny_parts(shape, T):
-    """Into how many parts `skinny_matmul` cuts the inputs of a weight [D, *out], or, gated, [D, 2, F]; it reads them
-    all at once."""
-    gated = len(shape) == 3
-    F = math.prod(shape[1:]) // (1 + gated)
-    return shares(T, shape[0], F, gated, cores())[2] if shape[0] % UNIT == F % COLUMNS == 0 else 1
-
-
 def tokens_at_once(T, gated):
     """Blocks of 8 tokens that a program takes: what registers are there for."""
     return min(2 if gated else 4, cdiv(T, 8))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("eps", "gated", "dtype", "warps", "ahead", "split", "hint", "once", "early")
-)
-def skinny_matmul(x, weight, *, norm=None, eps=0.0, residual=None, gated=False, following=(), dtype=None, warps=None,
-                  ahead=None, split=None, hint="", once=False, early=False):  # fmt: skip
+@functools.partial(jax.jit, static_argnames=("eps", "gated", "dtype", "warps", "ahead", "split"))
+def skinny_matmul(x, weight, *, norm=None, eps=0.0, residual=None, gated=False, dtype=None, warps=None, ahead=None,
+                  split=None):  # fmt: skip
     """x [T, D] times weight [D, F] as `skinny_matmul_reference` has it, for T of at most 32; bfloat16 or float16.
 
     D is a multiple of 32, F of 64.  Of two calls in a program one needs the other's result, as in a decoder: all count
     their parts in one array.  The norm's weight is multiplied with x before x is divided by its root mean
     square: in float16 neither x * norm nor its product may pass 65504.
     dtype: of the result, that of x unless said.
-    following: `prefetch.First` of what the next kernels read; early: it is asked for at the beginning.
     warps: of a program; ahead: units that each loads at a time; split: into how many parts the inputs are cut, each
-    a program; by `shares` unless said.  hint: what is said of loads to the L2, such as ".L2::256B"; once: whether also
-    that the weights need not stay there.
+    a program; by `shares` unless said.
     """
     T, D, F = *x.shape, weight.shape[-1]
     if weight.shape != ((D, 2, F) if gated else (D, F)) or D % UNIT or F % COLUMNS or not 0 < T <= MOST:
@@ -433,21 +407,20 @@ def skinny_matmul(x, weight, *, norm=None, eps=0.0, residual=None, gated=False, 
         raise ValueError(f"{D} inputs are {units} units: no {split} parts alike, or no {warps} warps")
     turns = cdiv(units // split, warps * ahead)
     masked = units % (split * warps * ahead) > 0
-    load, kinds = load_unit(2 * width, masked, hint, once)
+    load, kinds = load_unit(2 * width, masked)
     add, add_kinds = add_up(warps, tokens, int(gated), int(norm is not None))
     padded = blocks * tokens * 8
     parts = [(split, padded, width) if split > 1 else (1,)]
     parts.append((split, F // COLUMNS, padded) if split > 1 and norm is not None else (1,))  # of squares
     counters = jnp.zeros(max(COUNTERS, blocks * (F // COLUMNS)) if split > 1 else 1, jnp.int32)
-    arrays, (next_, later) = asked(following, x, blocks * (F // COLUMNS) * split, 32 * warps)
     out, *_ = triton_call(
-        _skinny, x, weight, x if norm is None else norm, x if residual is None else residual, counters, *arrays, T,
+        _skinny, x, weight, x if norm is None else norm, x if residual is None else residual, counters, T,
         out=[jax.ShapeDtypeStruct((T, F), dtype or x.dtype), *(jax.ShapeDtypeStruct(s, jnp.float32) for s in parts)],
         grid=(blocks, F // COLUMNS, split), warps=warps, stages=1, D=D, F=F, eps=float(eps), GATED=int(gated),
         NORM=int(norm is not None), RESIDUAL=int(residual is not None), BF16=int(kind == "bf16"), SPLIT=split,
         WARPS=warps, AHEAD=ahead, TOKENS=tokens, TURNS=turns, LOAD=load, LOAD_KINDS=kinds,
         LOADX=LOAD_X, LOADX_KINDS=LOAD_X_KINDS, PAIRS=PAIR, PAIRS_KINDS=PAIR_KINDS, MMA=multiply(kind),
         MMA_KINDS=MULTIPLY_KINDS, WEIGH=weigh(kind), WEIGHED_KINDS=WEIGH_KINDS, ADD=add,
-        ADD_KINDS=add_kinds, NEXT=next_, LATER=later, EARLY=early, ASK_KINDS=ASK_KINDS,
+        ADD_KINDS=add_kinds,
     )  # fmt: skip
     return out

@@ -20,18 +20,9 @@ class GQA:
     q_norm: jax.Array | None = None  # [H], of the families that normalise queries and keys
     k_norm: jax.Array | None = None  # [H]
 
-    @property
-    def first(self):
-        """The map that is multiplied with first."""
-        return self.qkv
-
-    def __call__(self, cfg, layer, window, norm, x, cos, sin, cache, spans, following):
-        """x [T, D] and attention of it, normalised, by rotations [T, H/2]; and the cache with the keys and values.
-
-        following: the map that is multiplied with after this layer's, see `layers.product`.
-        """
-        after = self.o, following
-        qkv = product(self.qkv, x, norm=norm, eps=cfg.eps, following=after, pause=True)  # [T, K, G+2, H]
+    def __call__(self, cfg, layer, window, norm, x, cos, sin, cache, spans):
+        """x [T, D] and attention of it, normalised, by rotations [T, H/2]; and the cache with the keys and values."""
+        qkv = product(self.qkv, x, norm=norm, eps=cfg.eps)  # [T, K, G+2, H]
         norms = self.q_norm, self.k_norm
         out, cache = cache.attend(layer, qkv, cos, sin, spans, norms, cfg.eps, window)
-        return product(self.o, out.reshape(x.shape[0], -1), residual=x, following=(following,)), cache
+        return product(self.o, out.reshape(x.shape[0], -1), residual=x), cache

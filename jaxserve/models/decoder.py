@@ -35,19 +35,14 @@ def forward(cfg, params, cache, token, spans):
     cos, sin = rope.rotation(cfg, spans)  # [T, H/2]
     # Layers are unrolled: a scan over stacked weights makes XLA copy every layer's weights.
     for index, layer in enumerate(params.layers):
-        # The last layer's product asks for the first layer's weights, in vain, and is the same program as the others.
-        following = params.layers[(index + 1) % len(params.layers)].mixer.first
-        x, cache = block(cfg, cfg.window_at(index), layer, index, x, cos, sin, cache, spans, following)
+        x, cache = block(cfg, cfg.window_at(index), layer, index, x, cos, sin, cache, spans)
     return rms_norm(x, params.norm, cfg.eps), cache
 
 
 @partial(jax.jit, static_argnames=("cfg", "window"))  # traced once for all layers alike; XLA puts it in their places
-def block(cfg, window, layer, index, x, cos, sin, cache, spans, following):
-    """One layer, the `index`-th: x [T, D] to the same shape, and the cache with its keys and values.
-
-    following: the map that the next layer begins with.
-    """
+def block(cfg, window, layer, index, x, cos, sin, cache, spans):
+    """One layer, the `index`-th: x [T, D] to the same shape, and the cache with its keys and values."""
     with jax.named_scope("mixer"):
-        x, cache = layer.mixer(cfg, index, window, layer.norm1, x, cos, sin, cache, spans, layer.ffn.first)
+        x, cache = layer.mixer(cfg, index, window, layer.norm1, x, cos, sin, cache, spans)
     with jax.named_scope("ffn"):
-        return layer.ffn(cfg, layer.norm2, x, following), cache
+        return layer.ffn(cfg, layer.norm2, x), cache

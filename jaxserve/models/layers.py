@@ -18,19 +18,14 @@ def rms_norm(x, weight, eps):
     )
 
 
-def product(weight, x, *, norm=None, eps=0.0, gated=False, residual=None, following=(), pause=False):
+def product(weight, x, *, norm=None, eps=0.0, gated=False, residual=None):
     """weight.dot(x), after `rms_norm` of x [T, D] by `norm` [D], gated: silu(first) * second of its [T, 2, F], and
     added to `residual`; in one kernel where the weight has one for such an x.
-
-    following: the maps, or None, that are multiplied with next, in this order: a kernel may ask memory for them early;
-    pause: whether something else comes before them.
     """
     # Kinds of weights without such kernels have no `fused`; it gives None where `dot` is quicker.
-    if fused := getattr(weight, "fused", None):
-        around = {"norm": norm, "eps": eps, "gated": gated, "residual": residual}
-        read = tuple(part for part in (after and after.read() for after in following) if part)
-        if (out := fused(x, **around, following=read, pause=pause)) is not None:
-            return out
+    fused = getattr(weight, "fused", lambda x, **_: None)
+    if (out := fused(x, norm=norm, eps=eps, gated=gated, residual=residual)) is not None:
+        return out
     y = weight.dot(x if norm is None else rms_norm(x, norm, eps))
     if gated:
         y = jax.nn.silu(y[:, 0]) * y[:, 1]
@@ -44,12 +39,7 @@ class GatedMLP:
     gate_up: Any  # D -> [2, F]: both in one matrix, so that one matmul reads them
     down: Any  # F -> D
 
-    @property
-    def first(self):
-        """The map that is multiplied with first."""
-        return self.gate_up
-
-    def __call__(self, cfg, norm, x, following):
-        """x [T, D] and what this makes of it, normalised.  following: the map after this layer's, see `product`."""
-        inner = product(self.gate_up, x, norm=norm, eps=cfg.eps, gated=True, following=(self.down,))  # [T, F]
-        return product(self.down, inner, residual=x, following=(following,))
+    def __call__(self, cfg, norm, x):
+        """x [T, D] and what this makes of it, normalised."""
+        inner = product(self.gate_up, x, norm=norm, eps=cfg.eps, gated=True)  # [T, F]
+        return product(self.down, inner, residual=x)

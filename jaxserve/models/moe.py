@@ -20,9 +20,7 @@ class MoE:
     gate_up: Any  # E of D -> [2, F]
     down: Any  # E of F -> D
 
-    first = None  # which experts are read is not known before the router
-
-    def __call__(self, cfg, norm, x, following):
+    def __call__(self, cfg, norm, x):
         """x [T, D] and what the experts make of it, normalised."""
         return x + self.mix(cfg, rms_norm(x, norm, cfg.eps))
 

@@ -26,10 +26,6 @@ class Dense:
             return None
         return ops.fused_matmul(x, self.weight, axes=self.axes, **around)
 
-    def read(self):
-        """What a product reads, and the mesh axes of it; None where they are not known."""
-        return self.axes and (self.weight, self.axes)
-
     def grouped_dot(self, x, sizes, rows):
         """x [M, D], the tokens of expert 0, then those of expert 1, ..., times the map [E, D, *out], to [M, *out].
 

@@ -40,10 +40,6 @@ class Int4:
         held = {"group": self.group, "axes": self.axes, "bias": self.bias}
         return ops.int4_fused(x, self.packed, self.scale, self.zero, **held, **around)
 
-    def read(self):
-        """As `Dense.read`."""
-        return self.packed, ops.int4_axes(self.axes)
-
     def grouped_dot(self, x, sizes, rows):
         """As `Dense.grouped_dot`."""
         x = x if self.order is None else x[:, self.order]

@@ -22,7 +22,6 @@ class Memory:
 
     def __init__(self, *arrays, at=None):
         at = [a.ctypes.data for a in arrays] if at is None else at
-        self.asked = []  # (address, bytes) of what is to come to the L2 cache
         self.coming = [[]]  # groups of copies to this memory, the last one still open
         self.places = [(start, a.reshape(-1).view(np.uint8)) for start, a in zip(at, arrays, strict=True)]
 
@@ -135,23 +134,10 @@ class Threads:
         where = self.read(predicate, 1) if predicate else np.ones(self.count, bool)
         op, *how = name.split(".")
         if op in ("ld", "st"):
-            if "L2::cache_hint" in name:
-                *operands, policy = operands
-                self.read(policy, 64)
             return self.move(op, how, operands, where)
-        if name.startswith("cp.async") and "prefetch" not in name:
+        if op == "cp":
             return self.copy(name.split(".")[2], operands, where)
-        if op == "cp":  # to the L2 cache: nothing but the address matters
-            assert name == "cp.async.bulk.prefetch.L2.global"
-            (place, _), size = operands
-            assert size % 16 == 0
-            memory, address = self.memories["global"], self.read(place, 64)
-            assert all(True for _ in memory(address, where, size, 16))
-            memory.asked += [(int(start), size) for start in address[where]]
-            return None
         to, *of = operands
-        if op == "createpolicy":
-            return self.write(to, np.zeros(self.count, np.uint64), where)
         if op == "bar":  # all threads are at the same instruction anyway
             return None
         if op == "shfl":

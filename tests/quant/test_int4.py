@@ -80,7 +80,7 @@ def test_fused(monkeypatch, out, axes, around):
         held = Int4(*arrays, residual[0] if "bias" in around else None, group=64, axes=axes)
         more = {"norm": norm if "norm" in around else None, "eps": 1e-3, "gated": "gated" in around}
         more["residual"] = residual if "residual" in around else None
-        found = jax.jit(lambda held, x: held.fused(x, following=(held.read(),), pause=False, **more))(held, x)
+        found = jax.jit(lambda held, x: held.fused(x, **more))(held, x)
     x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-3) * norm if "norm" in around else x
     want = np.tensordot(x, matrix, 1)
     if "gated" in around:
