@@ -26,11 +26,11 @@ LINES = 64  # outputs of an instruction
 BLOCK = 2 * LINES  # what the number of outputs has to be a multiple of
 TOKENS = 256  # at most, of an instruction
 MEMORY = 222 << 10  # of the shared memory of a core
-LOADING, MULTIPLYING = 40, {2: 232, 4: 104}  # registers of a lane; the latter by the warpgroups that multiply
-for warpgroups, registers in MULTIPLYING.items():
-    # More than what all have been given at the start would be waited for without an end.
-    all_of_them = 65536 // (128 * (warpgroups + 1)) // 8 * 8 * (warpgroups + 1)
-    assert LOADING + warpgroups * registers <= all_of_them
+STAGES = 6  # turns that are loaded at a time, at most
+SIDE = 4  # blocks of other tokens that go through the outputs side by side, about
+LOADING, MULTIPLYING = 40, 232  # registers of a lane
+# More than what all have been given at the start would be waited for without an end.
+assert LOADING + 2 * MULTIPLYING <= 65536 // (128 * 3) // 8 * 8 * 3
 
 
 def _scale_to(kind, scale_kind, register, address):
@@ -183,16 +183,11 @@ class How(NamedTuple):
     tokens: int  # of a block, a multiple of 16
     inputs: int = 64  # of a turn
     split: int = 1  # parts of the inputs, which are summed up afterwards
-    stages: int = 6  # turns that are loaded at a time, at most
-    overlap: bool = False  # a unit's values are computed while the one before is multiplied
-    side: int = 4  # blocks of other tokens that go through the outputs side by side, about
-    cluster: int = 1  # blocks that get the tokens' inputs together
-    shifts: int = 1  # pairs of warpgroups that multiply, each every other turn; more than one up to 64 tokens
 
 
 # Microseconds on an H200: a turn of 64 inputs by what it loads, and by what it multiplies (either is a start and so
 # much for a token); a block, beside its turns; the launch; summing up the parts, and a MB of them.
-LOADED, MULTIPLIED, BLOCK_ENDS, LAUNCH, SUM, SUM_OF_MB = (0.18, 0.0014), (0.06, 0.0024), 0.8, 2.7, 1.5, 0.22
+LOADED, MULTIPLIED, BLOCK_ENDS, LAUNCH, SUM, SUM_OF_MB = (0.194, 0.0017), (0.1, 0.0024), 1.3, 1.0, 1.85, 0.14
 
 
 def _microseconds(T, D, F, tokens, split):
@@ -219,25 +214,24 @@ def _piece(tokens):
     return max(n for n in range(16, 65, 16) if tokens % n == 0)
 
 
-@functools.partial(jax.jit, static_argnames=("group", "dtype", "how", "ordered"))
-def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None, ordered=False):
+@functools.partial(jax.jit, static_argnames=("group", "dtype", "how"))
+def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None):
     """x [T, D] times the matrix of `tiles` (two-dimensional out), to [T, F]; F a multiple of 128.
 
-    how: a `How` (what is `chosen` unless said); ordered: the tokens' inputs stand in the order of the tiles already.
+    how: a `How` (what is `chosen` unless said).
     """
     (T, D), F, dtype = x.shape, scale.shape[1], jnp.dtype(dtype or x.dtype)
     how = how or chosen(T, D, F, group)
     padded = max(how.tokens, cdiv(T, 8) * 8)  # what is beyond is neither read nor written
-    x = jnp.pad(x if ordered else _ordered(x), ((0, padded - T), (0, 0)))
+    x = jnp.pad(_ordered(x), ((0, padded - T), (0, 0)))
     out_type = jnp.dtype(jnp.float32) if how.split > 1 else dtype
     kernel, memory = _kernel(how, padded, D, F, group, x.dtype, scale.dtype, out_type)
     out = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((how.split, padded, F), out_type),
-        grid=(min(cores() // how.cluster, F // BLOCK // how.cluster * cdiv(T, how.tokens) * how.split),),
+        grid=(min(cores(), F // BLOCK * cdiv(T, how.tokens) * how.split),),
         grid_names=("core",),
-        **({"cluster": (how.cluster,), "cluster_names": ("beside",)} if how.cluster > 1 else {}),
-        num_threads=2 * how.shifts + 1,
+        num_threads=3,
         thread_name="warpgroup",
         scratch_types=memory,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -248,19 +242,15 @@ def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None, ordered=Fa
 
 def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
     """The kernel, and what it has of shared memory and barriers."""
-    tokens, inputs, split, stages, overlap, side, cluster, shifts = how
+    tokens, inputs, split = how
     turns, units, rows, piece = D // inputs // split, inputs // UNIT, max(1, inputs // group), _piece(tokens)
-    pieces, result = tokens // piece, 2 * piece * BLOCK * out_type.itemsize + (shifts - 1) * tokens * BLOCK * 4
-    stages = min(stages, turns, (MEMORY - result) // (tokens * inputs * 2 + BLOCK * (inputs // 2 + rows * 3)))
-    stages = stages // shifts * shifts
-    overlap = overlap and stages > 2
-    assert turns % shifts == 0 < stages and (shifts == 1 or tokens <= 64)
-    blocks, outputs = cdiv(T, tokens), F // BLOCK // cluster
-    side = max(n for n in range(1, 2 * side) if blocks % n == 0)
-    together = {"collective_axes": ("beside",)} if cluster > 1 else {}
+    room = MEMORY - 2 * piece * BLOCK * out_type.itemsize
+    stages = min(STAGES, turns, room // (tokens * inputs * 2 + BLOCK * (inputs // 2 + rows * 3)))
+    assert stages >= min(turns, 2)  # a turn is freed in the next one
+    blocks, outputs = cdiv(T, tokens), F // BLOCK
+    side = max(n for n in range(1, 2 * SIDE) if blocks % n == 0)
 
-    def kernel(x_ref, tiles_ref, scale_ref, zero_ref, out_ref, x_in, words, scales, zeros, results, filled, free,
-               *between):  # fmt: skip
+    def kernel(x_ref, tiles_ref, scale_ref, zero_ref, out_ref, x_in, words, scales, zeros, results, filled, free):
         warpgroup = lax.axis_index("warpgroup")
 
         def each(body):
@@ -269,7 +259,6 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
             @plgpu.nd_loop((blocks // side, split, outputs, side), collective_axes="core")
             def _(loop):
                 far, part, n, near = loop.index
-                n = n * cluster + lax.axis_index("beside") if cluster > 1 else n
                 body(loop.local_index * turns, n, part, far * side + near)
 
         def load(before, n, part, m):
@@ -284,7 +273,7 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
                 row = k * rows if inputs >= group else lax.div(k * inputs, group)
                 lines, at = pl.ds(n * BLOCK, BLOCK), filled.at[slot]
                 x_at = x_ref.at[pl.ds(m * tokens, tokens), pl.ds(k * inputs, inputs)]
-                plgpu.copy_gmem_to_smem(x_at, x_in.at[slot], at, **together)
+                plgpu.copy_gmem_to_smem(x_at, x_in.at[slot], at)
                 tiles_at = tiles_ref.at[pl.ds(n * (BLOCK // ROWS), BLOCK // ROWS), pl.ds(k * units, units)]
                 plgpu.copy_gmem_to_smem(tiles_at, words.at[slot], at)
                 plgpu.copy_gmem_to_smem(scale_ref.at[pl.ds(row, rows), lines], scales.at[slot], at)
@@ -293,104 +282,65 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
             lax.fori_loop(0, turns, turn, None)
 
         def multiply(before, n, part, m):
-            half, shift = (lax.rem(warpgroup, 2), lax.div(warpgroup, 2)) if shifts > 1 else (warpgroup, 0)
-            mine = pl.ds(half * LINES, LINES)
+            mine = pl.ds(warpgroup * LINES, LINES)
 
             def turn(k, acc):
-                k = k * shifts + shift
+                """Computes a unit's values while the one before is multiplied."""
                 slot = lax.rem(before + k, stages)
                 plgpu.barrier_wait(filled.at[slot])
                 for u in range(units):
                     first, second = (64 * u // group, (64 * u + 32) // group) if inputs >= group else (0, 0)
                     near = [a.at[slot, row, mine] for row in (first, second) for a in (scales, zeros)]
-                    values = _unit(dtype, scale_dtype, group, words.at[slot, pl.ds(half * 4, 4), u], *near)
+                    values = _unit(dtype, scale_dtype, group, words.at[slot, pl.ds(warpgroup * 4, 4), u], *near)
                     plgpu.wgmma(acc, values, x_in.at[slot].at[:, pl.ds(UNIT * u, UNIT)].T)
-                    if overlap:
-                        plgpu.wgmma_wait(1)
-                    if overlap and u == 0:  # what the turn before has loaded has been multiplied
+                    plgpu.wgmma_wait(1)
+                    if u == 0:  # what the turn before has loaded has been multiplied
 
-                        @pl.when(k >= shifts)
+                        @pl.when(k > 0)
                         def _():
-                            plgpu.barrier_arrive(free.at[lax.rem(before + k - shifts, stages)])
-
-                if not overlap:
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(free.at[slot])
+                            plgpu.barrier_arrive(free.at[lax.rem(before + k - 1, stages)])
 
             def scoped(acc):
                 # wgmma reads registers until it is done: with two units in the loop each has its own.
-                several, count = 2 if overlap and units == 1 else 1, turns // shifts
+                several = 2 if units == 1 else 1
 
-                @pl.loop(0, count // several)
+                @pl.loop(0, turns // several)
                 def _(i):
                     for j in range(several):
                         turn(several * i + j, acc)
 
-                if count % several:
-                    turn(count - 1, acc)
+                if turns % several:
+                    turn(turns - 1, acc)
                 plgpu.wgmma_wait(0)
-                if overlap:
-                    plgpu.barrier_arrive(free.at[lax.rem(before + turns - shifts + shift, stages)])
-                if shifts == 1:
-                    finish(acc[...])
-                else:
-                    add_up(acc[...])
-
-            def add_up(out):
-                sums, there, taken = between
-
-                @pl.when(shift == 1)
-                def _():
-                    @pl.when(before > 0)
-                    def _():
-                        plgpu.barrier_wait(taken.at[half])
-
-                    sums[half] = out
-                    plgpu.barrier_arrive(there.at[half])
-
-                @pl.when(shift == 0)
-                def _():
-                    plgpu.barrier_wait(there.at[half])
-                    others = plgpu.load(sums.at[half], layout=plgpu.Layout.WGMMA)
-                    plgpu.barrier_arrive(taken.at[half])
-                    finish(out + others)
+                plgpu.barrier_arrive(free.at[lax.rem(before + turns - 1, stages)])
+                finish(acc[...].astype(out_type))
 
             def finish(out):
-                out = out.astype(out_type)
-                for p in range(pieces):
+                for p in range(tokens // piece):
                     plgpu.wait_smem_to_gmem(min(p, 1), wait_read_only=True)
-                    _put(out, p * piece, results.at[half, p % 2])
+                    _put(out, p * piece, results.at[warpgroup, p % 2])
                     plgpu.commit_smem()
-                    at = pl.ds(m * tokens + p * piece, piece), pl.ds(n * BLOCK + half * LINES, LINES)
-                    plgpu.copy_smem_to_gmem(results.at[half, p % 2], out_ref.at[part].at[at])
+                    at = pl.ds(m * tokens + p * piece, piece), pl.ds(n * BLOCK + warpgroup * LINES, LINES)
+                    plgpu.copy_smem_to_gmem(results.at[warpgroup, p % 2], out_ref.at[part].at[at])
 
             pl.run_scoped(scoped, plgpu.ACC((LINES, tokens), jnp.float32))
 
-        @pl.when(warpgroup == 2 * shifts)
+        @pl.when(warpgroup == 2)
         def _():
             plgpu.set_max_registers(LOADING, action="decrease")
             each(load)
 
-            @pl.loop(0, stages)  # no block of a cluster may end while another one writes to it
+            @pl.loop(0, stages)  # all that barriers have been told has to be waited for
             def _(slot):
                 plgpu.barrier_wait(free.at[slot])
 
-        @pl.when(warpgroup < 2 * shifts)
+        @pl.when(warpgroup < 2)
         def _():
-            plgpu.set_max_registers(MULTIPLYING[2 * shifts], action="increase")
+            plgpu.set_max_registers(MULTIPLYING, action="increase")
             each(multiply)
             plgpu.wait_smem_to_gmem(0)
-            if shifts > 1:
-
-                @pl.when(warpgroup >= 2)
-                def _():
-                    plgpu.barrier_wait(between[2].at[warpgroup - 2])
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("beside",)) if cluster > 1 else plgpu.Barrier
-    wide = 32 if tokens % 32 == 0 else 16
-    spread = (plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(4 * wide))
-    between = (plgpu.SMEM((2, LINES, tokens), jnp.float32, transforms=spread), *[plgpu.Barrier(num_barriers=2)] * 2)
     return kernel, (
         plgpu.SMEM((stages, tokens, inputs), dtype, transforms=tiled),
         plgpu.SMEM((stages, BLOCK // ROWS, units, WORDS), jnp.int32),
@@ -398,8 +348,7 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
         plgpu.SMEM((stages, rows, BLOCK), jnp.uint8),
         plgpu.SMEM((2, 2, piece, LINES), out_type, transforms=_rows(out_type)),
         plgpu.Barrier(num_arrivals=4, num_barriers=stages),
-        barrier(num_arrivals=2, num_barriers=stages),
-        *(between if shifts > 1 else ()),
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     )
 
 

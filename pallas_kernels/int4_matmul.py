@@ -3,8 +3,8 @@
 An element of the matrix is (q - zero) * scale, with q of 0 to 15; scale and zero belong to `group` consecutive inputs
 of one output.  D inputs, F outputs, T tokens.
 
-Three ways, by the number of tokens: mma of integers (int4_few.py), wgmma (hopper_int4.py), and a matmul of XLA's on
-the values, written out first.  All read the same tiles.
+Two ways, by the number of tokens: mma of integers (int4_few.py) and wgmma (hopper_int4.py); where there is no wgmma,
+and for outputs that it does not take, a matmul of XLA's on the values, written out first.  All read the same tiles.
 """
 
 import jax
@@ -19,7 +19,6 @@ from pallas_kernels.triton_call import device
 NIBBLES = 8  # of an int32
 SKINNY = 8  # most tokens for which loads are all that counts
 SKINNY_ELSEWHERE = 32  # the same where there is no wgmma
-WGMMA = 1024  # most tokens for which writing out the values costs more than it brings
 PIECE = 256 << 20  # bytes of values at a time: the results of several pieces have to be put side by side afterwards
 EXPERTS_SKINNY = 24  # most tokens of an expert, on average, for which its weights are read as they are
 
@@ -78,7 +77,7 @@ def int4_matmul(x, tiles, scale, zero, *, group, dtype=None):
     skinny = SKINNY if hopper else SKINNY_ELSEWHERE
     if skinny >= T:
         return int4_few(x, tiles, scale, zero, **arguments)
-    if hopper and T <= WGMMA:
+    if hopper:
         from pallas_kernels.hopper_int4 import int4_wgmma  # imports Mosaic, which takes half a second
 
         return int4_wgmma(x, tiles, scale, zero, **arguments)

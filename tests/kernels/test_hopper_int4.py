@@ -65,21 +65,21 @@ def put(out, begin, target):
     target[...] = out[:, begin : begin + target.shape[0]].T
 
 
-CASES = [  # T, D, F, group, what is other than 32 tokens and stages for 3 turns
-    (40, 256, 384, 128, {"inputs": 128, "stages": 2}),  # a core has two blocks
-    (72, 256, 256, 32, {"split": 2, "overlap": True, "side": 1}),
-    (9, 192, 128, 64, {"tokens": 16, "overlap": True}),  # an odd number of turns
-    (64, 256, 512, 64, {"overlap": True, "cluster": 2}),
-    (64, 512, 640, 128, {"inputs": 128, "stages": 2, "shifts": 2}),
+CASES = [  # T, D, F, group, stages, what is other than 32 tokens
+    (40, 256, 384, 128, 2, {"inputs": 128}),  # a core has two blocks
+    (72, 256, 256, 32, 3, {"split": 2}),
+    (9, 192, 128, 64, 3, {"tokens": 16}),  # an odd number of turns
+    (20, 64, 256, 64, 3, {"tokens": 16}),  # one
 ]
 
 
-@pytest.mark.parametrize("T, D, F, group, other", CASES)
-def test_blocks_and_turns(hopper_int4, T, D, F, group, other):
+@pytest.mark.parametrize("T, D, F, group, stages, other", CASES)
+def test_blocks_and_turns(hopper_int4, monkeypatch, T, D, F, group, stages, other):
+    monkeypatch.setattr(hopper_int4, "STAGES", stages)
     rng = np.random.default_rng(T)
     q, zero = (rng.integers(0, high, shape).astype(np.uint8) for high, shape in ((16, (D, F)), (17, (D // group, F))))
     scale, x = rng.uniform(0.005, 0.015, zero.shape).astype(np.float16), rng.normal(size=(T, D))
-    how = hopper_int4.How(32, stages=3)._replace(**other)
+    how = hopper_int4.How(32)._replace(**other)
     arrays = jnp.asarray(x, jnp.bfloat16), int4_tiles(jnp.asarray(q)), jnp.asarray(scale), jnp.asarray(zero)
     matmul = hopper_int4.int4_wgmma.__wrapped__  # what is compiled here is of no use elsewhere
     found = np.asarray(matmul(*arrays, group=group, dtype=jnp.float32, how=how))
