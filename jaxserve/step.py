@@ -210,11 +210,15 @@ def draw(cfg, head, newest, tables, last, rows, allowed):
     Returns State.newest and State.tables anew and what was drawn.
     """
     lane, logits = rows[:, LANE], _logits(cfg, head, last)
-    if allowed.ndim == 1:
-        allowed = ops.await_masks(allowed, logits)
+    waits, ticket = allowed.ndim == 1, allowed
+    if waits:
+        allowed = ops.await_masks(ticket, logits)
     with jax.named_scope("sample"):
         drawn, tables = sample(logits, Sampling.unpack(rows[:, len(ROW) :]), tables, lane, allowed)
-    return newest.at[lane].set(drawn.tokens, mode="drop"), tables, _told(drawn)
+    newest, told = newest.at[lane].set(drawn.tokens, mode="drop"), _told(drawn)
+    if waits:  # the host has the tokens before it knows that this program is done
+        told = told.replace(tokens=ops.tell(ticket, told.tokens[0])[None])
+    return newest, tables, told
 
 
 @partial(jax.jit, static_argnames="cfg")

@@ -1,7 +1,8 @@
 """Waits on the device until the host has made the masks of a step, and fetches them.
 
 So a step can be launched whole before the host knows what its tokens may be.  Host and device share page-locked memory
-of the host, int32: a flag, which rows have masks, and the masks.
+of the host, int32: a flag, which rows have masks, the masks, and the tokens that were drawn by them: the host has these
+before JAX knows that the program is done.
 
 R rows, W words of a mask.
 """
@@ -16,21 +17,24 @@ CYCLE = 16  # numbers of openings, after which they begin again; half of them ma
 FREE = -1  # in place of a number: nothing to wait for
 WIDE = -1  # in place of the newest opening: nothing is waited for any more
 HEAD = 64  # words ahead of those that tell which rows have masks; the first is the flag
-TICKET = 8  # words: address (the lowest 31 bits, the rest), number, where the masks begin, patience; and none
+TOLD = 32  # the word that has the number of the opening whose tokens are there, a line behind the flag's
+TICKET = 8  # words: address (the lowest 31 bits, the rest), number, where masks begin, patience, where tokens begin
 BLOCK = 1024
 # Acquire: what the host wrote before the flag is seen by whoever has seen the flag.
 FLAG = "{ nanosleep.u32 100; ld.acquire.sys.global.b32 $0, [$1]; }"
 CLOCK = "mov.u64 $0, %globaltimer;"
+# Release: who has seen the number sees the tokens, which all threads have written before the barrier.
+TELL = "{ bar.sync 0; fence.acq_rel.sys; st.release.sys.global.b32 [$1], $2; mov.b32 $0, $2; }"
 
 
-def ticket(address: int, number: int, masks: int, patience: float) -> np.ndarray:
-    """int32[TICKET]: what `await_masks` needs to know.
+def ticket(address: int, number: int, masks: int, patience: float, tokens: int = 0) -> np.ndarray:
+    """int32[TICKET]: what `await_masks` and `tell` need to know.
 
-    address: of the shared memory.  number: of the opening to wait for, below CYCLE, or FREE.  masks: where the masks
-    begin, in words.  patience: seconds to wait at most.
+    address: of the shared memory.  number: of the opening to wait for, below CYCLE, or FREE.  masks, tokens: where
+    these begin, in words; 0: no tokens are told.  patience: seconds to wait at most.
     """
     words = np.zeros(TICKET, np.int32)
-    words[:5] = address & 0x7FFFFFFF, address >> 31, number, masks, round(patience * 1e3)
+    words[:6] = address & 0x7FFFFFFF, address >> 31, number, masks, round(patience * 1e3), tokens
     return words
 
 
@@ -111,3 +115,26 @@ def await_masks(ticket, after, *, rows: int, words: int):
         grid=(rows, cdiv(words, BLOCK)), warps=4, stages=1, W=words, HEAD=HEAD, BLOCK=BLOCK,
     )  # fmt: skip
     return masks
+
+
+@jit
+def _tell(ticket, tokens, out, R: tl.constexpr, ROWS: tl.constexpr, TOLD: tl.constexpr, TELL: tl.constexpr):
+    """Grid (1,).  ROWS: R or the next power of two."""
+    row = tl.arange(0, ROWS)
+    drawn = tl.load(tokens + row, mask=row < R, other=0)
+    number, at = tl.load(ticket + 2), tl.load(ticket + 5)
+    if (number >= 0) & (at > 0):
+        shared = _shared(ticket)
+        tl.store(shared + at + row, drawn, mask=row < R)
+        tl.inline_asm_elementwise(TELL, "=r,l,r", [shared + TOLD, number], dtype=tl.int32, is_pure=False, pack=1)
+    tl.store(out + row, drawn, mask=row < R)
+
+
+def tell(ticket, tokens):
+    """Writes tokens int32[R] to where the host sees them, then the ticket's number; returns them."""
+    rows = tokens.shape[0]
+    (told,) = triton_call(
+        _tell, ticket, tokens, out=[jax.ShapeDtypeStruct((rows,), jnp.int32)], grid=(1,), warps=1, stages=1, R=rows,
+        ROWS=1 << (rows - 1).bit_length(), TOLD=TOLD, TELL=TELL,
+    )  # fmt: skip
+    return told

@@ -201,6 +201,9 @@ class HostGate:
         self.opened[self.newest] = threading.Event(), []
         return self.newest, self.newest
 
+    def told(self, number, array):
+        return None
+
     def open(self, number):
         event, when = self.opened[number]
         when.append(time.perf_counter())

@@ -1,11 +1,12 @@
-"""Memory that the host and the device share: masks, for which steps that are launched already wait on the device.
+"""Memory that the host and the device share: masks, for which steps that are launched already wait on the device, and
+the tokens that were drawn by them.
 
-There is room for the masks of one step: those of the next are made when its tokens have come.
+There is room for those of one step: the masks of the next are made when its tokens have come.
 """
 
 import atexit
 import ctypes
-import logging
+import time
 import weakref
 
 import jax
@@ -14,8 +15,8 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxserve.ops import waiting
 
-log = logging.getLogger("jaxserve")
 CYCLE, HEAD = waiting.CYCLE, waiting.HEAD
+LOOK = 20e-6  # seconds between looks for tokens; it takes 50 us more to wake up
 PATIENCE = 60.0  # seconds that a step waits; then its rows have nothing left to choose
 
 
@@ -28,13 +29,15 @@ class Gate:
         The memory is of `device`, and others of its process read it as well.
         """
         begin = -(-(HEAD + rows) // HEAD) * HEAD
-        memory, owner = _shared(device, begin + rows * words)
+        end = begin + rows * words
+        memory, owner = _shared(device, end + rows)
         self.bound = memory[HEAD : HEAD + rows]  # int32[rows]  0: a row may draw everything, and has no mask
-        self.masks = memory[begin:].reshape(rows, words)
-        self._flag, self._newest = memory[:1], 0
+        self.masks = memory[begin:end].reshape(rows, words)
+        self.tokens = memory[end:]  # int32[rows]  of the step whose number is `told`
+        self._flag, self._told, self._newest = memory[:1], memory[waiting.TOLD : waiting.TOLD + 1], 0
         address = memory.ctypes.data
         numbers = (*range(CYCLE), waiting.FREE)
-        *self._tickets, self.free = put([waiting.ticket(address, n, begin, PATIENCE) for n in numbers])
+        *self._tickets, self.free = put([waiting.ticket(address, n, begin, PATIENCE, end) for n in numbers])
         self._owner = owner
         atexit.register(_open_wide, weakref.ref(self))  # before JAX's own end, which waits for all that was launched
 
@@ -48,6 +51,15 @@ class Gate:
         if self._flag[0] != waiting.WIDE:
             self._flag[0] = number
 
+    def told(self, number, array):
+        """What the step with this ticket drew, a list with an entry for each row and more; waits for it.
+
+        None where `array`, its tokens on the device, is known to be there before they are told: to be asked itself.
+        """
+        while not (known := self._told[0] == number) and not array.is_ready():
+            time.sleep(LOOK)
+        return self.tokens.tolist() if known else None
+
     def open_wide(self):
         """Nobody waits any more, whatever may be in `masks`."""
         self._flag[0] = waiting.WIDE
@@ -59,17 +71,7 @@ def _open_wide(gate):
 
 
 def _shared(device, count):
-    """int32[count] that the device can read, all 0, and what keeps it."""
-    try:
-        return _by_jax(device, count)
-    except Exception as error:
-        if device.platform == "cpu":
-            raise
-        log.debug("no page-locked memory by JAX: %s", error)
-        return _by_cuda(device, count)
-
-
-def _by_jax(device, count):
+    """int32[count] that the device can read and write, all 0, and what keeps it."""
     where = SingleDeviceSharding(device, memory_kind="pinned_host")
     owner = jax.block_until_ready(jax.device_put(np.zeros(count, np.int32), where))
     memory = np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(owner.unsafe_buffer_pointer()))
@@ -79,17 +81,3 @@ def _by_jax(device, count):
         raise ValueError("the memory is not where it says")
     memory[:] = 0
     return memory, owner
-
-
-def _by_cuda(device, count):
-    cuda, context, address = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_void_p()
-    for error in (
-        cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device.local_hardware_id),
-        cuda.cuCtxSetCurrent(context),
-        cuda.cuMemHostAlloc(ctypes.byref(address), ctypes.c_size_t(4 * count), 3),  # portable, and mapped
-    ):
-        if error:
-            raise ValueError(f"no page-locked memory: CUDA's error {error}")
-    memory = np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(address.value))
-    memory[:] = 0
-    return memory, cuda  # never given back

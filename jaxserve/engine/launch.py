@@ -32,6 +32,7 @@ class InFlight:
         self.tokens, self.padded, self.steps = packed.tokens, shape.tokens * shape.steps, shape.steps
         self.began = time.perf_counter()
         self.masks: Any = None  # the guide.Job that makes them, if it waits for any
+        self._drew: dict | None = None
         self.wants = packed.full and any(c.emits and c.request.params.logprobs is not None for c in self.chunks)
         for array in self._wanted():  # asked for later, they would come when the step after this one ends
             array.copy_to_host_async()
@@ -41,9 +42,15 @@ class InFlight:
         return (drawn.tokens, drawn.logprob, drawn.top_ids, drawn.top_logprobs) if self.wants else (drawn.tokens,)
 
     def drew(self):
-        """{request: token} of those that got one; waits for them.  On any thread, before or after `read`."""
-        tokens = np.asarray(self.drawn.tokens)[-1].tolist()
-        return {c.request: token for c, token in zip(self.chunks, tokens) if c.emits}
+        """{request: token} of those that got one; waits for them.  On the guide's thread, before or after `read`."""
+        if self._drew is None:
+            job, tokens = self.masks, None
+            if job is not None:
+                tokens = job.gate.told(job.number, self.drawn.tokens)
+            if tokens is None:
+                tokens = np.asarray(self.drawn.tokens)[-1].tolist()
+            self._drew = {c.request: token for c, token in zip(self.chunks, tokens) if c.emits}
+        return self._drew
 
     def read(self):
         """For each step: tokens, logprobs or None, tops or None, each with an entry for each chunk.

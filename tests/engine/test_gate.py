@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -39,6 +40,19 @@ def test_who_has_a_ticket_finds_the_masks():
     gate.open_wide()
     gate.open(number)
     assert all(read(gate, ticket)[0] for _, ticket in tickets)
+
+
+def test_tokens_are_told():
+    gate = Gate(jax.devices()[0], jax.device_put, ROWS, WORDS)
+    number, ticket = gate.next()
+    there = [False, False, True]
+    array = SimpleNamespace(is_ready=lambda: there.pop(0))
+    assert gate.told(number, array) is None and not there  # the device's own way was the first
+    size = int(ticket[5]) + ROWS
+    address = int(ticket[1]) << 31 | int(ticket[0])
+    memory = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_int32 * size).from_address(address))
+    memory[-ROWS:], memory[ops.waiting.TOLD] = np.arange(ROWS), number
+    assert gate.told(number, None) == list(range(ROWS)) and not gate.masks.any() and not gate.bound.any()
 
 
 def test_nothing_keeps_it():

@@ -65,6 +65,9 @@ def run(monkeypatch):
         assert not is_pure
         if text == module.CLOCK:
             found = time.monotonic_ns()
+        elif text == module.TELL:
+            found = values[1].data.item()
+            np.ctypeslib.as_array((np.ctypeslib.ctypes.c_int32 * 1).from_address(int(values[0].data.item())))[0] = found
         else:
             assert (text, kinds) == (module.FLAG, "=r,l")
             time.sleep(1e-4)
@@ -111,6 +114,19 @@ def test_kernels(run, number):
 
 
 @interpreted
+def test_tell(run):
+    memory, *_, masks = shared()
+    before, at = masks.copy(), AT + (R - 1) * W  # in the place of the last masks
+    tokens = np.arange(40, 40 + R, dtype=np.int32)
+    for number, place in ((3, 0), (module.FREE, at), (9, at)):
+        assert memory[module.TOLD] == 0 and (masks == before).all()
+        ticket = module.ticket(memory.ctypes.data, number, AT, 60, place)
+        assert (module.tell(ticket, tokens) == tokens).all()
+    assert memory[module.TOLD] == 9 and (memory[at : at + R] == tokens).all()
+    assert (masks[:-1] == before[:-1]).all() and (masks[-1, R:] == before[-1, R:]).all()
+
+
+@interpreted
 def test_patience_ends(run):
     memory, *_ = shared()
     began = time.monotonic()
@@ -123,8 +139,9 @@ def test_on_a_gpu():
     """A program that waits while another thread opens, beside transfers that must not wait for it."""
     from jaxserve.engine.gate import Gate
 
-    gate = Gate(jax.devices()[:1], jax.device_put, R, W)
+    gate = Gate(jax.devices()[0], jax.device_put, R, W)
     program = jax.jit(lambda ticket: module.await_masks(ticket, jnp.zeros(1), rows=R, words=W))
+    told = jax.jit(module.tell)
     assert (np.asarray(program(gate.free)) == -1).all()
     draw = np.random.default_rng(0)
     for _ in range(2 * module.CYCLE):
@@ -139,3 +156,8 @@ def test_on_a_gpu():
         threading.Timer(0.005, opens).start()
         np.testing.assert_array_equal(np.asarray(waits), np.where(bound[:, None], wanted, -1))
         assert int(other.sum()) == 36
+        tokens = draw.integers(0, 1 << 31, R).astype(np.int32)
+        returned = told(ticket, tokens)
+        seen = gate.told(number, returned)
+        assert seen is None or seen == tokens.tolist()
+        assert np.asarray(returned).tolist() == tokens.tolist() == gate.tokens.tolist()
