@@ -44,8 +44,8 @@ def scope_of(texts):
 def few(rows):
     """As Sizes.choose, without the sizes that this profile does not need; those of a start before are on disk."""
 
-    def choose(platform, plan):
-        sizes = Sizes.choose(platform, plan)
+    def choose(*given):
+        sizes = Sizes.choose(*given)
         if not sizes.whole:
             return sizes
         whole, drawn = bucket(rows, sizes.whole), bucket(rows, sizes.rows)

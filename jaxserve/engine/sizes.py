@@ -29,11 +29,12 @@ class Sizes:
     bursts: tuple[tuple[int, int], ...] = ()  # (rows, steps) of programs of several steps with one token a row in each
 
     @classmethod
-    def choose(cls, platform, plan):
+    def choose(cls, platform, plan, least=2):
         """Few on the CPU, where compiling costs what running saves; more on a GPU.
 
         Two programs take no longer than one where a step is long, and there is less to compile: the sampler once for a
         number of rows, not once for each shape.  A GPU's steps of one token a row can be as short as their launches.
+        least: rows of the smallest such step.
         """
         table = -(-plan.session_len // plan.page_size)
         pages = (table,) if table <= 128 else (128, table)
@@ -42,9 +43,9 @@ class Sizes:
             return cls(tokens, rows, pages, tuple(size for size in tokens if size <= SCORED) or tokens[:1])
         tokens = (64, 128, 256, 320, 384, 448, 512, 576, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096)
         tokens += (6144, 8192, 12288, 16384)
-        # XLA's product with one row is slower than that with two (0.7 ms a step of a 1.8B model on an H200).
-        whole, lanes = (2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 224, 256, 384, 512, 768, 1024), max(plan.lanes, 2)
-        bursts = ((rows, _steps(plan, rows)) for rows in _upto((2, 8, 16, 32), min(64, lanes)))
+        whole, lanes = (4, 8, 16, 32, 48, 64, 96, 128, 192, 224, 256, 384, 512, 768, 1024), max(plan.lanes, least)
+        whole, few = ((*range(least, 3), *more) for more in (whole, (8, 16, 32)))
+        bursts = ((rows, _steps(plan, rows)) for rows in _upto(few, min(64, lanes)))
         return cls(
             _upto(tokens, plan.budget),
             _upto((8, 32, 64, 128, 256, 512), lanes),

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import struct
 
-from jaxserve.models.layers import product
+from jaxserve.models.layers import fuses, product
 
 
 @struct.dataclass
@@ -26,3 +26,7 @@ class GQA:
         norms = self.q_norm, self.k_norm
         out, cache = cache.attend(layer, qkv, cos, sin, spans, norms, cfg.eps, window)
         return product(self.o, out.reshape(x.shape[0], -1), residual=x), cache
+
+    def fuses(self, x):
+        """Whether each product is one kernel."""
+        return fuses(self.qkv, x) and fuses(self.o, x, residual=x)

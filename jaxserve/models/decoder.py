@@ -39,6 +39,12 @@ def forward(cfg, params, cache, token, spans):
     return rms_norm(x, params.norm, cfg.eps), cache
 
 
+def fuses(params, tokens):
+    """Whether each product with a layer's map is a kernel of ours, which has what stands around it in it, too."""
+    x = jax.ShapeDtypeStruct((tokens, params.embed.shape[1]), params.embed.dtype)
+    return all(part.fuses(x) for layer in params.layers for part in (layer.mixer, layer.ffn))
+
+
 @partial(jax.jit, static_argnames=("cfg", "window"))  # traced once for all layers alike; XLA puts it in their places
 def block(cfg, window, layer, index, x, cos, sin, cache, spans):
     """One layer, the `index`-th: x [T, D] to the same shape, and the cache with its keys and values."""

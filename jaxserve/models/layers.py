@@ -32,6 +32,11 @@ def product(weight, x, *, norm=None, eps=0.0, gated=False, residual=None):
     return y if residual is None else residual + y
 
 
+def fuses(weight, x, *, gated=False, residual=None):
+    """Whether `product` of such an x is one kernel; of x the type and the number of tokens matter."""
+    return hasattr(weight, "fuses") and weight.fuses(x, gated=gated, residual=residual)
+
+
 @struct.dataclass
 class GatedMLP:
     """down(silu(gate x) * up x)  (Shazeer, 2020: SwiGLU)."""
@@ -43,3 +48,7 @@ class GatedMLP:
         """x [T, D] and what this makes of it, normalised."""
         inner = product(self.gate_up, x, norm=norm, eps=cfg.eps, gated=True)  # [T, F]
         return product(self.down, inner, residual=x)
+
+    def fuses(self, x):
+        """Whether each product is one kernel."""
+        return fuses(self.gate_up, x, gated=True) and fuses(self.down, x, residual=x)

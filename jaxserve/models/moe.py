@@ -24,6 +24,10 @@ class MoE:
         """x [T, D] and what the experts make of it, normalised."""
         return x + self.mix(cfg, rms_norm(x, norm, cfg.eps))
 
+    def fuses(self, x):
+        """Whether each product is one kernel: the router's is not."""
+        return False
+
     def mix(self, cfg, x):
         """What the experts make of normalised x [T, D], to [T, D]."""
         share, order, sizes = self.route(cfg, x)

@@ -20,9 +20,13 @@ class Dense:
         out = jnp.tensordot(x, self.weight, 1, preferred_element_type=dtype or x.dtype)
         return out if self.bias is None else out + jnp.broadcast_to(self.bias, out.shape)
 
+    def fuses(self, x, *, gated=False, residual=None):
+        """Whether `fused` gives a result; of x the type and the number of tokens matter."""
+        return self.bias is None and self.axes is not None and ops.fuses(x, self.weight, self.axes, gated)
+
     def fused(self, x, **around):
         """`dot` of x [T, D] and what stands around it (see `ops.fused_matmul`), or None where XLA's way is quicker."""
-        if self.bias is not None or self.axes is None or not ops.fuses(x, self.weight, self.axes, around["gated"]):
+        if not self.fuses(x, gated=around["gated"]):
             return None
         return ops.fused_matmul(x, self.weight, axes=self.axes, **around)
 

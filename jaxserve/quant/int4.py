@@ -32,10 +32,14 @@ class Int4:
         out = out.reshape(*x.shape[:-1], *out.shape[1:])
         return out if self.bias is None else out + jnp.broadcast_to(self.bias, out.shape)
 
+    def fuses(self, x, *, gated=False, residual=None):
+        """As `Dense.fuses`."""
+        plain = not gated and residual is None
+        return self.order is None and (plain or self.bias is None) and ops.int4_fuses(x, self.scale)
+
     def fused(self, x, **around):
         """As `Dense.fused`."""
-        plain = not around["gated"] and around["residual"] is None
-        if self.order is not None or not (plain or self.bias is None) or not ops.int4_fuses(x, self.scale):
+        if not self.fuses(x, gated=around["gated"], residual=around["residual"]):
             return None
         held = {"group": self.group, "axes": self.axes, "bias": self.bias}
         return ops.int4_fused(x, self.packed, self.scale, self.zero, **held, **around)

@@ -97,3 +97,18 @@ def test_where_it_is_used(monkeypatch, tokens, gated, dtype, fused):
         assert ops.fuses(x, weight, axes, gated) == fused
         assert not ops.fuses(x, weight[..., :64], axes, gated)  # half of 64 outputs are too few
         assert not ops.fuses(x, weight.astype("float32"), axes, gated)
+
+
+@pytest.mark.parametrize("name, changes, fused", [
+    ("Qwen3ForCausalLM", HF, True),
+    ("Qwen2ForCausalLM", {}, False),  # a bias
+    ("MixtralForCausalLM", {}, False),
+])  # fmt: skip
+def test_whether_all_products_are_kernels(monkeypatch, name, changes, fused):
+    monkeypatch.setattr(ops, "kernels", lambda: True)
+    hf, mesh = tiny_checkpoint.config(name) | changes, meshes.make_mesh(1)
+    cfg = from_hf(hf)
+    with meshes.on(mesh):
+        params = weights.shapes(cfg, mesh, set(), jnp.bfloat16)
+        assert [decoder.fuses(params, tokens) for tokens in (1, 4, 5)] == [fused, fused, False]
+        assert not decoder.fuses(weights.shapes(cfg, mesh, set(), jnp.float32), 1)
