@@ -137,31 +137,36 @@ def _attend(
 
 
 def paged_decode(
-    q, k_pool, v_pool, layer: int, pages, length, *, scale: float, window: int | None = None, token=None, out=None
-):
+    q, k_pool, v_pool, layer: int, pages, length, *, scale: float, window: int | None = None, token=None, out=None,
+    tiles=None, tile=0,
+):  # fmt: skip
     """`paged_decode_reference` as a Triton kernel.
 
     With `token`, int32[R], row r's query is q[token[r]] (-1: the row is left out) and its result goes there; with
-    `out`, [T, K, G, H], the results go into that array, in place, and the rest of it stays.
+    `out`, [T, K, G, H], the results go into that array, in place, and the rest of it stays.  With `tiles`, which
+    tiles.py makes of `tile` tokens, these are what length and token are of; only for QuantizedPools without a window.
     """
     K, G, H = q.shape[1:]
     N, S = k_pool.shape[1:3]
-    R, P = pages.shape
+    R, P = length.shape[0], pages.shape[1]
     kind = k_pool.kind if isinstance(k_pool, QuantizedPool) else None
     if kind is None and k_pool.dtype != q.dtype:
         raise ValueError(f"the kernel needs queries and cache of one dtype, not {q.dtype} and {k_pool.dtype}")
-    size = tuning.lookup(tuning.of_kind("paged_decode", kind), q.dtype, H)
+    size = tuning.lookup(tuning.of_kind("paged_mixed" if tile else "paged_decode", kind), q.dtype, H)
     token = jnp.arange(R, dtype=jnp.int32) if token is None else token
     pieces = max(1, size["programs"] // K)
     most = min(pieces + R, R * cdiv(P * S, size["smallest"]))
     work = cut(length, token, window, size["block"], size["smallest"], pieces, most, K)
     held = most if most > R else 0  # else no row has two pieces
-    constants = kernel_constants(kind, q.dtype) if kind else {}
-    group, padded = power_of_two(G), max(power_of_two(H), 16 * constants.get("VALUES", 1))
+    constants = kernel_constants(kind, q.dtype) | {"TILE": tile} if kind else {}
+    columns = max(1, tile) * G
+    group, padded = power_of_two(columns), max(power_of_two(H), 16 * constants.get("VALUES", 1))
     smallest = 8 if kind else 16  # what tensor cores take: queries are columns there, rows here
-    partial = [jax.ShapeDtypeStruct((max(1, held * K * G * n),), jnp.float32) for n in (H, 1, 1)]
+    partial = [jax.ShapeDtypeStruct((max(1, held * K * columns * n),), jnp.float32) for n in (H, 1, 1)]
     pools = (k_pool, v_pool) if kind is None else (*kernel_arguments(k_pool), *kernel_arguments(v_pool))
     inputs = (q, *pools, pages, work, jnp.full(1, layer * N, jnp.int32), P)
+    if kind:
+        inputs += (tiles if tile else work,)
     fresh = out is None
     made = [jax.ShapeDtypeStruct(q.shape, q.dtype), *partial] if fresh else partial
     results = triton_call(

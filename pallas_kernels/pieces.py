@@ -26,6 +26,7 @@ def pages_of(pages_ptr, at, end, S: tl.constexpr, BLOCK: tl.constexpr):
 def _combine(
     first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr,
     K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, GC: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr, tokens,
 ):  # fmt: skip
     """Adds up the pieces of one row for one kv head, PARTS at a time.
 
@@ -54,8 +55,9 @@ def _combine(
         sums = sums * fade[:, None] + tl.sum(parts * weight[:, :, None], 0)
         top = new_top
     out = sums / tl.maximum(total, 1.0e-30)[:, None]
-    place = (token * (K * G) + heads)[:, None] * H + h[None, :]
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=(g < G)[:, None] & (h < H)[None, :])
+    spot = (token + g // GROUP) * (K * GROUP) + head * GROUP + g % GROUP
+    mine = (g < G) & (g < tokens * GROUP)
+    tl.store(out_ptr + spot[:, None] * H + h[None, :], out.to(out_ptr.dtype.element_ty), mask=mine[:, None] & (h < H))
 
 
 @jit
@@ -69,15 +71,22 @@ def piece_at(work):
 def finish(
     work_ptr, partial, mine, top, total, first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr,
     K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, GC: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr = 0, tokens=1,
 ):  # fmt: skip
-    """Leaves what a piece of several knows beside its sums, and adds all up where it is the row's last to be done."""
+    """Leaves what a piece of several knows beside its sums, and adds all up where it is the row's last to be done.
+
+    G columns; with GROUP those are of `tokens` tokens, GROUP heads each.
+    """
     tl.store(tops_ptr + partial, top, mask=mine)
     tl.store(totals_ptr + partial, total, mask=mine)
     tl.debug_barrier()  # all threads have stored before one of them counts
     done = work_ptr + first * (7 + K) + 7 + head
     if tl.atomic_add(done, 1) == pieces - 1:
         tl.store(done, 0)  # as the next launch wants it
-        _combine(first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr, K, G, H, HP, GC, PARTS)
+        _combine(
+            first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr, K, G, H, HP, GC, PARTS,
+            GROUP if GROUP else G, tokens,
+        )  # fmt: skip
 
 
 @jit

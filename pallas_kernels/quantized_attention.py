@@ -1,8 +1,9 @@
 """The kernels of `paged_decode` and `paged_prefill` for QuantizedPools: codes are what they read, and multiply.
 
 With keys c * s + z, q.k = s * (q.c) + z * sum(q).  With values c * s + z, a key's weight is multiplied by s before its
-product with c, and z goes into a sum of its own.  Where queries are few, for decoding, they are the narrow side of the
-products (8 columns), and keys and elements the 16 rows: instructions, of which scores took half, are what limits it.
+product with c, and z goes into a sum of its own.  Queries are the narrow side of the products (8 columns), and keys and
+elements the 16 rows: instructions are what limits it, for prompts, too (with 128 queries as the rows of the products
+an H200 took up to twice as long as with 16 as the columns).
 Letters as in paged_decode.py; a head has words of VALUES values each (see kv_quant.py).
 
 To prompts, too, codes are brought to the tensor cores, by Triton on every GPU.  The alternative, to write the pages of
@@ -37,9 +38,9 @@ def _narrow(x, dtype: tl.constexpr, ASM: tl.constexpr):
 
 
 @jit
-def _queries(q_ptr, place, mine, w, KEYS: tl.constexpr, KIND: tl.constexpr, VALUES: tl.constexpr, H: tl.constexpr):
-    """The queries that begin at `place`, the axis 1 - KEYS of VALUES matrices, what a product of them and `values` is
-    to be multiplied by, and float32 sums over each query.
+def _queries(q_ptr, place, mine, w, KIND: tl.constexpr, VALUES: tl.constexpr, H: tl.constexpr):
+    """The queries that begin at `place`, the columns of VALUES matrices, what a product of them and `values` is to be
+    multiplied by, and float32 sums over each query.
 
     They are float32 or become float16: all divided by a power of two, so that they are neither too large nor too small.
     """
@@ -49,10 +50,10 @@ def _queries(q_ptr, place, mine, w, KEYS: tl.constexpr, KIND: tl.constexpr, VALU
     total = tl.zeros([place.shape[0]], tl.float32)
     most = tl.zeros([place.shape[0]], tl.float32)
     for j in tl.static_range(VALUES):
-        at = tl.expand_dims(place, KEYS) + tl.expand_dims(column(w, j, KIND, H), 1 - KEYS)
+        at = place[None, :] + column(w, j, KIND, H)[:, None]
         wide = wide + (tl.load(q_ptr + at, mask=mine, other=0.0).to(tl.float32),)  # noqa: RUF005  Triton knows no stars
-        total += tl.sum(wide[j], KEYS)
-        most = tl.maximum(most, tl.max(tl.abs(wide[j]), KEYS))
+        total += tl.sum(wide[j], 0)
+        most = tl.maximum(most, tl.max(tl.abs(wide[j]), 0))
     if WIDE:
         return wide, 1.0, total
     else:
@@ -65,15 +66,13 @@ def _queries(q_ptr, place, mine, w, KEYS: tl.constexpr, KIND: tl.constexpr, VALU
 
 
 @jit
-def _none(ROWS: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr):
+def _none(QUERIES: tl.constexpr, WIDE: tl.constexpr, VALUES: tl.constexpr):
     """A running softmax of no keys: the largest score, sum of weights, what zeros add to every element, sums."""
     sums = ()
     for _ in tl.static_range(VALUES):
-        if KEYS == 0:
-            sums = sums + (tl.zeros([WIDE, ROWS], tl.float32),)  # noqa: RUF005
-        else:
-            sums = sums + (tl.zeros([ROWS, WIDE], tl.float32),)  # noqa: RUF005
-    return tl.full([ROWS], -1.0e30, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32), sums
+        sums = sums + (tl.zeros([WIDE, QUERIES], tl.float32),)  # noqa: RUF005
+    zeros = tl.zeros([QUERIES], tl.float32)
+    return tl.full([QUERIES], -1.0e30, tl.float32), zeros, zeros, sums
 
 
 @jit
@@ -112,16 +111,14 @@ def _turn(
     q, q_sum, reach, slot, w, loaded, seen, top, total, base, sums, k_words, k_parameters_ptr, v_words,
     v_parameters_ptr,
     MASK: tl.constexpr, WHOLE: tl.constexpr, SCALE: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, KEYS: tl.constexpr, KIND: tl.constexpr, VALUES: tl.constexpr, BOOST: tl.constexpr,
-    ASM: tl.constexpr,
+    PRECISION: tl.constexpr, KIND: tl.constexpr, VALUES: tl.constexpr, BOOST: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys in `slot`, the axis KEYS of the scores, to a running softmax.
+    """Adds the keys in `slot`, the rows of the scores, to a running softmax.
 
     With MASK, only those that are `loaded` [BLOCK] are read, and only those that are `seen` count.  SCALE includes the
     base of the exponential, 2.
     """
     dtype: tl.constexpr = q[0].dtype
-    OTHER: tl.constexpr = 1 - KEYS
     where = slot
     if WHOLE:
         where = slot + tl.arange(0, BLOCK)
@@ -132,50 +129,44 @@ def _turn(
         k_parameters = tl.load(k_parameters_ptr + where)
         v_parameters = tl.load(v_parameters_ptr + where)
     k = _words(k_words, slot, w, loaded, MASK, WHOLE, W, BLOCK, 0)
-    v = _words(v_words, slot, w, loaded, MASK, WHOLE, W, BLOCK, OTHER)
+    v = _words(v_words, slot, w, loaded, MASK, WHOLE, W, BLOCK, 1)
     k_scale, k_zero = scale_and_zero(k_parameters, ASM)
     v_scale, v_zero = scale_and_zero(v_parameters, ASM)
-    if KEYS == 0:
-        scores = tl.zeros([BLOCK, q_sum.shape[0]], tl.float32)
-        for j in tl.static_range(VALUES):
-            scores = tl.dot(values(k, j, KIND, dtype, ASM), q[j], scores, input_precision=PRECISION)
-    else:
-        k = tl.trans(k)
-        scores = tl.zeros([q_sum.shape[0], BLOCK], tl.float32)
-        for j in tl.static_range(VALUES):
-            scores = tl.dot(q[j], values(k, j, KIND, dtype, ASM), scores, input_precision=PRECISION)
+    scores = tl.zeros([BLOCK, q_sum.shape[0]], tl.float32)
+    for j in tl.static_range(VALUES):
+        scores = tl.dot(values(k, j, KIND, dtype, ASM), q[j], scores, input_precision=PRECISION)
     k_scale *= reach * SCALE
     k_zero *= SCALE
-    scores = scores * tl.expand_dims(k_scale, OTHER) + tl.expand_dims(q_sum, KEYS) * tl.expand_dims(k_zero, OTHER)
+    scores = scores * k_scale[:, None] + q_sum[None, :] * k_zero[:, None]
     if MASK:
         scores = tl.where(seen, scores, -1.0e30)
-    new_top = tl.maximum(top, tl.max(scores, KEYS))
-    weight = power(scores - tl.expand_dims(new_top, KEYS), ASM)
+    new_top = tl.maximum(top, tl.max(scores, 0))
+    weight = power(scores - new_top[None, :], ASM)
     fade = power(top - new_top, ASM)
-    total = total * fade + tl.sum(weight, KEYS)
-    narrow = _narrow(weight * tl.expand_dims(v_scale * BOOST, OTHER), dtype, ASM)
-    base = base * fade + tl.sum(weight * tl.expand_dims(v_zero, OTHER), KEYS)
+    total = total * fade + tl.sum(weight, 0)
+    narrow = _narrow(weight * (v_scale * BOOST)[:, None], dtype, ASM)
+    base = base * fade + tl.sum(weight * v_zero[:, None], 0)
     added = ()
     for j in tl.static_range(VALUES):
-        part = sums[j] * tl.expand_dims(fade, KEYS)
-        if KEYS == 0:
-            part = tl.dot(values(v, j, KIND, dtype, ASM), narrow, part, input_precision=PRECISION)
-        else:
-            part = tl.dot(narrow, values(v, j, KIND, dtype, ASM), part, input_precision=PRECISION)
+        part = sums[j] * fade[None, :]
+        part = tl.dot(values(v, j, KIND, dtype, ASM), narrow, part, input_precision=PRECISION)
         added = added + (part,)  # noqa: RUF005
     return new_top, total, base, added
 
 
 @jit
 def attend_codes(
-    q_ptr, k_ptr, k_parameters_ptr, v_ptr, v_parameters_ptr, pages_ptr, work_ptr, first_page_ptr, P,
+    q_ptr, k_ptr, k_parameters_ptr, v_ptr, v_parameters_ptr, pages_ptr, work_ptr, first_page_ptr, P, tiles_ptr,
     out_ptr, sums_ptr, tops_ptr, totals_ptr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
     GP: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    GC: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, VALUES: tl.constexpr, BOOST: tl.constexpr,
-    ASM: tl.constexpr,
+    GC: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr, VALUES: tl.constexpr,
+    BOOST: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One piece of one row for one kv head, as `_attend` of paged_decode.py: grid (K, pieces)."""
+    """One piece of one row for one kv head, as `_attend` of paged_decode.py: grid (K, pieces).
+
+    With TILE the rows are tiles of so many tokens, each of which sees the keys up to its own.
+    """
     head = tl.program_id(0)
     piece = tl.program_id(1)
     work = work_ptr + piece * (7 + K)
@@ -185,12 +176,21 @@ def attend_codes(
     token, begin, end, oldest, first, pieces = piece_at(work)
     first_page = tl.load(first_page_ptr)
     W: tl.constexpr = H // VALUES
+    COLUMNS: tl.constexpr = TILE * G if TILE else G
     g = tl.arange(0, GP)
     w = tl.arange(0, HP // VALUES)
-    mine = (g < G)[None, :] & (w < W)[:, None]
-    heads = head * G + g
-    q, reach, q_sum = _queries(q_ptr, (token * (K * G) + heads) * H, mine, w, 0, KIND, VALUES, H)
-    top, total, base, sums = _none(GP, HP // VALUES, 0, VALUES)
+    tokens = 1
+    position = end
+    if TILE:
+        tile = tiles_ptr + row * 8
+        row = tl.maximum(tl.load(tile), 0)
+        tokens = tl.load(tile + 2)
+        position = tl.load(tile + 3)
+    here = (g < COLUMNS) & (g < tokens * G)
+    mine = here[None, :] & (w < W)[:, None]
+    heads = (token + g // G) * (K * G) + head * G + g % G
+    q, reach, q_sum = _queries(q_ptr, heads * H, mine, w, KIND, VALUES, H)
+    top, total, base, sums = _none(GP, HP // VALUES, VALUES)
     k_words = k_ptr.to(tl.pointer_type(tl.uint16))
     v_words = v_ptr.to(tl.pointer_type(tl.uint16))
     pages = pages_ptr + row * P
@@ -198,30 +198,33 @@ def attend_codes(
     dtype: tl.constexpr = q[0].dtype
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
         key = tl.arange(0, BLOCK)
-        seen = key < end - at
+        loaded = key < end - at
         if WINDOW:
-            seen &= key >= oldest - at
+            loaded &= key >= oldest - at
+        seen = loaded[:, None]
+        if TILE:
+            seen &= key[:, None] <= (position - at + g // G)[None, :]
         slot = _slots(first_page + page, at, head, K, S, BLOCK)
         page = pages_of(pages, at + BLOCK, end, S, BLOCK)
         top, total, base, sums = _turn(
-            q, q_sum, reach, slot, w, seen, seen[:, None], top, total, base, sums, k_words, k_parameters_ptr, v_words,
-            v_parameters_ptr, True, S % BLOCK == 0, SCALE * 1.4426950408889634, W, BLOCK, PRECISION, 0, KIND, VALUES,
+            q, q_sum, reach, slot, w, loaded, seen, top, total, base, sums, k_words, k_parameters_ptr, v_words,
+            v_parameters_ptr, True, S % BLOCK == 0, SCALE * 1.4426950408889634, W, BLOCK, PRECISION, KIND, VALUES,
             BOOST, ASM,
         )  # fmt: skip
     if pieces == 1:
         share = 1.0 / tl.maximum(total, 1.0e-30)  # a row of length 0 has sums of 0
         for j in tl.static_range(VALUES):
-            place = (token * (K * G) + heads)[None, :] * H + column(w, j, KIND, H)[:, None]
+            place = heads[None, :] * H + column(w, j, KIND, H)[:, None]
             out = (sums[j] * (unit(j, KIND, dtype) / BOOST) + base[None, :]) * share[None, :]
             tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mine)
     else:
-        partial = piece * (K * G) + heads
+        partial = (piece * K + head) * COLUMNS + g
         for j in tl.static_range(VALUES):
             place = partial[None, :] * H + column(w, j, KIND, H)[:, None]
             tl.store(sums_ptr + place, sums[j] * (unit(j, KIND, dtype) / BOOST) + base[None, :], mask=mine)
         finish(
-            work_ptr, partial, g < G, top, total, first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr,
-            K, G, H, HP, GC, PARTS,
+            work_ptr, partial, here, top, total, first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr,
+            K, COLUMNS, H, HP, GC, PARTS, G, tokens,
         )  # fmt: skip
 
 
@@ -230,9 +233,9 @@ def attend_tile_codes(
     q_ptr, k_ptr, k_parameters_ptr, v_ptr, v_parameters_ptr, pages_ptr, tiles_ptr, first_page_ptr, P, out_ptr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
     HP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    KEYS: tl.constexpr, KIND: tl.constexpr, VALUES: tl.constexpr, BOOST: tl.constexpr, ASM: tl.constexpr,
+    KIND: tl.constexpr, VALUES: tl.constexpr, BOOST: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One tile for one kv head, as `_attend_tile` of paged_prefill.py: grid (K, tiles); keys are the axis KEYS."""
+    """One tile for one kv head, as `_attend_tile` of paged_prefill.py: grid (K, tiles)."""
     head = tl.program_id(0)
     row, token, tokens, position = tile_at(tiles_ptr)
     if tokens <= 0:
@@ -241,15 +244,15 @@ def attend_tile_codes(
     x = tl.arange(0, ROWS)
     w = tl.arange(0, HP // VALUES)
     first_page = tl.load(first_page_ptr)
-    mine = tl.expand_dims(x // G < tokens, KEYS) & tl.expand_dims(w < W, 1 - KEYS)
+    mine = (x // G < tokens)[None, :] & (w < W)[:, None]
     place = ((token + x // G) * (K * G) + head * G + x % G) * H
     if row < 0:
         for j in tl.static_range(VALUES):
-            to = tl.expand_dims(place, KEYS) + tl.expand_dims(column(w, j, KIND, H), 1 - KEYS)
+            to = place[None, :] + column(w, j, KIND, H)[:, None]
             tl.store(out_ptr + to, tl.zeros_like(to).to(out_ptr.dtype.element_ty), mask=mine)
         return
-    q, reach, q_sum = _queries(q_ptr, place, mine, w, KEYS, KIND, VALUES, H)
-    top, total, base, sums = _none(ROWS, HP // VALUES, KEYS, VALUES)
+    q, reach, q_sum = _queries(q_ptr, place, mine, w, KIND, VALUES, H)
+    top, total, base, sums = _none(ROWS, HP // VALUES, VALUES)
     k_words = k_ptr.to(tl.pointer_type(tl.uint16))
     v_words = v_ptr.to(tl.pointer_type(tl.uint16))
     visible = position + x // G  # the newest key that a row sees
@@ -267,24 +270,24 @@ def attend_tile_codes(
             page = pages_of(pages, at + BLOCK, end, S, BLOCK)
             top, total, base, sums = _turn(
                 q, q_sum, reach, slot, w, True, True, top, total, base, sums, k_words, k_parameters_ptr, v_words,
-                v_parameters_ptr, False, S % BLOCK == 0, SCALE, W, BLOCK, PRECISION, KEYS, KIND, VALUES, BOOST, ASM,
+                v_parameters_ptr, False, S % BLOCK == 0, SCALE, W, BLOCK, PRECISION, KIND, VALUES, BOOST, ASM,
             )  # fmt: skip
         begin = full
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
         key = at + tl.arange(0, BLOCK)
         slot = _slots(first_page + page, at, head, K, S, BLOCK)
         page = pages_of(pages, at + BLOCK, end, S, BLOCK)
-        seen = tl.expand_dims(key, 1 - KEYS) <= tl.expand_dims(visible, KEYS)
+        seen = key[:, None] <= visible[None, :]
         if WINDOW:
-            seen &= tl.expand_dims(key, 1 - KEYS) > tl.expand_dims(visible - WINDOW, KEYS)
+            seen &= key[:, None] > (visible - WINDOW)[None, :]
         top, total, base, sums = _turn(
             q, q_sum, reach, slot, w, (key < end) & (key >= oldest), seen, top, total, base, sums, k_words,
-            k_parameters_ptr, v_words, v_parameters_ptr, True, S % BLOCK == 0, SCALE, W, BLOCK, PRECISION, KEYS, KIND,
-            VALUES, BOOST, ASM,
+            k_parameters_ptr, v_words, v_parameters_ptr, True, S % BLOCK == 0, SCALE, W, BLOCK, PRECISION, KIND, VALUES,
+            BOOST, ASM,
         )  # fmt: skip
     dtype: tl.constexpr = q[0].dtype
     share = 1.0 / tl.maximum(total, 1.0e-30)
     for j in tl.static_range(VALUES):
-        out = (sums[j] * (unit(j, KIND, dtype) / BOOST) + tl.expand_dims(base, KEYS)) * tl.expand_dims(share, KEYS)
-        to = tl.expand_dims(place, KEYS) + tl.expand_dims(column(w, j, KIND, H), 1 - KEYS)
+        out = (sums[j] * (unit(j, KIND, dtype) / BOOST) + base[None, :]) * share[None, :]
+        to = place[None, :] + column(w, j, KIND, H)[:, None]
         tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), mask=mine)

@@ -13,16 +13,16 @@ from pallas_kernels.triton_call import jit, tl, triton_call
 @jit
 def _tiles(
     first_ptr, count_ptr, start_ptr, R, T, most, tiles_ptr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
+    TILE: tl.constexpr, LEAST: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Cuts the rows of two and more tokens, then the padding tokens, into tiles of TILE tokens: grid most / PART.
+    """Cuts the rows of LEAST and more tokens, then the padding tokens, into tiles of TILE tokens: grid most / PART.
 
     Writes int32[most, 8]: row (-1: none), first token, tokens, position, keys, keys of the whole row, cost.  Padding
     sees one key of a row that has none.
     """
     r = tl.arange(0, ROWS)
     count = tl.load(count_ptr + r, mask=r < R, other=0)
-    tiles = tl.where(count > 1, cdiv_(count, TILE), 0)
+    tiles = tl.where(count >= LEAST, cdiv_(count, TILE), 0)
     after = tl.cumsum(tiles, 0)
     number = tl.program_id(0) * PART + tl.arange(0, PART)
     passed = after[None, :] <= number[:, None]
@@ -56,13 +56,13 @@ def tile_at(tiles_ptr):
     return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
 
 
-def tiles(first, count, start, tokens, tile):
+def tiles(first, count, start, tokens, tile, least=2):
     """What `_tiles` writes.  The same in every layer of a step, where XLA computes it once."""
     R = count.shape[0]
-    most = tokens // tile + min(R, tokens // 2) + 1
+    most = tokens // tile + min(R, tokens // least) + 1
     constants, grid = listed(R, most)
     (found,) = triton_call(
         _tiles, first, count, start, R, tokens, most, out=[jax.ShapeDtypeStruct((most, 8), jnp.int32)], grid=grid,
-        warps=4, stages=1, TILE=tile, **constants,
+        warps=4, stages=1, TILE=tile, LEAST=least, **constants,
     )  # fmt: skip
     return found

@@ -24,7 +24,7 @@ from pallas_kernels import triton_call, tuning
 DECODE = {"1 x 0.5k": [(511, 1)], "1 x 32k": [(32767, 1)], "8 x 4k": [(4095, 1)] * 8, "32 x 1k": [(1023, 1)] * 32,
           "64 x 2k": [(2047, 1)] * 64, "256 x 0.6k": [(600, 1)] * 256,
           "mixed": [(199, 1)] * 48 + [(8191, 1)] * 16}  # fmt: skip
-PROMPTS = {"1 x 4k": [(0, 4096)], "8 x 0.5k": [(0, 512)] * 8, "mixed": [(4096, 512), (0, 512), (700, 700)]}
+PROMPTS = {"1 x 4k": [(0, 4096)], "8 x 0.5k": [(0, 512)] * 8, "mixed": [(4096, 512), (0, 512), (700, 1100)]}
 HEADS = {64: (8, 4), 128: (8, 2), 256: (4, 2)}
 CASES = {
     "hopper_prefill": PROMPTS,
@@ -53,7 +53,7 @@ for kind in ("_int8", "_int4"):  # fewer warps a piece: each does more between w
         {"block": (32, 64, 128), "warps": (1, 2, 4), "stages": (2, 3, 4)},
         {"programs": (1056, 2112, 4224), "smallest": (64, 128, 256)},
     )
-    STEPS["paged_prefill" + kind] = STEPS["paged_prefill"]
+    STEPS["paged_prefill" + kind] = ({"rows": (8, 16, 32), "block": (32, 64), "warps": (1, 2), "stages": (2, 3)},)
 # Rows of one token among prompts of so many in all: from which number on is the Hopper kernel no slower?
 MIXES = {prompt: [(600, 1)] * 250 + [(0, prompt // 2)] * 2 for prompt in (64, 128, 256, 512, 1024)}
 

@@ -47,11 +47,10 @@ def test_decode(heads, window, page_size, dtype, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "heads, window, dtype, turned", [((1, 3, 80), None, np.float16, 0), ((1, 2, 16), 20, np.float32, 1)]
+    "heads, window, dtype",
+    [((1, 3, 80), None, np.float16), ((1, 2, 16), 20, np.float32), ((1, 17, 16), None, np.float16)],
 )
-def test_prefill(heads, window, dtype, turned, kind, monkeypatch):
-    """turned: keys are the rows of the products, not the columns."""
-    monkeypatch.setattr(tuning, "lookup", lambda *_: {**SIZES, "turned": turned})
+def test_prefill(heads, window, dtype, kind):
     kv_heads, group, head_dim = heads
     case = Case([5, 60, 0, 33, 40], [5, 9, 0, 1, 6], page_size=16, kv_heads=kv_heads, group=group,
                 head_dim=head_dim, dtype=dtype, padding=7, window=window)  # fmt: skip
@@ -59,6 +58,19 @@ def test_prefill(heads, window, dtype, turned, kind, monkeypatch):
     close(
         paged_prefill(*args, scale=0.2, window=window), paged_prefill_reference(*args, scale=0.2, window=window), dtype
     )
+
+
+@pytest.mark.parametrize(
+    "kind, group, page_size, dtype",
+    [("int4", 2, 16, np.float16), ("int8", 1, 64, np.float32), ("fp8", 4, 64, np.float16), ("int4", 9, 32, np.float16)],
+)
+def test_few_tokens(kind, group, page_size, dtype, monkeypatch):
+    """Prompts in tiles by the kernel that decodes: whole rows, several pieces, and padding."""
+    monkeypatch.setattr(tuning, "lookup", lambda *_: {**SIZES, "tokens": 99})
+    case = Case([5, 150, 0, 133, 1], [5, 1, 0, 9, 1], page_size=page_size, kv_heads=2, group=group, head_dim=64,
+                dtype=dtype, padding=3)  # fmt: skip
+    args = (jnp.asarray(case.q), *quantized(case, kind), 1, *case.rows())
+    close(paged_prefill(*args, scale=0.2), paged_prefill_reference(*args, scale=0.2), dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
