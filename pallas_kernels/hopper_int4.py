@@ -65,6 +65,14 @@ def _values(dtype, scale_dtype, group):
     return text + "}"
 
 
+def _lane():
+    """The type of addresses, what makes constants of it, the lane in its warp, and the warp in its warpgroup."""
+    i32 = ir.IntegerType.get_signless(32)
+    const = functools.partial(mgpu_utils.c, ty=i32)
+    thread = arith.remui(mgpu_utils.thread_idx(), const(128))
+    return i32, const, arith.remui(thread, const(32)), arith.divui(thread, const(32))
+
+
 def _unit(dtype, scale_dtype, group, words, scale, zero, scale2, zero2):
     """The values [64, 64] of a warpgroup's outputs in a unit, from shared memory, as wgmma's first operand.
 
@@ -77,20 +85,14 @@ def _unit(dtype, scale_dtype, group, words, scale, zero, scale2, zero2):
         return_type=plgpu.ShapeDtypeStruct((LINES, UNIT), dtype, layout=plgpu.Layout.WGMMA),
     )
     def load(_, words, scale, zero, scale2, zero2):
-        i32 = ir.IntegerType.get_signless(32)
-
-        def const(n):
-            return mgpu_utils.c(n, i32)
-
         def address(ref, offset):
             return arith.addi(llvm.ptrtoint(i32, mgpu_utils.memref_ptr(ref)), offset)
 
-        thread = arith.remui(mgpu_utils.thread_idx(), const(128))
-        warp, row = arith.divui(thread, const(32)), arith.divui(thread, const(4))  # rows of 8 a warp, so far
-        row = arith.addi(row, arith.muli(warp, const(8)))
+        i32, const, lane, warp = _lane()
+        row = arith.addi(arith.divui(lane, const(4)), arith.muli(warp, const(16)))
         apart, _ = ir.MemRefType(words.type).get_strides_and_offset()  # a tile's other units may lie between
-        lane = arith.muli(arith.remui(thread, const(32)), const(16))
-        inputs = [address(words, arith.addi(arith.muli(warp, const(4 * apart[0])), lane))]
+        quarter = arith.muli(warp, const(4 * apart[0]))
+        inputs = [address(words, arith.addi(quarter, arith.muli(lane, const(16))))]
         for z, s in ((zero, scale), (zero2, scale2))[: 2 if group == 32 else 1]:
             inputs += [address(z, row), address(s, arith.muli(row, const(2)))]
         struct = llvm.StructType.get_literal([i32] * 16)
@@ -121,27 +123,22 @@ def _put(out, begin, target):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(_rows(out.dtype))))
     def store(_, out, target):
-        i32 = ir.IntegerType.get_signless(32)
+        i32, const, lane, warp = _lane()
+        base = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(target))
 
-        def const(n):
-            return mgpu_utils.c(n, i32)
-
-        def place(base, token, line, size):
+        def place(token, line, size):
             """The address of a token's line: rows of 128 bytes, whose 16 bytes change places with the row."""
             line_of = 128 // size  # lines a row
-            chunk = arith.xori(arith.divui(arith.remui(line, const(line_of)), const(16 // size)),
-                               arith.remui(token, const(8)))  # fmt: skip
+            chunk = arith.divui(arith.remui(line, const(line_of)), const(16 // size))
+            chunk = arith.xori(chunk, arith.remui(token, const(8)))
             row = arith.addi(token, arith.muli(arith.divui(line, const(line_of)), const(8)))  # tiles of 8 rows
             if line_of < LINES:
                 tile = arith.divui(token, const(8))
                 row = arith.addi(row, arith.muli(tile, const(8 * (LINES // line_of - 1))))
             within = arith.muli(arith.remui(line, const(16 // size)), const(size))
-            return arith.addi(base, arith.addi(arith.muli(row, const(128)), arith.addi(arith.shli(chunk, const(4)),
-                                                                                        within)))  # fmt: skip
+            within = arith.addi(arith.shli(chunk, const(4)), within)
+            return arith.addi(base, arith.addi(arith.muli(row, const(128)), within))
 
-        thread = arith.remui(mgpu_utils.thread_idx(), const(128))
-        lane, warp = arith.remui(thread, const(32)), arith.divui(thread, const(32))
-        base, tokens = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(target)), count
         registers = out.registers.reshape(out.shape[1] // 8, 2)[begin // 8 :]
         first = arith.muli(warp, const(16))
         if mgpu_utils.bytewidth(out.mlir_dtype) == 4:
@@ -150,8 +147,8 @@ def _put(out, begin, target):
             f32 = ir.F32Type.get()
             for half in range(2):
                 for e in range(2):
-                    at = place(base, arith.addi(column, const(e)), arith.addi(line, const(8 * half)), 4)
-                    for j in range(tokens // 8):  # 8 tokens are 2 KiB
+                    at = place(arith.addi(column, const(e)), arith.addi(line, const(8 * half)), 4)
+                    for j in range(count // 8):  # 8 tokens are 2 KiB
                         value = llvm.bitcast(f32, vector.extract(registers[j, half], [], [e]))
                         text = f"st.shared.f32 [$0 + {2048 * j}], $1;"
                         llvm.inline_asm(None, [at, value], text, "r,f,~{memory}", has_side_effects=True)
@@ -159,8 +156,8 @@ def _put(out, begin, target):
         matrix = arith.divui(lane, const(8))  # whose rows' addresses the lane gives: half, half, of the next tokens ...
         line = arith.addi(first, arith.muli(arith.remui(matrix, const(2)), const(8)))
         token = arith.addi(arith.remui(lane, const(8)), arith.muli(arith.divui(matrix, const(2)), const(8)))
-        at = place(base, token, line, 2)
-        for j in range(0, tokens // 8, 2):
+        at = place(token, line, 2)
+        for j in range(0, count // 8, 2):
             values = [llvm.bitcast(i32, registers[j + n // 2, n % 2]) for n in range(4)]
             text = f"stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0 + {1024 * j}], {{$1, $2, $3, $4}};"
             llvm.inline_asm(None, [at, *values], text, "r,r,r,r,r,~{memory}", has_side_effects=True)
@@ -209,11 +206,6 @@ def chosen(T, D, F, group):
     return How(tokens, 128 if D % 128 == 0 and tokens <= 128 else 64, split)
 
 
-def _piece(tokens):
-    """Tokens whose results are written at a time: what divides their number, and is a multiple of 16."""
-    return max(n for n in range(16, 65, 16) if tokens % n == 0)
-
-
 @functools.partial(jax.jit, static_argnames=("group", "dtype", "how"))
 def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None):
     """x [T, D] times the matrix of `tiles` (two-dimensional out), to [T, F]; F a multiple of 128.
@@ -243,7 +235,8 @@ def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None):
 def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
     """The kernel, and what it has of shared memory and barriers."""
     tokens, inputs, split = how
-    turns, units, rows, piece = D // inputs // split, inputs // UNIT, max(1, inputs // group), _piece(tokens)
+    turns, units, rows = D // inputs // split, inputs // UNIT, max(1, inputs // group)
+    piece = max(n for n in range(16, 65, 16) if tokens % n == 0)  # tokens whose results are written at a time
     room = MEMORY - 2 * piece * BLOCK * out_type.itemsize
     stages = min(STAGES, turns, room // (tokens * inputs * 2 + BLOCK * (inputs // 2 + rows * 3)))
     assert stages >= min(turns, 2)  # a turn is freed in the next one
@@ -313,9 +306,7 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
                     turn(turns - 1, acc)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(free.at[lax.rem(before + turns - 1, stages)])
-                finish(acc[...].astype(out_type))
-
-            def finish(out):
+                out = acc[...].astype(out_type)
                 for p in range(tokens // piece):
                     plgpu.wait_smem_to_gmem(min(p, 1), wait_read_only=True)
                     _put(out, p * piece, results.at[warpgroup, p % 2])
