@@ -1,6 +1,7 @@
 """Steps that wait for their masks on a GPU: the tokens are those of masks that the host hands over."""
 
 import pytest
+from llguidance import LLMatcher
 
 from jaxserve import ops
 from jaxserve.engine.request import SamplingParams
@@ -21,24 +22,34 @@ def folder(tmp_path_factory):
 
 
 def answers(folder, ahead):
-    """Tokens and endings of requests of all kinds, some of which are preempted, or given up."""
-    knobs = dict(max_batch_size=48, num_tokens_per_iter=256, cache_block_seq_len=16, cache_max_entry_count=120)
+    """(tokens, ending) of requests alone, and of many at once, some of which are preempted, or given up."""
+    knobs = dict(max_batch_size=48, num_tokens_per_iter=256, cache_block_seq_len=16, cache_max_entry_count=48)
     with build.engine(folder, guide=build.table, session_len=128, **knobs) as engine:
         engine.turns.ahead = ahead
         assert (engine.runner.gate is not None) == ops.waits()
-        made = []
-        for i in range(60):
+
+        def ask(i):
             params = SAMPLED if i % 3 == 0 else build.GREEDY
             prompt = [3 + (7 * i + j) % 90 for j in range(3 + i % 20)]
-            made.append(build.submit(engine, prompt, 50, params, stop_ids=STOP, grammar=PATTERNS[i % 4]))
+            return build.submit(engine, prompt, 50, params, stop_ids=STOP, grammar=PATTERNS[i % 4])
+
+        alone = [(answer.wait(), answer.finish) for answer in map(ask, range(8))]
+        made = [ask(i) for i in range(60)]
         given_up = build.submit(engine, [5, 6], 90, stop_ids=STOP, grammar=regex("[a-z]{90}"))
         given_up.get(timeout=60)
         engine.abort(given_up.request)
-        found = [(answer.wait(), answer.finish) for answer in made]
+        together = [(answer.wait(), answer.finish) for answer in made]
         assert given_up.wait() is not None and given_up.finish == "abort"
         stats = engine.stats()
         assert stats["pages_used"] == 0 and stats["preemptions"] > 0 and stats["failed_steps"] == 0
-        return found
+        return alone, together
+
+
+def follows(tokens, finish, grammar):
+    """Whether an answer is a text of the grammar, or the beginning of one."""
+    matcher, text = LLMatcher(build.table(), grammar), [token for token in tokens if token not in STOP]
+    whole = matcher.validate_tokens(text) == len(text) and matcher.consume_tokens(text)
+    return whole and (finish == "length" or (finish == "stop" and matcher.is_accepting()))
 
 
 @pytest.mark.gpu
@@ -46,7 +57,11 @@ def test_tokens_are_those_of_masks_from_the_host(folder, monkeypatch):
     waited = [answers(folder, ahead) for ahead in (1, 2)]
     monkeypatch.setattr(ops, "waits", lambda: False)
     expected = answers(folder, 1)
-    assert waited == [expected, expected]
-    for (tokens, finish), pattern in zip(expected, PATTERNS * 15):
-        assert finish in ("stop", "length")
-        assert pattern is not PATTERNS[0] or build.text(tokens).replace(" ", "a").islower()
+    # Among others a sum may round otherwise, as steps have other sizes, so there only the grammar tells right from
+    # wrong: an answer of random weights leaves it with the first token whose mask is another's.
+    assert [alone for alone, _ in waited] == [expected[0]] * 2
+    for alone, together in (*waited, expected):
+        for found in (alone, together):
+            for i, (tokens, finish) in enumerate(found):
+                grammar = PATTERNS[i % 4]
+                assert tokens and (grammar is None or follows(tokens, finish, grammar))
