@@ -31,6 +31,14 @@ MIXED = [  # kind, head dim, dtype, window: a Latin square, with windows along a
     for k, kind in enumerate(KINDS)
 ]
 MIXED += [("int4", 64, "bfloat16", None), ("int8", 128, "bfloat16", None)]
+PROMPTS = [  # as MIXED
+    ("int4", 128, "bfloat16", None),
+    ("int8", 128, "bfloat16", None),
+    ("int4", 64, "float16", None),
+    ("fp8", 80, "bfloat16", None),
+    ("int8", 256, "bfloat16", None),
+    ("int4", 64, "float32", 300),
+]
 HEADS = [  # kind, kv heads, query heads a kv head, page size
     ("int8", 1, 1, 16),
     ("int4", 3, 3, 32),
@@ -65,7 +73,7 @@ def numbers(pool):
 
 
 def check_mixed(case, kind, scale, window=None):
-    """paged_prefill, which has paged_decode attend for the rows of one token."""
+    """paged_prefill, which has paged_decode attend for the rows of one token, or for all where tokens are few."""
     with jax.default_device(jax.devices("cpu")[0]):
         q, pools, rows = jnp.asarray(case.q), quantized(case, kind), case.rows()
         expected = prefill_reference(q.astype(jnp.float32), *map(numbers, pools), 1, *rows, scale=scale, window=window)
@@ -78,6 +86,14 @@ def check_mixed(case, kind, scale, window=None):
 def test_attention(kind, head_dim, dtype, window):
     case = Case([5, 3000, 0, 128, 1, 2900, 65, 257], [5, 900, 0, 1, 1, 1, 65, 100], padding=150, kv_heads=2, group=3,
                 head_dim=head_dim, page_size=64, dtype=jnp.dtype(dtype), window=window)  # fmt: skip
+    check_mixed(case, kind, head_dim**-0.5, window)
+
+
+@pytest.mark.parametrize("kind, head_dim, dtype, window", PROMPTS)
+def test_many_tokens(kind, head_dim, dtype, window):
+    """More than one kernel takes: tiles of prompts, then the rows of one token."""
+    case = Case([2300, 700, 1, 500], [1900, 1, 1, 400], padding=50, kv_heads=2, group=3, head_dim=head_dim,
+                page_size=64, dtype=jnp.dtype(dtype), window=window)  # fmt: skip
     check_mixed(case, kind, head_dim**-0.5, window)
 
 
