@@ -35,13 +35,14 @@ def _combine(
     g = tl.arange(0, GC)
     h = tl.arange(0, HP)
     heads = head * G + g
+    mine = (g < G) & (g < tokens * GROUP)
     top = tl.full([GC], -1.0e30, tl.float32)
     total = tl.zeros([GC], tl.float32)
     sums = tl.zeros([GC, HP], tl.float32)
     for at in tl.range(0, pieces, PARTS):
         piece = at + tl.arange(0, PARTS)
         partial = (first + piece)[:, None] * (K * G) + heads[None, :]
-        here = (piece < pieces)[:, None] & (g < G)[None, :]
+        here = (piece < pieces)[:, None] & mine[None, :]
         inner = here[:, :, None] & (h < H)[None, None, :]
         tops = tl.load(tops_ptr + partial, mask=here, other=-1.0e30, cache_modifier=".cg")
         totals = tl.load(totals_ptr + partial, mask=here, other=0.0, cache_modifier=".cg")
@@ -56,7 +57,6 @@ def _combine(
         top = new_top
     out = sums / tl.maximum(total, 1.0e-30)[:, None]
     spot = (token + g // GROUP) * (K * GROUP) + head * GROUP + g % GROUP
-    mine = (g < G) & (g < tokens * GROUP)
     tl.store(out_ptr + spot[:, None] * H + h[None, :], out.to(out_ptr.dtype.element_ty), mask=mine[:, None] & (h < H))
 
 
