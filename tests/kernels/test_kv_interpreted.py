@@ -67,8 +67,8 @@ def test_prefill(heads, window, dtype, kind):
 def test_few_tokens(kind, heads, page_size, dtype, monkeypatch):
     """Prompts in tiles by the kernel that decodes: whole rows, several pieces, and padding."""
     monkeypatch.setattr(tuning, "lookup", lambda *_: {**SIZES, "tokens": 99})
-    case = Case([2, 150, 0, 70, 1], [2, 1, 0, 6, 1], page_size=page_size, kv_heads=heads[0], group=heads[1], head_dim=64,
-                dtype=dtype, padding=2)  # fmt: skip
+    case = Case([2, 150, 0, 70, 1], [2, 1, 0, 6, 1], page_size=page_size, kv_heads=heads[0], group=heads[1],
+                head_dim=64, dtype=dtype, padding=2)  # fmt: skip
     args = (jnp.asarray(case.q), *quantized(case, kind), 1, *case.rows())
     close(paged_prefill(*args, scale=0.2), paged_prefill_reference(*args, scale=0.2), dtype)
 
