@@ -3,6 +3,7 @@
 T tokens of a step, R rows, P pages a row; a lane is a request's seat on the device, a row its place in one step.
 """
 
+import logging
 import math
 from typing import Any
 
@@ -23,6 +24,7 @@ from jaxserve.step import BLOCK, LANE, NO_LANE, ROW, ROW_WIDTH, Shape, State, ad
 from jaxserve.step import step as steps
 
 START, COUNT, ROPE = ROW.index("start"), ROW.index("count"), ROW.index("rope_len")
+log = logging.getLogger("jaxserve")
 # From so many tokens cuBLAS multiplies faster than the kernels that XLA generates: a step of a 1.8B model on an H200
 # takes 2.95 ms, not 3.19, at 64, 3.87, not 4.53, at 512, 19.2, not 20.8, at 4096; but 2.09, not 1.97, at 16.
 CUBLAS_FROM = 48
@@ -80,13 +82,24 @@ class Runner:
     def compile(self, folder, progress=None):
         """Compiles every program that can be needed; nothing is compiled after it."""
         ops.prepare()
+        self._open_gate()
         # What float32 means: a GPU would round the factors of a product to 10 bits (TF32) otherwise.
         precision = "highest" if self.shapes.embed.dtype == jnp.float32 else None
         with meshes.on(self.mesh), jax.default_matmul_precision(precision):
-            jobs = self._jobs()
-            jobs = {key: jobs[key] for key in sorted(jobs, key=_turn)}
+            jobs = dict(sorted(self._jobs().items(), key=lambda job: _turn(job[0])))
             tunes = None if self.on_cpu else _products  # XLA tries nothing out on the CPU
             self.programs = compile_all(jobs, list(self.mesh.devices.flat), folder, progress, tunes=tunes)
+
+    def _open_gate(self):
+        """Makes the gate; where the device and the host can share no memory, programs take masks instead."""
+        if not self.gated or self.scores_only:
+            return
+        most = max(shape.drawn for shape in self._apart())
+        try:
+            self.gate = Gate(self.mesh.devices.flat[0], self._put, most, self.mask_words)
+        except Exception as error:
+            log.warning("guided decoding will be slower: no memory that the device shares with the host: %s", error)
+            self.gated = False
 
     def _jobs(self):
         """{key: (function, arguments, compiler options)} of all programs."""
@@ -172,9 +185,6 @@ class Runner:
         self.state = make()
         self.seated = [None] * self.plan.lanes
         self.unmasked = {}
-        if self.gated and self.gate is None and not self.scores_only:
-            most = max(shape.drawn for shape in self._apart())
-            self.gate = Gate(self.mesh.devices.flat[0], self._put, most, self.mask_words)
 
     @property
     def intact(self):
@@ -368,8 +378,7 @@ class Runner:
         """The array of a step that computes nothing, and views of its tokens, rows and pages; see step.Batch.unpack."""
         _, at_pages, end = shape.sections
         words = np.zeros(end, np.int32)
-        rows = shape.row_words(words)
-        rows[:, LANE] = NO_LANE
+        (rows := shape.row_words(words))[:, LANE] = NO_LANE
         return words, words[: shape.tokens], rows, words[at_pages:].reshape(shape.rows, shape.pages)
 
 
