@@ -7,6 +7,7 @@ import http.client
 import json
 import socket
 import struct
+from contextlib import suppress
 from random import Random
 from urllib.parse import urlsplit
 
@@ -198,7 +199,8 @@ def malformed(url: str, draw: Random) -> tuple[str, str | None]:
     with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=WAIT) as client:
         try:
             client.sendall(data)
-            client.shutdown(socket.SHUT_WR)
+            with suppress(OSError):  # ENOTCONN, where the server has already closed it
+                client.shutdown(socket.SHUT_WR)
             answer = client.recv(4096)
         except ConnectionError:
             return "malformed", None
