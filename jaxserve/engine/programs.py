@@ -24,6 +24,7 @@ log = logging.getLogger("jaxserve")
 CACHE_BYTES = 4 << 30
 DIGEST = 32  # bytes of the hash ahead of an entry's data
 ASIDE = ".part"  # ends the name of a file that is not finished
+NOT_STARTED, PAUSES = "Failed to launch ptxas", (1, 2, 4)  # XLA's error, and seconds before it is asked again
 STALE = 3600  # seconds after which nobody will finish it
 # What a program is traced from.
 SOURCES = ("cache.py", "leaf.py", "ops.py", "sampling.py", "step.py", "models", "quant")
@@ -47,7 +48,7 @@ def compile_all(jobs, devices, folder, progress=None, workers=None, tunes=None):
 
     def finish(key, lowered, before):
         wait(before)
-        executable = lowered.compile(compiler_options=jobs[key][2])
+        executable = _compiled(lowered, jobs[key][2])
         store.save(names[key], executable)
         ready(key, executable)
 
@@ -77,6 +78,21 @@ def compile_all(jobs, devices, folder, progress=None, workers=None, tunes=None):
         pool.shutdown(wait=False, cancel_futures=True)
     store.trim()
     return out
+
+
+def _compiled(lowered, options):
+    """A lowered program, compiled.
+
+    A host that has no room for one more process just then has it soon: so many are started, and so short they are.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if NOT_STARTED not in str(error) or pause is None:
+                raise
+            log.warning("a program was not compiled, once more in %d s: %s", pause, error)
+            time.sleep(pause)
 
 
 class Store:

@@ -313,3 +313,25 @@ def test_an_error_in_the_report_ends_the_compiling(folder):
 
     with pytest.raises(ValueError, match="a tensor is missing"):
         compile_all(jobs(), jax.devices()[:1], folder, damaged)
+
+
+def test_a_compiler_that_did_not_start_is_started_again(monkeypatch, caplog):
+    class Lowered:
+        def __init__(self, failures, text=programs.NOT_STARTED):
+            self.failures, self.text = failures, text
+
+        def compile(self, compiler_options):
+            self.failures -= 1
+            if self.failures >= 0:
+                raise jax.errors.JaxRuntimeError(f"INTERNAL: {self.text}")
+            return compiler_options
+
+    waited = []
+    monkeypatch.setattr(programs.time, "sleep", waited.append)
+    assert programs._compiled(Lowered(2), "options") == "options"
+    assert waited == [1, 2] and "once more in 2 s" in caplog.text
+    with pytest.raises(jax.errors.JaxRuntimeError, match="launch ptxas"):
+        programs._compiled(Lowered(9), None)
+    assert waited == [1, 2, 1, 2, 4]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of registers"):
+        programs._compiled(Lowered(1, "out of registers"), None)
