@@ -221,6 +221,16 @@ def draw(cfg, head, newest, tables, last, rows, allowed):
     return newest, tables, told
 
 
+@partial(jax.jit, static_argnames=("cfg", "shape", "tree"), donate_argnames="state", compiler_options=OPTIONS)
+def sampled(cfg, shape, tree, leaves, state, words, ticket):
+    """`advance` and `draw` by one launch.  Returns the new state and what was drawn."""
+    state, left = advance.__wrapped__(cfg, shape, tree, leaves, state, words)
+    head = jax.tree.unflatten(tree, leaves).head
+    drawing = state.newest, state.tables, left.last, left.rows, ticket
+    newest, tables, told = draw.__wrapped__(cfg, head, *drawing)
+    return state.replace(newest=newest, tables=tables), told
+
+
 @partial(jax.jit, static_argnames="cfg")
 def score(cfg, head, hidden, target, alternatives):
     """What the model thinks of known tokens, from hidden states [T, D] of the places before them.

@@ -11,8 +11,7 @@ step; of it `token` waits for the device: as long as this is not next to nothing
 `next` (what each row has to follow), `follow` (matchers are told the tokens, and asked for what is forced), `fill`
 (llguidance, on --threads threads); `masks` is the last two, and ends of answers.  `late`, made without token, is what
 must fit into a forward of the device, which waits for the masks before it draws.  On the engine's thread: `plan`,
-`pack`, `advance` (launches the forward), `draw` (launches the drawing), `record` (waits for a step, then tokens to
-their outboxes); `turn` is all of a turn.
+`pack`, `launch`, `record` (waits for a step, then tokens to their outboxes); `turn` is all of a turn.
 """
 
 import argparse
@@ -114,7 +113,7 @@ class Pieces:
         for owner, name, label in (
             (guide, "_made", "made"), (guide, "_next", "next"), (guide, "_follow", "follow"),
             (guide, "_fill", "fill"), (guide, "_masks", "masks"),
-            (runner, "draw", "draw"), (engine.turns, "_read", "record"), (runner, "advance", "advance"),
+            (runner, "dispatch", "launch"), (engine.turns, "_read", "record"),
             (engine.scheduler, "plan", "plan"), (runner, "pack", "pack"), (engine.turns, "turn", "turn"),
         ):  # fmt: skip
             self.time(owner, name, label)

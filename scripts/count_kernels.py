@@ -82,11 +82,15 @@ def runner(mesh, layers, kv=None):
 
 def job(made, tokens, rows, steps, full):
     """(key, jitted function, arguments, compiler options) of one program; without tokens, of one that draws."""
-    from jaxserve.step import Shape, advance, step
+    from jaxserve.ops import waiting
+    from jaxserve.step import Shape, advance, sampled, step
 
     if not tokens:
         key = ("draw", rows) if full else ("pick", rows, rows)
         return key, *made._jobs()[key]
+    if full and steps == 1:
+        shape, ticket = Shape(tokens, rows, 64), made._struct((waiting.TICKET,))
+        return ("sampled", shape), sampled, (*made._arguments(shape), ticket), made._options(tokens)
     shape, function = Shape(tokens, rows, 64, full, steps), step if tokens == rows else advance
     return (function.__name__, shape), function, made._arguments(shape), made._options(tokens)
 
@@ -144,7 +148,7 @@ def main():
     parser.add_argument("--tokens", type=int, help="of one program; as many as rows: a decode step; 0: of what draws")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1, help="of decoding in one launch [1]")
-    parser.add_argument("--full", action="store_true", help="by the full sampler, of several steps or of what draws")
+    parser.add_argument("--full", action="store_true", help="by the full sampler: a decode step, or what draws")
     parser.add_argument("--kv", choices=("int8", "int4", "fp8"), help="of a quantized KV cache")
     options = parser.parse_args()
     one = (options.tokens, options.rows, options.steps, options.full)

@@ -13,21 +13,22 @@ import numpy as np
 
 from jaxserve import mesh as meshes
 from jaxserve import ops
+from jaxserve import step as jitted
 from jaxserve.cache import PagedKV
 from jaxserve.engine.gate import Gate
 from jaxserve.engine.launch import InFlight, Packed, Piece
 from jaxserve.engine.programs import compile_all
-from jaxserve.engine.sizes import Sizes, bucket
+from jaxserve.engine.sizes import Sizes, begun, bucket, products
 from jaxserve.models import decoder
 from jaxserve.sampling import Sampling, Tables, bias_rows, table_rows
-from jaxserve.step import BLOCK, LANE, NO_LANE, ROW, ROW_WIDTH, Shape, State, advance, draw, logits, pick, score, seat
-from jaxserve.step import step as steps
+from jaxserve.step import BLOCK, LANE, NO_LANE, ROW, ROW_WIDTH, Shape, State
 
 START, COUNT, ROPE = ROW.index("start"), ROW.index("count"), ROW.index("rope_len")
 log = logging.getLogger("jaxserve")
 # From so many tokens cuBLAS multiplies faster than the kernels that XLA generates: a step of a 1.8B model on an H200
 # takes 2.95 ms, not 3.19, at 64, 3.87, not 4.53, at 512, 19.2, not 20.8, at 4096; but 2.09, not 1.97, at 16.
 CUBLAS_FROM = 48
+AT_ONCE = 64  # rows up to which a step by the full sampler is one program, where there is a gate
 FEW = 8  # rows of which a step with prompts often has no more: their logits alone are computed
 
 
@@ -86,8 +87,8 @@ class Runner:
         # What float32 means: a GPU would round the factors of a product to 10 bits (TF32) otherwise.
         precision = "highest" if self.shapes.embed.dtype == jnp.float32 else None
         with meshes.on(self.mesh), jax.default_matmul_precision(precision):
-            jobs = dict(sorted(self._jobs().items(), key=lambda job: _turn(job[0])))
-            tunes = None if self.on_cpu else _products  # XLA tries nothing out on the CPU
+            jobs = dict(sorted(self._jobs().items(), key=lambda job: begun(job[0])))
+            tunes = None if self.on_cpu else products  # XLA tries nothing out on the CPU
             self.programs = compile_all(jobs, list(self.mesh.devices.flat), folder, progress, tunes=tunes)
 
     def _open_gate(self):
@@ -106,21 +107,24 @@ class Runner:
         state, head = self.state_shape, self.shapes.head
         jobs: dict = {}
         for shape in self._whole():
-            jobs["step", shape] = steps, self._arguments(shape), self._options(shape.tokens)
+            jobs["step", shape] = jitted.step, self._arguments(shape), self._options(shape.tokens)
         for shape in self._apart():
-            jobs["advance", shape] = advance, self._arguments(shape), self._options(shape.tokens)
+            jobs["advance", shape] = jitted.advance, self._arguments(shape), self._options(shape.tokens)
+        for shape in self._at_once():
+            arguments = *self._arguments(shape), self._struct((ops.waiting.TICKET,))
+            jobs["sampled", shape] = jitted.sampled, arguments, self._options(shape.tokens)
         for rows in () if self.scores_only else sorted({shape.drawn for shape in self._apart()}):
             left = self._hidden(rows), self._struct((rows, ROW_WIDTH))
             mask = self._struct((ops.waiting.TICKET,) if self.gated else (rows, self.mask_words))
             options = self._options(rows)
-            jobs["draw", rows] = draw, (self.cfg, head, state.newest, state.tables, *left, mask), options
+            jobs["draw", rows] = jitted.draw, (self.cfg, head, state.newest, state.tables, *left, mask), options
             for most in self._picked(rows):
-                jobs["pick", rows, most] = pick, (self.cfg, most, head, state.newest, *left), self._options(most)
+                jobs["pick", rows, most] = jitted.pick, (self.cfg, most, head, state.newest, *left), self._options(most)
         for tokens in self.sizes.scored:
             known = self._hidden(tokens), self._struct((tokens,)), self._struct((), bool)
-            jobs["score", tokens] = score, (self.cfg, head, *known), self._options(BLOCK)
-        jobs["logits"] = logits, (self.cfg, head, self._hidden(self.sizes.scored[0]), self._struct(())), None
-        jobs["seat"] = seat, (state, *self._structs(table_rows(None, self.vocab, self.plan.session_len))), None
+            jobs["score", tokens] = jitted.score, (self.cfg, head, *known), self._options(BLOCK)
+        jobs["logits"] = jitted.logits, (self.cfg, head, self._hidden(self.sizes.scored[0]), self._struct(())), None
+        jobs["seat"] = jitted.seat, (state, *self._structs(table_rows(None, self.vocab, self.plan.session_len))), None
         return jobs
 
     def _options(self, tokens):
@@ -142,10 +146,17 @@ class Runner:
         if self.scores_only:
             yield from (Shape(tokens, self.rows_of(tokens), sizes.pages[-1]) for tokens in sizes.scored)
             return
+        once = set(self._at_once()) if sizes.whole else ()
         for pages in sizes.pages:
-            yield from (Shape(rows, rows, pages) for rows in sizes.rows)
+            yield from (shape for rows in sizes.rows if (shape := Shape(rows, rows, pages)) not in once)
             # One row more than tokens can never be: T == R means one token a row (cache.Spans).
             yield from (Shape(tokens, self.rows_of(tokens), pages) for tokens in sizes.tokens)
+
+    def _at_once(self):
+        """Shapes of steps by the full sampler that are one program: two launches would take longer than they do."""
+        if self.gate is not None:
+            for pages in self.sizes.pages:
+                yield from (Shape(rows, rows, pages) for rows in self.sizes.rows if rows <= AT_ONCE)
 
     def _picked(self, rows):
         """How many of the rows `pick` may take: all, or the few that are there while prompts are long."""
@@ -211,6 +222,8 @@ class Runner:
             for _ in range(2):  # the second run records the CUDA graph
                 for shape in self._whole():
                     self.dispatch(self._empty(shape, shape.full, whole=True))
+                for shape in self._at_once():
+                    self.dispatch(self._empty(shape, full=True))
                 for shape in self._apart():
                     for full in () if self.scores_only else (False, True):
                         self.dispatch(self._empty(shape, full))
@@ -278,6 +291,11 @@ class Runner:
         if packed.whole:
             self._sit(packed.seats)
             self.state, drawn = self._call(("step", packed.shape), self.leaves, self.state, self._put(packed.words))
+            return InFlight(packed, drawn)
+        if packed.full and ("sampled", packed.shape) in self.programs:
+            self._sit(packed.seats)
+            last = self._put(packed.words), self.gate.free if ticket is None else ticket
+            self.state, drawn = self._call(("sampled", packed.shape), self.leaves, self.state, *last)
             return InFlight(packed, drawn)
         return self.draw(self.advance(packed), ticket)
 
@@ -380,19 +398,6 @@ class Runner:
         words = np.zeros(end, np.int32)
         (rows := shape.row_words(words))[:, LANE] = NO_LANE
         return words, words[: shape.tokens], rows, words[at_pages:].reshape(shape.rows, shape.pages)
-
-
-def _turn(key):
-    """When to begin compiling a program: first what others wait for, then what takes long (the full sampler)."""
-    name, shape = key[0], key[1] if key[0] == "step" else None
-    return {"pick": 0, "draw": 1, "step": 2}.get(name, 4) + (shape is not None and shape.steps > 1)
-
-
-def _products(key):
-    """Which products with the weights are in a program, by its key: of layers or head, and of how many rows."""
-    if key[0] in ("step", "advance"):
-        return [("layers", key[1].tokens), ("head", key[1].tokens)][: 2 if key[0] == "step" else 1]
-    return [("head", key[-1])] if key[0] in ("pick", "draw") else []
 
 
 def _array(numbers):

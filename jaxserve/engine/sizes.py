@@ -1,4 +1,4 @@
-"""The sizes for which programs are compiled."""
+"""The sizes for which programs are compiled, and the order in which they are."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -78,3 +78,16 @@ def bucket(n, sizes):
     if n > sizes[-1]:
         raise ValueError(f"{n} is over the largest compiled size, {sizes[-1]}")
     return sizes[bisect_left(sizes, n)]
+
+
+def begun(key):
+    """When to begin compiling a program: first what others wait for, then what takes long (the full sampler)."""
+    name, shape = key[0], key[1] if key[0] == "step" else None
+    return {"pick": 0, "draw": 1, "sampled": 1, "step": 2}.get(name, 4) + (shape is not None and shape.steps > 1)
+
+
+def products(key):
+    """Which products with the weights are in a program, by its key: of layers or head, and of how many rows."""
+    if key[0] in ("step", "sampled", "advance"):
+        return [("layers", key[1].tokens), ("head", key[1].tokens)][: 1 if key[0] == "advance" else 2]
+    return [("head", key[-1])] if key[0] in ("pick", "draw") else []

@@ -129,9 +129,12 @@ def test_steps_that_wait_for_their_masks(folder, expected, free, monkeypatch):
     build.waits(monkeypatch)
     monkeypatch.setattr(gates, "PATIENCE", 5.0)
     with build.engine(folder, guide=build.table, cache_max_entry_count=15, session_len=56) as engine:
-        engine.turns.ahead = 2
+        engine.turns.ahead, launched, call = 2, set(), engine.runner._call
+        monkeypatch.setattr(engine.runner, "_call", lambda key, *rest: launched.add(key[:2]) or call(key, *rest))
         check(engine, expected, free)
         assert engine.stats()["preemptions"] > 0
+        assert {shape.tokens == shape.rows for name, shape in launched if name == "sampled"} == {True}  # one launch
+        assert {shape.tokens == shape.rows for name, shape in launched if name == "advance"} == {False}
         test_ends(engine)
         test_aborted(engine)
 
