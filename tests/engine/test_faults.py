@@ -129,8 +129,8 @@ def test_faults_while_steps_wait_for_their_masks(folder, expected, monkeypatch):
             step.read = partial(before("no answer"), None)
             return step
 
-        faults = [("draw", before("not now"), 2), ("draw", before("not now"), 7), ("advance", before("not now"), 5)]
-        faults += [("advance", lose, 4), ("draw", unreadable, 6), ("draw", unreadable, 3)]
+        faults = [("draw", before("not now"), 2), ("dispatch", before("not now"), 7), ("advance", before("not now"), 2)]
+        faults += [("dispatch", lose, 4), ("advance", lose, 1), ("dispatch", unreadable, 6), ("draw", unreadable, 1)]
         for count, (name, fault, nth) in enumerate(faults):
             engine.turns.ahead = 1 + count % 2
             once = Once(engine.runner, name, fault, nth)
