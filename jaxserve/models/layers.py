@@ -22,10 +22,8 @@ def product(weight, x, *, norm=None, eps=0.0, gated=False, residual=None):
     """weight.dot(x), after `rms_norm` of x [T, D] by `norm` [D], gated: silu(first) * second of its [T, 2, F], and
     added to `residual`; in one kernel where the weight has one for such an x.
     """
-    # Kinds of weights without such kernels have no `fused`; it gives None where `dot` is quicker.
-    fused = getattr(weight, "fused", lambda x, **_: None)
-    if (out := fused(x, norm=norm, eps=eps, gated=gated, residual=residual)) is not None:
-        return out
+    if fuses(weight, x, gated=gated, residual=residual):
+        return weight.fused(x, norm=norm, eps=eps, gated=gated, residual=residual)
     y = weight.dot(x if norm is None else rms_norm(x, norm, eps))
     if gated:
         y = jax.nn.silu(y[:, 0]) * y[:, 1]
@@ -34,6 +32,7 @@ def product(weight, x, *, norm=None, eps=0.0, gated=False, residual=None):
 
 def fuses(weight, x, *, gated=False, residual=None):
     """Whether `product` of such an x is one kernel; of x the type and the number of tokens matter."""
+    # Kinds of weights without such kernels have no `fuses`.
     return hasattr(weight, "fuses") and weight.fuses(x, gated=gated, residual=residual)
 
 
