@@ -1,7 +1,8 @@
 """One step of the engine: the jitted functions on the path of a token.
 
 A step is two programs: `advance` computes, `pick` or `draw` chooses tokens.  Where every row has one token, `step` does
-both, and several steps in a row: a launch costs the host as much as a small model costs a GPU.
+both, and several steps in a row: a launch costs the host as much as a small model costs a GPU.  `sampled` is such a
+step with the full sampler, where the device can wait for masks itself.
 
 T tokens of the step, R rows, P pages a row, D width, V vocabulary (padded to a multiple of tp), lanes: seats of running
 requests.

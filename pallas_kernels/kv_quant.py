@@ -20,7 +20,6 @@ from jax import lax
 from pallas_kernels.triton_call import interpreted, jit, tl
 
 BITS = {"int8": 8, "int4": 4, "fp8": 8}
-PARAMETERS = 4  # bytes of a scale and a zero
 E4M3_MAX = 448.0
 
 

@@ -288,14 +288,13 @@ class Runner:
 
     def dispatch(self, packed, ticket=None):
         """Starts a step and returns an InFlight at once.  ticket: of the gate, for a step with guided rows."""
-        if packed.whole:
+        if ticket is None and self.gate is not None:
+            ticket = self.gate.free
+        key = "step" if packed.whole else "sampled", packed.shape
+        if packed.whole or (packed.full and key in self.programs):
             self._sit(packed.seats)
-            self.state, drawn = self._call(("step", packed.shape), self.leaves, self.state, self._put(packed.words))
-            return InFlight(packed, drawn)
-        if packed.full and ("sampled", packed.shape) in self.programs:
-            self._sit(packed.seats)
-            last = self._put(packed.words), self.gate.free if ticket is None else ticket
-            self.state, drawn = self._call(("sampled", packed.shape), self.leaves, self.state, *last)
+            last = self._put(packed.words), *(() if packed.whole else (ticket,))
+            self.state, drawn = self._call(key, self.leaves, self.state, *last)
             return InFlight(packed, drawn)
         return self.draw(self.advance(packed), ticket)
 
@@ -310,7 +309,7 @@ class Runner:
         """Starts the other half and returns an InFlight at once.
 
         allowed: int32[R, mask_words], R = packed.shape.drawn; a row whose bits are all set is free.  None: all are.
-        Where there is a gate: its ticket, or None.
+        Where there is a gate: its ticket.
         """
         packed, left = half
         rows, state, head = packed.shape.drawn, self.state, self.params.head
@@ -319,11 +318,9 @@ class Runner:
             newest, drawn = self._call(("pick", rows, most), head, state.newest, left.last, left.rows)
             self.state = state.replace(newest=newest)
             return InFlight(packed, drawn)
-        if self.gate is not None:
-            allowed = self.gate.free if allowed is None else allowed
-        elif allowed is not None:
+        if self.gate is None and allowed is not None:
             allowed = self._put(allowed)
-        elif (allowed := self.unmasked.get(rows)) is None:
+        elif self.gate is None and (allowed := self.unmasked.get(rows)) is None:
             allowed = self.unmasked[rows] = self._put(np.full((rows, self.mask_words), -1, np.int32))
         newest, tables, drawn = self._call(
             ("draw", rows), head, state.newest, state.tables, left.last, left.rows, allowed

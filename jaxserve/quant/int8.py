@@ -36,10 +36,6 @@ class Int8:
         out = out.reshape(*x.shape[:-1], *out.shape[1:])
         return out if self.bias is None else out + jnp.broadcast_to(self.bias, out.shape)
 
-    def read(self):
-        """As `Dense.read`."""
-        return self.weight, ops.eight_bit_axes(self.axes)
-
     def grouped_dot(self, x, sizes, rows):
         """As `Dense.grouped_dot`."""
         x = x if self.order is None else x[:, self.order]

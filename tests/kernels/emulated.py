@@ -25,6 +25,15 @@ def on_the_host(monkeypatch):
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda self, *args: None)
 
 
+def emulate(monkeypatch, module):
+    """The interpreter for a module's kernels on a GPU of 4 cores.  What they load must be in their arguments."""
+    on_the_host(monkeypatch)
+    launcher = Launcher(monkeypatch)
+    monkeypatch.setattr(module, "triton_call", launcher)
+    monkeypatch.setattr(module, "cores", lambda: 4)
+    return launcher
+
+
 class Argument:
     """An array as the interpreter wants it."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import int4_tiles, triton_call
-from tests.kernels.emulated import Launcher, close, on_the_host
+from tests.kernels.emulated import close, emulate
 from tests.kernels.test_int4_matmul import Matrix
 
 module = importlib.import_module("pallas_kernels.int4_few")
@@ -22,12 +22,7 @@ pack = jax.jit(int4_tiles)
 
 @pytest.fixture
 def assembly(monkeypatch):
-    """Triton's interpreter with inline assembly; what kernels load must be in their arguments, and unwritten is NaN."""
-    on_the_host(monkeypatch)
-    launcher = Launcher(monkeypatch)
-    monkeypatch.setattr(module, "triton_call", launcher)
-    monkeypatch.setattr(module, "cores", lambda: 4)
-    return launcher
+    return emulate(monkeypatch, module)
 
 
 def case(T, D, F, group, options, dtype, scale_dtype=np.float16):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import triton_call
-from tests.kernels.emulated import Launcher, close, on_the_host
+from tests.kernels.emulated import close, emulate
 
 module = importlib.import_module("pallas_kernels.skinny_matmul")
 interpreted = pytest.mark.skipif(
@@ -64,12 +64,7 @@ def test_refused(T, D, F, gated, dtype):
 
 @pytest.fixture
 def assembly(monkeypatch):
-    """Triton's interpreter with inline assembly; what kernels load must be in their arguments, and unwritten is NaN."""
-    on_the_host(monkeypatch)
-    launcher = Launcher(monkeypatch)
-    monkeypatch.setattr(module, "triton_call", launcher)
-    monkeypatch.setattr(module, "cores", lambda: 4)
-    return launcher
+    return emulate(monkeypatch, module)
 
 
 @interpreted
