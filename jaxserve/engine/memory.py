@@ -40,6 +40,7 @@ class MemoryPlan:
     budget: int  # tokens of a step
     notes: tuple[str, ...] = ()
     kv: str | None = None  # how keys and values are kept, see cache.KINDS
+    beside: int = 0  # bytes that JAX will not take, where there are several GPUs
 
     @property
     def tokens(self):
@@ -57,6 +58,7 @@ class MemoryPlan:
              f"{_requests(max(self.tokens // self.session_len, 1))} of {self.session_len:,} tokens"),
             ("  workspace", self.workspace, f"estimate: steps of {self.budget:,} tokens and {_requests(self.lanes)}"),
             ("  stays free", rest, ""),
+            *[("  not JAX's", self.beside, "for CUDA, its graphs and NCCL")] * (self.beside > 0),
         ]  # fmt: skip
         lines = [f"{name:<36}{size / GIB:9.2f} GiB  {what}".rstrip() for name, size, what in rows]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
@@ -66,10 +68,18 @@ def free_bytes(devices):
     """Bytes that may still be allocated on the fullest of `devices`; on the CPU, the host memory that is available."""
     if devices[0].platform == "cpu":
         return psutil.virtual_memory().available // len(devices)
-    return min(_free_on_gpu(device) for device in devices)
+    return min(min(own, free) if own else free for own, free in map(_free_on_gpu, devices))
+
+
+def beside_bytes(devices):
+    """Bytes on the fullest of several GPUs that are beyond JAX's limit; 0 where there is one device, or no GPU."""
+    if devices[0].platform == "cpu" or len(devices) == 1:
+        return 0
+    return max(min(free - own for own, free in map(_free_on_gpu, devices)), 0)
 
 
 def _free_on_gpu(device):
+    """(bytes that JAX may still allocate, 0 if it does not say; bytes that are free for it or anybody)."""
     stats = device.memory_stats() or {}
     own = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
     held = max(stats.get("pool_bytes", 0) - stats.get("bytes_in_use", 0), 0)  # taken from the driver, free for JAX
@@ -85,8 +95,8 @@ def _free_on_gpu(device):
         found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
         free = (int(found.split()[0]) << 20) + held
     except (OSError, ValueError, IndexError, subprocess.SubprocessError):
-        return own
-    return min(own, free) if own else free
+        return own, own
+    return own, free
 
 
 def workspace_bytes(cfg, devices, dtype, tokens, rows, values=0):
@@ -165,6 +175,7 @@ def make_plan(cfg, config, devices, weights, dtype, values=0):
         budget=budget,
         notes=tuple(notes),
         kv=kind,
+        beside=beside_bytes(devices),
     )
 
 

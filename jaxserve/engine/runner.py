@@ -30,6 +30,9 @@ log = logging.getLogger("jaxserve")
 CUBLAS_FROM = 48
 AT_ONCE = 64  # rows up to which a step by the full sampler is one program, where there is a gate
 FEW = 8  # rows of which a step with prompts often has no more: their logits alone are computed
+# XLA's own kernels take 6 MiB of every device, outside of JAX's pool, for each all-reduce of each program: 9 GiB for an
+# 8B model.  NCCL does not, and takes 11.8 us, not 14.6, for 8 KiB between two H200s; for 256 KiB 14.6, not 16.8.
+BY_NCCL = {"xla_gpu_experimental_use_collective_kernels": ""}
 
 
 class Runner:
@@ -44,8 +47,9 @@ class Runner:
         self.params = None
         self.state: Any = None
         # XLA is slower with one row than with two (0.26 ms a step of a 1.8B model on an H200); our products are not.
+        # A single row of a split embedding XLA takes from the whole of it, which it gathers on every device first.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            least = 1 if decoder.fuses(shapes, 1) else 2
+            least = 1 if mesh.size == 1 and decoder.fuses(shapes, 1) else 2
         self.sizes = Sizes.choose(mesh.devices.flat[0].platform, plan, least)
         self.scores_only = scores_only
         self.vocab = shapes.embed.shape[0]  # with padding
@@ -129,9 +133,10 @@ class Runner:
 
     def _options(self, tokens):
         """Compiler options of a program whose products have so many rows."""
-        if self.on_cpu or tokens < CUBLAS_FROM:
+        if self.on_cpu:
             return None
-        return {"xla_gpu_enable_triton_gemm": False}
+        by_cublas = {} if tokens < CUBLAS_FROM else {"xla_gpu_enable_triton_gemm": False}
+        return (by_cublas | (BY_NCCL if self.mesh.size > 1 else {})) or None
 
     def _whole(self):
         """Shapes of steps that are one program."""

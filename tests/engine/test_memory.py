@@ -44,6 +44,7 @@ def plan(monkeypatch):
     def plan(free, weights=4 * GIB, platform="gpu", count=1, cfg=None, dtype=jnp.bfloat16, **knobs):
         cfg = cfg or model(MEDIUM)
         monkeypatch.setattr(memory, "free_bytes", lambda _: int(free))
+        monkeypatch.setattr(memory, "beside_bytes", lambda devices: GIB if len(devices) > 1 else 0)
         made = make_plan(cfg, EngineConfig(tp=count, **knobs), devices(platform, count), int(weights), dtype)
         assert made.weights + made.cache + made.workspace <= made.free == int(free)
         assert made.cache == made.pages * made.page_size * page_bytes(cfg, dtype, count)
@@ -163,6 +164,8 @@ def test_the_printed_figures_add_up(plan, free):
     available, *taken = sizes
     assert len(taken) == 4 and sum(taken) == pytest.approx(available, abs=0.03)
     assert f"{made.tokens:,} tokens in pages of 64: {made.tokens // made.session_len}" in str(made)
+    assert "NCCL" not in str(made)
+    assert "1.00 GiB  for CUDA, its graphs and NCCL" in str(plan(free * GIB, count=2))
 
 
 def test_a_model_is_refused_before_its_weights_are_read(tmp_path, monkeypatch):
@@ -228,6 +231,9 @@ def test_free_memory_of_gpus(monkeypatch):
     assert memory.free_bytes([gpu(1, 76, 1, 1)]) == 75 * GIB  # JAX's own limit
     assert memory.free_bytes([gpu(0, 76, 1, 1), gpu(1, 76, 1, 1)]) == 2 * GIB  # another process is on number 0
     assert memory.free_bytes([gpu(0, 76, 1, 4)]) == 5 * GIB  # and JAX holds 3 that it does not use
+    assert memory.beside_bytes([gpu(1, 76, 1, 1)]) == 0  # told of several alone
+    assert memory.beside_bytes([gpu(1, 76, 1, 1), gpu(1, 80, 1, 1)]) == 90000 * 2**20 - 79 * GIB
+    assert memory.beside_bytes([gpu(0, 76, 1, 1), gpu(1, 76, 1, 1)]) == 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert memory.free_bytes([gpu(0, 76, 1, 1)]) == 75 * GIB
 
