@@ -214,7 +214,7 @@ def tell(ticket, tokens):
 
 def layout():
     """What this machine's layout of quantized weights is for, in words."""
-    return "the kernels of a GPU" if kernels() else "the reference, which the CPU runs"
+    return "the kernels of a GPU, inputs in order" if kernels() else "the reference, which the CPU runs"
 
 
 def int4_pack(q, *, group):

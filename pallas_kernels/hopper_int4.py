@@ -1,8 +1,7 @@
 """int4 matmuls for Hopper, for as many tokens as fill a wgmma: one warpgroup loads by TMA, two others multiply.
 
-The tiles are those of int4_mma.py, which fit wgmma's first operand too, as long as the tokens' inputs stand in the
-order in which the tiles have them (`_ordered`).  Letters as there; a block has 128 outputs, 64 a warpgroup, of some
-tokens.  A core takes one block after the other, and loads the next while it writes out the last.
+The tiles are those of int4_mma.py, which fit wgmma's first operand too.  Letters as there; a block has 128 outputs, 64
+a warpgroup, of some tokens.  A core takes one block after the other, and loads the next while it writes out the last.
 """
 
 import functools
@@ -165,15 +164,6 @@ def _put(out, begin, target):
     store(out, target)
 
 
-def _ordered(x):
-    """Tokens with their inputs in the order of the tiles: what a lane has for one instruction, then for the next.
-
-    XLA makes it part of the norm, or of the product, that these come from; after attention it is a kernel of its own.
-    """
-    T, D = x.shape
-    return x.reshape(T, D // 32, 4, 2, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(T, D)
-
-
 class How(NamedTuple):
     """How a matmul is shared out."""
 
@@ -215,7 +205,7 @@ def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None):
     (T, D), F, dtype = x.shape, scale.shape[1], jnp.dtype(dtype or x.dtype)
     how = how or chosen(T, D, F, group)
     padded = max(how.tokens, cdiv(T, 8) * 8)  # what is beyond is neither read nor written
-    x = jnp.pad(_ordered(x), ((0, padded - T), (0, 0)))
+    x = jnp.pad(x, ((0, padded - T), (0, 0)))
     out_type = jnp.dtype(jnp.float32) if how.split > 1 else dtype
     kernel, memory = _kernel(how, padded, D, F, group, x.dtype, scale.dtype, out_type)
     out = plgpu.kernel(

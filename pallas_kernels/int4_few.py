@@ -102,12 +102,14 @@ def prepare(kind, rounds, subs, norm):
     given = [f"${results + i}" for i in range(2 + 4 * rounds + 4 * norm)]
     base, lane = given[:2]
     f, v = [f"f{i}" for i in range(8)], [f"v{i}" for i in range(8)]
-    lines = [".reg .pred p<2>", ".reg .b32 at, to, t, m, e, inv, one, nought", ".reg .b16 u, v", ".reg .f32 f<8>, g<8>",
-             f".reg .b32 v<8>, q<2>, w<{4 * rounds}>, a<4>", "mov.b32 one, 0x01010101", "mov.b32 nought, 0",
-             f"shr.b32 t, {lane}, 3", "and.b32 t, t, 1", "setp.ne.b32 p1, t, 0",
-             "xor.b32 t, t, 1", "setp.ne.b32 p0, t, 0",
-             f"and.b32 t, {lane}, 3", "shl.b32 at, t, 4", f"and.b32 t, {lane}, 4", "shl.b32 t, t, 1",
-             "add.u32 at, at, t", f"and.b32 t, {lane}, 16", "shl.b32 t, t, 3", "add.u32 at, at, t",
+    lines = [".reg .pred p<2>", ".reg .b32 at, to, t, m, e, inv, one, nought, keep, send, even, odd",
+             ".reg .b16 u, v", ".reg .f32 f<8>, g<8>", f".reg .b32 v<8>, q<2>, w<{4 * rounds}>, a<4>",
+             "mov.b32 one, 0x01010101", "mov.b32 nought, 0", f"shr.b32 t, {lane}, 3", "and.b32 t, t, 1",
+             "setp.ne.b32 p1, t, 0", "xor.b32 t, t, 1", "setp.ne.b32 p0, t, 0",
+             f"and.b32 t, {lane}, 1", "shl.b32 at, t, 5", f"and.b32 to, {lane}, 6", "shl.b32 to, to, 1",
+             "add.u32 at, at, to", "sub.u32 t, nought, t", "and.b32 to, t, 0x4444", "add.u32 keep, to, 0x3210",
+             "sub.u32 send, 0x7654, to", "and.b32 to, t, 0x3C3C", "sub.u32 even, 0x5140, to",
+             "sub.u32 odd, 0x7362, to", f"and.b32 t, {lane}, 16", "shl.b32 t, t, 3", "add.u32 at, at, t",
              f"add.u32 at, at, {base}"]  # fmt: skip
     # Of scales: token, then group.
     lines += [f"shr.b32 to, {lane}, 4", f"shl.b32 to, to, {subs.bit_length() + 1}", f"and.b32 t, {lane}, 15",
@@ -132,15 +134,21 @@ def prepare(kind, rounds, subs, norm):
         lines += [f"fma.rn.f32 {v[i]}, {f[i]}, inv, t" for i in range(8)]
         for half in range(2):
             a, b, c, d = v[4 * half : 4 * half + 4]
-            lines += [f"prmt.b32 q0, {a}, {c}, 0x5140", f"prmt.b32 q1, {b}, {d}, 0x5140",
+            lines += [f"prmt.b32 q0, {a}, {b}, 0x5140", f"prmt.b32 q1, {c}, {d}, 0x5140",
                       f"prmt.b32 w{4 * r + half}, q0, q1, 0x7632", "prmt.b32 t, q0, q1, 0x5410",
                       f"xor.b32 w{4 * r + 2 + half}, t, 0x80808080"]  # fmt: skip
+        # A lane's 8 inputs are half of what stands in a word of 4 lanes; it makes the words of two of them, with its
+        # neighbour, which has the other half.
+        for w in (4 * r, 4 * r + 2):
+            lines += [f"prmt.b32 t, w{w}, w{w + 1}, send", "shfl.sync.bfly.b32 t, t, 1, 31, 0xFFFFFFFF",
+                      f"prmt.b32 q0, w{w}, w{w + 1}, keep", f"prmt.b32 w{w}, q0, t, even",
+                      f"prmt.b32 w{w + 1}, q0, t, odd"]  # fmt: skip
     lines += [f"shl.b32 t, {lane}, 4", f"add.u32 t, t, {base}"]
     for u in range(2):
         for r in range(rounds):
             for byte in range(2):
-                w = 4 * r + 2 * byte
-                lines.append(f"@p{u} st.shared.v2.b32 [at + {256 * r + 64 * byte}], {{w{w}, w{w + 1}}}")
+                w, to = 4 * r + 2 * byte, 256 * r + 64 * byte
+                lines += [f"@p{u} st.shared.b32 [at + {to}], w{w}", f"@p{u} st.shared.b32 [at + {to + 16}], w{w + 1}"]
         fetch = f"ld.shared.v4.b32 {{${4 * u}, ${4 * u + 1}, ${4 * u + 2}, ${4 * u + 3}}}, [t]"
         lines += ["bar.warp.sync 0xFFFFFFFF", fetch, "bar.warp.sync 0xFFFFFFFF"]
         if u == 0:

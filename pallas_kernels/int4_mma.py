@@ -19,31 +19,32 @@ WORDS = ROWS * UNIT // 8  # of a tile and a unit
 def int4_tiles(q):
     """Nibbles q uint8[D, *out] of 0 to 15 as int32[*out[:-1], out[-1] / 16, D / 64, 128], as the kernels read them.
 
-    A lane's four words are 128 bits side by side: two rows, 8 apart, times 8 consecutive inputs of each half unit.
-    Nibbles r and r + 4 of a word are the two values of the r-th register that mma wants.
+    A lane's four words are 128 bits side by side, one of 16 inputs each: two rows, 8 apart, times two neighbours of the
+    first 8 inputs and two of the others.  Nibbles r and r + 4 of a word are the two values of the r-th register of the
+    first operand, of mma as of wgmma, that those 16 inputs want.
     """
     lead, D = q.shape[1:-1], q.shape[0]
-    q = jnp.moveaxis(q, 0, -1).reshape(*lead, -1, 2, 8, D // UNIT, 2, 4, 2, 2, 2).astype(jnp.uint32)
-    # tile, row half, row, unit, half unit, lane, word, input pair, of a pair -> tile, unit, row, lane, half unit, word
+    q = jnp.moveaxis(q, 0, -1).reshape(*lead, -1, 2, 8, D // UNIT, 4, 2, 4, 2).astype(jnp.uint32)
+    # tile, row half, row, unit, word, input half, lane, of a pair -> tile, unit, row, lane, word
     n = len(lead)
-    q = q.transpose(*range(n), *(n + i for i in (0, 3, 2, 5, 4, 6, 7, 1, 8)))
+    q = q.transpose(*range(n), *(n + i for i in (0, 3, 2, 6, 4, 5, 1, 7)))
     words = (q << jnp.broadcast_to(_places(q.ndim), q.shape)).sum((-3, -2, -1), dtype=jnp.uint32)
     return jax.lax.bitcast_convert_type(words, jnp.int32).reshape(*lead, -1, D // UNIT, WORDS)
 
 
 def _places(rank):
-    """Where in a word the nibble of an input pair, row half and place in the pair is, as the last of `rank` axes."""
-    places = [4 * half + 8 * pair + 16 * which for pair in range(2) for half in range(2) for which in range(2)]
+    """Where in a word the nibble of an input half, row half and place in the pair is, as the last of `rank` axes."""
+    places = [4 * row + 8 * half + 16 * which for half in range(2) for row in range(2) for which in range(2)]
     return jnp.asarray(places, jnp.uint32).reshape((1,) * (rank - 3) + (2, 2, 2))
 
 
 def int4_untile(tiles):
     """The nibbles uint8[D, F] of int32[F / 16, D / 64, 128]."""
     tile, units, _ = tiles.shape
-    words = jax.lax.bitcast_convert_type(tiles, jnp.uint32).reshape(tile, units, 8, 4, 2, 2, 1, 1, 1)
-    shape = (*words.shape[:6], 2, 2, 2)
-    q = (jnp.broadcast_to(words, shape) >> jnp.broadcast_to(_places(9), shape)) & jnp.uint32(15)
-    q = q.transpose(0, 7, 2, 1, 4, 3, 5, 6, 8).reshape(tile * ROWS, units * UNIT)
+    words = jax.lax.bitcast_convert_type(tiles, jnp.uint32).reshape(tile, units, 8, 4, 4, 1, 1, 1)
+    shape = (*words.shape[:5], 2, 2, 2)
+    q = (jnp.broadcast_to(words, shape) >> jnp.broadcast_to(_places(8), shape)) & jnp.uint32(15)
+    q = q.transpose(0, 6, 2, 1, 4, 5, 3, 7).reshape(tile * ROWS, units * UNIT)
     return q.T.astype(jnp.uint8)
 
 
@@ -73,9 +74,16 @@ def load_words(units):
 
 
 def write_values(dtype):
-    """Half a unit: words $1-2, zeros $3-4, scales (float32) $5-6, addresses of two rows' 8 inputs $7-8, whether $9."""
+    """Half a unit: words $1-2, zeros $3-4, scales (float32) $5-6, addresses of two rows' 8 inputs $7-8, whether $9.
+
+    A lane's column is $10.  It has two of each 8 inputs, and writes all of the column-th 8: four lanes exchange them.
+    """
     kind = BITS[dtype][2]
-    text = "{ .reg .pred p; .reg .b32 t, one, l, h, a<8>; .reg .b16 u, v; .reg .f32 x, y;\nsetp.ne.b32 p, $9, 0;\n"
+    text = "{ .reg .pred p, p<4>; .reg .b32 t, one, l, h, a<8>; .reg .b16 u, v; .reg .f32 x, y;\n"
+    text += "setp.ne.b32 p, $9, 0;\n"
+    for bit in range(2):  # predicates: whether the column has the bit, whether not
+        text += f"and.b32 t, $10, {1 << bit}; setp.ne.b32 p{bit}, t, 0;\n"
+        text += f"xor.b32 t, t, {1 << bit}; setp.ne.b32 p{2 + bit}, t, 0;\n"
     for step in range(2):
         text += _values(dtype, f"${1 + step}", ("$3", "$4"), [f"a{4 * step + r}" for r in range(4)]) + "\n"
     for r in range(8):
@@ -84,11 +92,15 @@ def write_values(dtype):
         else:
             text += f"mov.b32 {{u, v}}, a{r}; cvt.f32.f16 x, u; cvt.f32.f16 y, v;\n"
         text += f"mul.f32 x, x, ${5 + r % 2}; mul.f32 y, y, ${5 + r % 2}; cvt.rn.{kind}x2.f32 a{r}, y, x;\n"
+    for bit, low in [(0, 0), (0, 1), (0, 4), (0, 5), (1, 0), (1, 1), (1, 2), (1, 3)]:
+        far, high = 1 << bit, low + (2 << bit)
+        text += f"mov.b32 t, a{high};\n@p{bit} mov.b32 t, a{low};\nshfl.sync.bfly.b32 t, t, {far}, 31, 0xFFFFFFFF;\n"
+        text += f"@p{bit} mov.b32 a{low}, t;\n@p{2 + bit} mov.b32 a{high}, t;\n"
     text += "@p st.global.v4.b32 [$7], {a0, a2, a4, a6};\n@p st.global.v4.b32 [$8], {a1, a3, a5, a7};\n"
     return text + "mov.b32 $0, 0; }"
 
 
-WRITE_KINDS = "=r,r,r,r,r,f,f,l,l,r"
+WRITE_KINDS = "=r,r,r,r,r,f,f,l,l,r,r"
 
 
 # ---- Kernels.
@@ -136,7 +148,7 @@ def _write(tiles_ptr, scale_ptr, zero_ptr, first, out_ptr, D: tl.constexpr, F: t
         to = to.to(tl.int64)
         tl.inline_asm_elementwise(STORE, STORE_KINDS,
                                   [words[2 * half], words[2 * half + 1], z0, z1, s0, s1, to, below,
-                                   wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
+                                   wanted.to(tl.int32), column], dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
 
 
 MINUS = {"bfloat16": 0xC300, "float16": 0xE400}

@@ -50,15 +50,15 @@ def hopper_int4(monkeypatch):
 
 def unit(dtype, scale_dtype, group, words, *ends):
     """`hopper_int4._unit` by the definition, without arrays that are no arguments; words [4, 128] of 4 tiles."""
-    shape = (4, 8, 4, 2, 2, 2, 2, 2)  # tile, row, lane, half unit, word, pair, row half, which of a pair
+    shape = (4, 8, 4, 2, 2, 2, 2, 2)  # tile, row, lane, half unit, word, input half, row half, which of a pair
     part = [lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (5, 6, 7)]
     words = lax.bitcast_convert_type(words[...], jnp.uint32).reshape(*shape[:5], 1, 1, 1)
     q = (jnp.broadcast_to(words, shape) >> (8 * part[0] + 4 * part[1] + 16 * part[2])) & jnp.uint32(15)
-    q = q.transpose(0, 6, 1, 3, 2, 4, 5, 7).reshape(64, 64).astype(jnp.float32)  # outputs, inputs
+    q = q.transpose(0, 6, 1, 3, 4, 5, 2, 7).reshape(64, 64).astype(jnp.float32)  # outputs, inputs
     scale, zero, scale2, zero2 = (end[...].astype(jnp.float32)[:, None] for end in ends)
     second = (lax.broadcasted_iota(jnp.int32, q.shape, 1) >= 32) & (group == 32)
     values = jnp.where(second, (q - zero2) * scale2, (q - zero) * scale)
-    return values.reshape(64, 2, 4, 2, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(64, 64).astype(dtype)  # as wgmma's
+    return values.astype(dtype)
 
 
 def put(out, begin, target):

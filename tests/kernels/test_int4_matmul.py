@@ -56,11 +56,11 @@ def test_tiles_are_what_mma_wants():
             for lane in range(32):
                 row, column = divmod(lane, 4)
                 word = int(words[tile, unit, 4 * lane + 2 * half + step])
-                k = 64 * unit + 32 * half + 8 * column + 4 * step  # four inputs of the lane's eight
+                k = 64 * unit + 32 * half + 16 * step + 2 * column  # two inputs of four, two 8 further on
                 for r, e in np.ndindex(4, 2):
                     a[row + 8 * (r % 2), 2 * column + 8 * (r // 2) + e] = (word >> 4 * r >> 16 * e) & 15
                 for h, e in np.ndindex(2, 2):
-                    b[2 * column + 8 * h + e, row] = x[row, k + 2 * h + e]
+                    b[2 * column + 8 * h + e, row] = x[row, k + 8 * h + e]
             total += a @ b
         out[:, 16 * tile : 16 * tile + 16] = total.T
     np.testing.assert_allclose(out, x @ m.q)
