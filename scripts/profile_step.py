@@ -17,13 +17,13 @@ import re
 import sys
 import tempfile
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import bench_offline
 import jax
+import numpy as np
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import loading, runner
@@ -89,27 +89,37 @@ def kernels(folder, programs):
     return found
 
 
-def begin(engine, folder, running):
-    """Starts the profiler while nothing is on the device, as it cannot be started beside a launch."""
-    begun = threading.Event()
+def between_turns(engine, ready, action, first=None):
+    """Runs `action` on the engine's thread after a turn, once `ready()` holds and nothing is on the device any more.
 
-    def start():
-        if not begun.is_set():
-            jax.block_until_ready(engine.runner.state)
-            jax.profiler.start_trace(folder)
-            begun.set()
+    The profiler must neither begin nor end beside a launch: the launch would fail, and the device with it.
+    first: is called when nothing can be missed any more.
+    """
+    done = threading.Event()
 
-    if not running:
-        return start()
-    engine.on_turn.append(start)
-    if not begun.wait(60):
-        sys.exit("the engine does not come to a turn")
+    def hook():
+        if done.is_set() or not ready():
+            return
+        for step in engine.turns.pending:
+            np.asarray(step.drawn.tokens)  # it has come to the host, too
+        jax.block_until_ready(engine.runner.state)
+        try:
+            action()
+        finally:
+            done.set()
+
+    engine.on_turn.append(hook)
+    if first is not None:
+        first()
+    if not done.wait(120):
+        sys.exit("the requests do not come to the point; fewer --rows or a shorter --prompt?")
+    engine.on_turn.remove(hook)
 
 
 def trace(engine, rows, prompt, steps, prefill):
     """(kernels as in `kernels`, steps traced)."""
     asked = [([1000 + (i * 131 + j) % 9000 for j in range(prompt)], 1 if prefill else 100_000) for i in range(rows)]
-    ended, running, ran = bench_offline.queue.SimpleQueue(), [], set()
+    ended, running, ran, at = bench_offline.queue.SimpleQueue(), [], set(), []
     call = engine.runner._call
 
     def note(key, *arguments):
@@ -123,29 +133,29 @@ def trace(engine, rows, prompt, steps, prefill):
             running.append(Request(ids, length, SamplingParams(), outbox=collector))
             engine.submit(running[-1])
 
-    def wait(done):
-        until = time.monotonic() + 120
-        while not done():
-            if time.monotonic() > until:
-                sys.exit("the requests do not come to the point; fewer --rows or a shorter --prompt?")
-            time.sleep(0.001)
+    def begin():
+        ran.clear()
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
+        jax.profiler.start_trace(folder, profiler_options=options)
+        at.append(engine.stats()["steps"])
 
-    if not prefill:
-        start()
-        wait(lambda: all(request.outbox.tokens for request in running))
-    with tempfile.TemporaryDirectory() as folder:
-        engine.runner._call = note
-        begin(engine, folder, not prefill)
-        before = engine.stats()["steps"]
-        if prefill:
-            start()
-            wait(lambda: ended.qsize() == rows)
-        else:
-            wait(lambda: engine.stats()["steps"] - before >= steps)
-        taken = engine.stats()["steps"] - before
+    def end():
+        at.append(engine.stats()["steps"])
         jax.profiler.stop_trace()
         for request in running:
             engine.abort(request)
+
+    with tempfile.TemporaryDirectory() as folder:
+        engine.runner._call = note
+        if prefill:
+            begin()  # no request is there
+            between_turns(engine, lambda: ended.qsize() == rows, end, first=start)
+        else:
+            start()
+            between_turns(engine, lambda: all(request.outbox.tokens for request in running), begin)
+            between_turns(engine, lambda: engine.stats()["steps"] - at[0] >= steps, end)
+        taken = at[1] - at[0]
         return kernels(folder, [engine.runner.programs[key] for key in ran]), taken
 
 
