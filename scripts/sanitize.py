@@ -5,12 +5,16 @@
 Exit status 0: nothing found; 1: findings, which are printed; 2: the tool does not work here, so nothing is known (it
 needs the device's debugging interface, which some containers do not pass on).  Two minutes.
 
-So that a wrong address is not within somebody else's array, every array is an allocation of its own (no
-preallocation, no pool), and kernels are launched one by one, outside of CUDA graphs.  A group of its own, `control`,
-writes beside the pool on purpose: if that is not found, the run says nothing and ends with 2.  What is no finding:
-errors that CUDA's functions return (XLA asks for features that a driver may lack, hence --report-api-errors no), and
-TMA reads beyond an array's end, which are defined to be zero and which the tool does not report.  Findings in kernels
-that are not of pallas_kernels (XLA's own) are printed and do not count.
+So that a wrong address is not within somebody else's array, every array is an allocation of its own, and kernels are
+launched one by one, outside of CUDA graphs.  Of JAX's allocators only cuda_async asks CUDA for so many bytes and no
+more: "platform" is a pool, and "address" rounds up to 2 MiB.  Two controls write beside an array on purpose: `near`
+right behind its last byte, `far` gigabytes away.  Where no allocator lets the tool see the first, the second says that
+the tool works, and writes close by are not known; where neither is seen, the run says nothing and ends with 2.
+
+The caller's settings of JAX and XLA do not matter.  What is no finding: errors that CUDA's functions return (XLA asks
+for features that a driver may lack, hence --report-api-errors no), and TMA reads beyond an array's end, which are
+defined to be zero and which the tool does not report.  Findings in kernels that are not of pallas_kernels (XLA's own)
+are printed and do not count.
 """
 
 import argparse
@@ -19,16 +23,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[1]
 TOOLS = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
 DTYPES = ("bfloat16", "float16", "float32")
-GROUPS = ("control", "triton", "codes", "hopper", "int4")
+CONTROLS, GROUPS = ("near", "far"), ("triton", "codes", "hopper", "int4")
+ALLOCATORS = ("cuda_async", "address")  # of JAX, the one that shows most first
+SETTINGS = ("XLA_", "JAX_", "TF_GPU_", "TRITON_", "CUDA_LAUNCH", "CUDA_MODULE")  # of the caller, which do not matter
 OURS = ("_attend", "attend_", "_cut", "_tiles", "_order", "_write", "_rope_write", "_skinny", "_few", "_grouped",
         "mosaic", "prefill")  # fmt: skip
-LIMIT = 110  # seconds of a group
+LIMIT = 105  # seconds of it all
 LENGTHS, NEW = [5, 700, 0, 128, 1, 300, 65], [5, 200, 0, 1, 1, 1, 65]
 
 
@@ -63,13 +70,17 @@ def launch(group):
         out = [prefill(q, *pools, *case.rows()), both(*pools, qkv, angle, angle, slot)]
         return [*out, decode(q[: len(LENGTHS)], *pools, *map(jnp.asarray, (case.pages, case.length)))]
 
-    def writes(dtype, beside=0):
+    def beside(first):
+        """Writes 3 slots of 68 bytes, beginning at one behind the last; nobody rounds 3264 bytes up to 3468."""
+        pools = [jnp.zeros((1, 3, 16, 1, 17)) for _ in range(2)]
+        slot = jnp.arange(3, dtype=jnp.int32) + first
+        return jax.jit(lambda k, v, x, slot: pk.kv_write(k, v, x, x, 0, slot))(*pools, jnp.ones((3, 1, 17)), slot)
+
+    def writes(dtype):
         pools = [jnp.zeros((2, 5, 16, 3, 64), dtype) for _ in range(2)]
         qkv, angle = jnp.ones((37, 3, 5, 64), dtype), jnp.ones((37, 32))
-        slot = jnp.arange(16, 53, dtype=jnp.int32) + beside
+        slot = jnp.arange(16, 53, dtype=jnp.int32)
         write = jax.jit(lambda k, v, qkv, slot: pk.kv_write(k, v, qkv[:, :, 0], qkv[:, :, 1], 1, slot))
-        if beside:
-            return write(*pools, qkv, slot)
         both = jax.jit(lambda k, v, qkv, cos, sin, slot: pk.rope_kv_write(k, v, qkv, cos, sin, 1, slot))
         return write(*pools, qkv, slot), both(*pools, qkv, angle, angle, slot)
 
@@ -91,23 +102,44 @@ def launch(group):
             out.append(product(x, tiles.reshape(3, 8, 3, 128), *experts, sizes))
         return out
 
-    if group == "control":
-        jax.block_until_ready(writes("float32", beside=48))  # some of it is beside the last page
+    def told(dtype, what):
+        print(f"launched: {dtype}, {what}: {', '.join(sorted(names))}", flush=True)
+        names.clear()
+
+    names = _note_names(pk.triton_call)
+    if group in CONTROLS:
+        print("launched: a write beside an array", flush=True)  # JAX may end with it
+        jax.block_until_ready(beside(48 if group == "near" else 1 << 30))
     for dtype in DTYPES if group == "triton" else ():
         jax.block_until_ready((attention(dtype, window=90), writes(dtype)))
-        print(f"launched: {dtype}, all kernels but Hopper's", flush=True)
+        told(dtype, "all kernels but Hopper's")
     for dtype in DTYPES[:2] if group == "codes" else ():
         for kind in ("int8", "int4", "fp8") if pk.triton_call.device()[1] >= 89 else ("int8", "int4"):
             jax.block_until_ready(codes(dtype, kind, window=90 if kind == "fp8" else None))
-        print(f"launched: {dtype}, kernels for quantized keys and values", flush=True)
+        told(dtype, "kernels for quantized keys and values")
     for dtype in DTYPES[:2] if group == "int4" else ():
         jax.block_until_ready(int4(dtype))
-        print(f"launched: {dtype}, kernels for int4 weights", flush=True)
+        told(dtype, "kernels for int4 weights")
     for dtype in DTYPES[:2] if group == "hopper" else ():
         pk.tuning.lookup("hopper_prefill", dtype, 128)["tokens"] = 0  # for the smallest steps, too
         (out,) = jax.block_until_ready(attention(dtype))
         assert np.isfinite(np.asarray(out, np.float32)).all()
-        print(f"launched: {dtype}, Hopper's kernel", flush=True)
+        told(dtype, "Hopper's kernel, and")
+
+
+def _note_names(module):
+    """A set that gets the names of the Triton kernels that are traced from now on."""
+    names = set()
+
+    def noting(launch):
+        def note(kernel, *arguments):
+            names.add(kernel.__name__)
+            return launch(kernel, *arguments)
+
+        return note
+
+    module._launch_03, module._launch_04 = map(noting, (module._launch_03, module._launch_04))
+    return names
 
 
 def findings(log):
@@ -125,37 +157,37 @@ def findings(log):
     return out
 
 
-def run(tool, group, folder):
+def run(tool, group, allocator, folder, until):
     """(findings in our kernels, others, what kept the group from being checked or None)."""
-    log = Path(folder) / f"{group}.log"
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
-    variables = {
+    log = Path(folder) / f"{group}-{allocator}.log"
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)} | {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
-        "XLA_FLAGS": flags.strip(),
+        "XLA_PYTHON_CLIENT_ALLOCATOR": allocator,
+        "XLA_FLAGS": "--xla_gpu_enable_command_buffer=",
         "JAX_PLATFORMS": "cuda",
     }
-    command = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--log-file", str(log)]
-    command += [sys.executable, __file__, "--launch", group]
+    command = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--track-stream-ordered-races", "no"]
+    command += ["--log-file", str(log), sys.executable, __file__, "--launch", group]
+    began = time.monotonic()
     try:
-        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=LIMIT)
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=max(1, until - began))
     except subprocess.TimeoutExpired:
-        return [], [], f"it took more than {LIMIT} s"
+        return [], [], f"it took more than {until - began:.0f} s"
     text = log.read_text() if log.exists() else ""
     found = findings(text)
     ours = [report for report in found if any(name in line for line in report[1:4] for name in OURS)]
     others = [report for report in found if report not in ours]
-    print(f"--- {group}: exit status {done.returncode}, {len(ours)} findings\n{done.stdout.strip()}", flush=True)
-    if not found and (done.returncode or "ERROR SUMMARY" not in text):
-        last = (text.strip().splitlines() + done.stderr.strip().splitlines())[-8:]
-        return ours, others, "\n".join(last)
-    return ours, others, None
+    took = f"{time.monotonic() - began:.0f} s, exit status {done.returncode}, {len(ours)} findings"
+    print(f"--- {group}, allocator {allocator}: {took}\n{done.stdout.strip()}", flush=True)
+    last = "\n".join((text.strip().splitlines() + done.stderr.strip().splitlines())[-8:])
+    unknown = done.returncode or "ERROR SUMMARY" not in text or group in CONTROLS
+    return ours, others, last if unknown and not found else None
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tool", help="path of compute-sanitizer")
-    parser.add_argument("--launch", choices=GROUPS, help=argparse.SUPPRESS)
+    parser.add_argument("--launch", choices=CONTROLS + GROUPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.launch:
         return launch(options.launch)
@@ -163,13 +195,27 @@ def main():
     if not tool:
         print("compute-sanitizer is not here; it comes with CUDA's toolkit", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(GROUPS)) as pool:
-        results = dict(zip(GROUPS, pool.map(lambda group: run(tool, group, folder), GROUPS), strict=True))
+    until = time.monotonic() + LIMIT
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(16) as pool:
+
+        def begin(groups, allocator):
+            return {group: pool.submit(run, tool, group, allocator, folder, until) for group in groups}
+
+        controls = {allocator: begin(CONTROLS, allocator) for allocator in ALLOCATORS}
+        running = begin(GROUPS, ALLOCATORS[0])
+        seen = [(control, a) for control in CONTROLS for a in ALLOCATORS if controls[a][control].result()[0]]
+        if seen and seen[0][1] != ALLOCATORS[0]:  # it shows more: once more with that
+            for future in running.values():
+                future.result()
+            running = begin(GROUPS, seen[0][1])
+        results = {group: future.result() for group, future in running.items()}
     status = 0
-    control, _, problem = results.pop("control")
-    if not control:
+    if not seen:
+        problem = controls[ALLOCATORS[0]]["far"].result()[2]
         print(f"NOT CHECKED: the tool did not see a write beside an array\n{problem or ''}")
         status = 2
+    elif seen[0][0] == "far":
+        print("note: a write right behind an array is not seen here, only one that is far away")
     for group, (ours, others, problem) in results.items():
         if problem:
             print(f"NOT CHECKED: {group}\n{problem}")
