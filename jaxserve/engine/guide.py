@@ -7,6 +7,9 @@ A mask takes a core 5 us to 0.6 ms (SmolLM2's tokens; patterns and strings of bo
 them 3 ms: many threads fill them, while the device computes.  Where it can wait for them itself (engine.gate) a thread
 of the guide's makes them when the tokens come, and the engine's thread never waits.
 
+Telling matchers their tokens holds the interpreter, filling masks does not: rows are taken in parts, of which one is
+told while those before are filled.
+
 Where a grammar forces a text, its tokens are asked for at once, and their masks need no more of llguidance.  It would
 ask itself, in the midst of a mask, and what spells texts is Python: each thread would wait for the interpreter.
 """
@@ -16,6 +19,7 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +30,8 @@ from jaxserve.engine.matchers import Matcher, Sources, compiled, short
 from jaxserve.engine.request import Request
 
 log = logging.getLogger("jaxserve")
+PARTS = 3  # that the rows of a step are taken in, ...
+LEAST = 8  # ... of so many at least
 Ended = list[tuple[Request, str]]  # "" where the answer is complete, or why it cannot go on
 
 
@@ -69,6 +75,7 @@ class Guide:
         self._make = table if callable(table) else lambda: table
         self._table: LLTokenizer | None = None
         self._executor, self._eos = LLExecutor(threads), np.zeros(0, np.int64)
+        self._helpers = ThreadPoolExecutor(PARTS - 1, "jaxserve-guide")
         self.sources = Sources()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -178,15 +185,29 @@ class Guide:
         followed: threading.Event | None = None,
     ) -> Ended:
         """`allow` for rows with the tokens that each has yet to follow.  Of `masks` these rows are written."""
-        going, forced, over = self._follow(rows)
-        if forced:
-            at, tokens = np.array(list(forced)), np.array(list(forced.values()))
-            words = np.minimum(tokens // 32, self.words - 1)
-            masks[at] = 0
-            masks[at, words] = np.where(tokens < 32 * self.words, 1 << tokens % 32, 0).astype(np.uint32).view(np.int32)
-        if followed is not None:
-            followed.set()
-        over += self._fill(going, masks)
+        # Neighbours tend to be one thread's work: those that share a lexer would wait for each other on two.
+        rows = sorted(rows, key=lambda row: id(row[1].matcher.source))
+        count = max(1, min(PARTS, len(rows) // LEAST))
+        parts = [rows[i * len(rows) // count : (i + 1) * len(rows) // count] for i in range(count)]
+        left = list(range(count))  # parts that have yet to follow
+
+        def part(rows):
+            going, forced, over = self._follow(rows)
+            if forced:
+                self._force(forced, masks)
+            left.pop()
+            if not left and followed is not None:
+                followed.set()
+            return going, over + self._fill(going, masks)
+
+        others = [self._helpers.submit(part, each) for each in parts[1:]]
+        try:
+            going, over = part(parts[0])
+        finally:  # nobody writes masks any more, whatever happens
+            _ = [other.exception() for other in others]
+        for other in others:
+            more, failed = other.result()
+            going, over = going + more, over + failed
         if going:
             at = np.array([row for row, _ in going])
             can_end = (masks[at[:, None], self._eos // 32] >> (self._eos % 32) & 1).any(1)
@@ -196,6 +217,13 @@ class Guide:
         for row, request, why in over:
             masks[row], request.matcher.over = -1, why
         return [(request, why) for _, request, why in over]
+
+    def _force(self, forced: Mapping[int, int], masks: np.ndarray) -> None:
+        """Leaves rows one token each."""
+        at, tokens = np.array(list(forced)), np.array(list(forced.values()))
+        words = np.minimum(tokens // 32, self.words - 1)
+        masks[at] = 0
+        masks[at, words] = np.where(tokens < 32 * self.words, 1 << tokens % 32, 0).astype(np.uint32).view(np.int32)
 
     def _ends(self, masks: np.ndarray, rows: Sequence[tuple[int, Request]]) -> list[tuple[int, Request, str]]:
         """Puts what ends each request in the place of what ends texts of its grammar; those that can only end."""
@@ -259,8 +287,6 @@ class Guide:
             return []
         narrow = self._table_words != self.words
         found, broken = np.empty((len(masks), self._table_words), np.int32) if narrow else masks, []
-        # Neighbours tend to be one thread's work: those that share a lexer would wait for each other on two.
-        rows = sorted(rows, key=lambda pair: id(pair[1].matcher.source))
         try:
             if len(rows) == 1:
                 fill_next_token_bitmask(rows[0][1].matcher.matcher, found, rows[0][0])

@@ -14,6 +14,7 @@ CAREFUL = 64  # steps of half the tokens after the device ran out of memory
 LONG = 0.008  # seconds of a launch of several steps after which SINGLE launches have one each
 SINGLE = 64
 SHORT = 32  # tokens: steps so short that launching one takes as long as running it (a 1.8B model on an H200)
+BOUND = 128  # tokens: the same of steps with masks, whose tokens go to the guide before they come to the next launch
 NAN = "the model's logits were not numbers (NaN): the weights or the computation overflowed"
 NONE_LEFT = "no token was left to choose: the grammar, the banned words and the biases exclude each other"
 
@@ -59,7 +60,7 @@ class Turns:
         launched = packed is not None and self._launch(packed)
         # Steps that take the device less time than the host takes to launch one need a second on its way.
         newest = self.pending[-1] if self.pending else None
-        short = newest and newest.steps == 1 and newest.padded <= SHORT
+        short = newest and newest.steps == 1 and newest.padded <= (SHORT if newest.masks is None else BOUND)
         ahead = self.ahead if short else 1
         # Without a plan one step is read all the same: it may be what the next plan waits for.
         for _ in range(max(0, len(self.pending) - ahead) if launched else min(1, len(self.pending))):

@@ -12,7 +12,8 @@ import pytest
 from llguidance import LLMatcher, LLParserLimits
 
 from jaxserve.engine import gate as gates
-from jaxserve.engine import matchers
+from jaxserve.engine import guide as guides
+from jaxserve.engine import matchers, turns
 from jaxserve.engine.guide import Guide
 from jaxserve.engine.request import Request, SamplingParams
 from scripts import tiny_checkpoint
@@ -131,8 +132,17 @@ def test_steps_that_wait_for_their_masks(folder, expected, free, monkeypatch):
     with build.engine(folder, guide=build.table, cache_max_entry_count=15, session_len=56) as engine:
         engine.turns.ahead, launched, call = 2, set(), engine.runner._call
         monkeypatch.setattr(engine.runner, "_call", lambda key, *rest: launched.add(key[:2]) or call(key, *rest))
+        monkeypatch.setattr(turns, "SHORT", 0)  # no step is so short that a free one would have two ahead of it
+        ahead, dispatch, pending = [], engine.runner.dispatch, engine.turns.pending
+
+        def counted(packed, *ticket):
+            ahead.append(sum(step.masks is not None for step in pending))
+            return dispatch(packed, *ticket)
+
+        monkeypatch.setattr(engine.runner, "dispatch", counted)
         check(engine, expected, free)
         assert engine.stats()["preemptions"] > 0
+        assert max(ahead) == 2
         assert {shape.tokens == shape.rows for name, shape in launched if name == "sampled"} == {True}  # one launch
         assert {shape.tokens == shape.rows for name, shape in launched if name == "advance"} == {False}
         test_ends(engine)
@@ -492,7 +502,9 @@ def test_masks_of_steps_that_wait_for_them():
     assert not guide._thread.is_alive()
 
 
-def test_the_gate_opens_whatever_happens(monkeypatch):
+@pytest.mark.parametrize("least", [guides.LEAST, 1])
+def test_the_gate_opens_whatever_happens(monkeypatch, least):
+    monkeypatch.setattr(guides, "LEAST", least)  # of the rows that are taken in parts
     guide, gate = Guide(build.table, 97), Gate(2, 4)
     some = [request(regex("[ab]+")) for _ in range(2)]
     for one in some:
@@ -509,15 +521,17 @@ def test_the_gate_opens_whatever_happens(monkeypatch):
     masks, ended = gate.found(guide.start(rows, [], gate))
     assert masks == ["all", "ab"] and [who for who, _ in ended] == some[:1]
     some[0].matcher.matcher, some[0].matcher.over = good, None
-    monkeypatch.setattr(guide, "_fill", lambda *_: 1 / 0)
-    masks, ended = gate.found(guide.start(rows, [], gate))
+    with monkeypatch.context() as broken:
+        broken.setattr(guide, "_fill", lambda *_: 1 / 0)
+        masks, ended = gate.found(guide.start(rows, [], gate))
     assert masks == ["all", "all"] and ended == [(one, "no mask could be made: division by zero") for one in some]
-    monkeypatch.undo()
     assert gate.found(guide.start(rows, [], gate)) == (["ab", "ab"], [])  # the next goes on
     guide.close()
 
 
-def test_masks_that_are_waited_for_are_those_of_allow():
+@pytest.mark.parametrize("least", [99, guides.LEAST, 2])
+def test_masks_that_are_waited_for_are_those_of_allow(monkeypatch, least):
+    monkeypatch.setattr(guides, "LEAST", least)  # of the rows that are taken in parts
     guide, draw, patterns = Guide(build.table, 97), random.Random(3), ["[a-z]{1,9}=(yes|no)", "(ab|ba)+c", "[0-9]{3}-x"]
     gate, many = Gate(21, 4), [request(regex(patterns[i % 3])) for i in range(21)]
     for one in many:
