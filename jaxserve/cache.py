@@ -85,5 +85,6 @@ class PagedKV:
         or None and None.  Returns [T, K, G, H] and the new cache.
         """
         slot = spans.slot(self.k.shape[2])
-        q, k_pool, v_pool = ops.rope_kv_write(self.k, self.v, qkv, cos, sin, layer, slot, *norms, eps)
+        known = dict(zip(("q_norm", "k_norm"), norms), eps=eps)
+        q, k_pool, v_pool = ops.rope_kv_write(self.k, self.v, qkv, cos, sin, layer, slot, **known)
         return ops.paged_attention(q, k_pool, v_pool, layer, spans, window), PagedKV(k_pool, v_pool)

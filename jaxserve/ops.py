@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
 from pallas_kernels import await_masks as waiting
+from pallas_kernels import rounding as rounding  # for jaxserve.lite
 
 POOL = P(None, None, None, "tp", None)  # [L, N, S, K, H]
 QUANTIZED_POOL = P(None, None, "tp")  # [L, N, K, ...]: the arrays of a pk.QuantizedPool
@@ -61,8 +62,8 @@ def kv_pool(shape, dtype, kind, mesh):
     if kind is None:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, POOL))
     where = NamedSharding(mesh, QUANTIZED_POOL)
-    parts = (jax.ShapeDtypeStruct(*part, sharding=where) for part in pk.pool_shapes(shape, kind))
-    return pk.QuantizedPool(*parts, kind)
+    codes, parameters = (jax.ShapeDtypeStruct(*part, sharding=where) for part in pk.pool_shapes(shape, kind))
+    return pk.QuantizedPool(codes, parameters, kind)  # type: ignore[arg-type]
 
 
 def kv_bytes(head_dim, dtype, kind):
@@ -102,10 +103,10 @@ def paged_attention(q, k_pool, v_pool, layer, spans, window=None):
         run = _split(lambda q, k, v, pages, length: attend(q, k, v, pages=pages, length=length, **known),
                      (HEADS, pool, pool, P(), P()), HEADS)  # fmt: skip
         return run(q, k_pool, v_pool, spans.pages, spans.length)
-    attend = pk.paged_prefill if kernels() else pk.paged_prefill_reference
+    prefill = pk.paged_prefill if kernels() else pk.paged_prefill_reference
 
     def ragged(q, k, v, pages, first, count, start):
-        return attend(q, k, v, pages=pages, first=first, count=count, start=start, **known)
+        return prefill(q, k, v, pages=pages, first=first, count=count, start=start, **known)
 
     run = _split(ragged, (HEADS, pool, pool, P(), P(), P(), P()), HEADS)
     return run(q, k_pool, v_pool, spans.pages, spans.first, spans.count, spans.start)
@@ -281,8 +282,8 @@ def int4_grouped(x, packed, scale, zero, sizes, *, group, axes):
     def local(x, packed, scale, zero, sizes):
         G, E, *out = scale.shape
         whole = packed.reshape(E, -1, *packed.shape[-2:]) if kernels() else packed.reshape(packed.shape[0], E, -1)
-        flat = (a.reshape(G, E, -1) for a in (scale, zero))
-        found = multiply(x, whole, *flat, sizes, group=group).reshape(-1, *out)
+        found = multiply(x, whole, scale.reshape(G, E, -1), zero.reshape(G, E, -1), sizes, group=group)
+        found = found.reshape(-1, *out)
         return jax.lax.psum(found, axes[0]) if axes[0] else found
 
     ins = (P(None, axes[0]), P(*int4_axes(axes)), P(*axes), P(*axes), P())
@@ -303,9 +304,9 @@ def eight_bit_matmul(x, weight, scale, zero, known, *, group, axes, activations=
     multiply = pk.eight_bit_matmul if kernels() else pk.eight_bit_matmul_reference
 
     def local(x, weight, scale, zero, known):
-        flat = (a if a is None else a.reshape(a.shape[0], -1) for a in (scale, zero))
+        scale, zero = (a if a is None else a.reshape(a.shape[0], -1) for a in (scale, zero))
         whole = weight.reshape(-1, weight.shape[-1])
-        out = multiply(x, whole, *flat, known, group=group, activations=activations, dtype=dtype)
+        out = multiply(x, whole, scale, zero, known, group=group, activations=activations, dtype=dtype)
         out = out.reshape(-1, *weight.shape[:-1])
         return jax.lax.psum(out, axes[0]) if axes[0] else out
 

@@ -225,10 +225,10 @@ def draw(cfg, head, newest, tables, last, rows, allowed):
 @partial(jax.jit, static_argnames=("cfg", "shape", "tree"), donate_argnames="state", compiler_options=OPTIONS)
 def sampled(cfg, shape, tree, leaves, state, words, ticket):
     """`advance` and `draw` by one launch.  Returns the new state and what was drawn."""
-    state, left = advance.__wrapped__(cfg, shape, tree, leaves, state, words)
+    state, left = advance.__wrapped__(cfg, shape, tree, leaves, state, words)  # type: ignore[attr-defined]
     head = jax.tree.unflatten(tree, leaves).head
     drawing = state.newest, state.tables, left.last, left.rows, ticket
-    newest, tables, told = draw.__wrapped__(cfg, head, *drawing)
+    newest, tables, told = draw.__wrapped__(cfg, head, *drawing)  # type: ignore[attr-defined]
     return state.replace(newest=newest, tables=tables), told
 
 

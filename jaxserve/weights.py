@@ -41,9 +41,9 @@ def hold(checkpoint, cfg, mesh, spread=False):
     for row, layer in _rows(cfg):
         expert = row.arrange in ("experts", "experts_gate_up")
         names = [source.format(layer, e) for source in row.sources for e in range(cfg.experts if expert else 1)]
-        found = [packed.get(name) for name in names]
-        if row.path == "head" or row.arrange is None or None in found:
+        if row.path == "head" or row.arrange is None or not all(packed.get(name) for name in names):
             continue
+        found = [packed[name] for name in names]
         how = found[0]._replace(group=math.gcd(*(p.group for p in found)))
         if any(p._replace(group=how.group, dtype=how.dtype) != how for p in found):
             continue
@@ -99,7 +99,7 @@ def _linear(node):
 
 def assemble(cfg, found, arrays):
     """Params from {(path, part): Leaf} and {(path, part): array}."""
-    tree = {}
+    tree: dict = {}
     for (path, part), array in arrays.items():
         node = tree
         for name in path.split("."):
@@ -164,7 +164,9 @@ def load(checkpoint, cfg, mesh, dtype, progress=None, held=None, compiled=None):
     """
     found = check(checkpoint, cfg, mesh, held)
     size = {key: math.prod(leaf.raw_shape) * leaf.raw_itemsize(dtype) for key, leaf in found.items()}
-    arrays, done, total, waiting, ahead = {}, 0, sum(size.values()), deque(), 0
+    arrays: dict = {}
+    waiting: deque = deque()
+    done, total, ahead = 0, sum(size.values()), 0
 
     def make():
         jobs = {}

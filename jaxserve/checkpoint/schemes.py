@@ -88,7 +88,7 @@ def _compressed(path, method, found):
     bits, of = w.get("num_bits"), w.get("type", "int")
     strategy = w.get("strategy") or ("group" if w.get("group_size") else "channel")
     what = f"compressed-tensors of format {stored!r} ({bits} bits, {of}, a scale for each {strategy})"
-    kinds = {
+    kinds: dict[tuple, str] = {
         ("pack-quantized", 4, "int"): "int4",
         ("pack-quantized", 8, "int"): "int8",
         ("int-quantized", 8, "int"): "int8",
@@ -109,7 +109,7 @@ def _compressed(path, method, found):
         if activations == "static" and (inputs.get("strategy") != "tensor" or not inputs.get("symmetric", True)):
             raise _unread(path, f"{what} with static activations that are not symmetric by tensor")
     rows, group = _block(path, w.get("block_structure")) if strategy == "block" else (1, -1)
-    group = w.get("group_size") if strategy == "group" else group
+    group = w.get("group_size", 0) if strategy == "group" else group
     return Scheme(method, kind, packed, group, rows, bool(w.get("symmetric", True)), 0, activations)
 
 
