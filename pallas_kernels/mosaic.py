@@ -32,6 +32,7 @@ def lowers(module: str, what: str, *arguments) -> bool:
 
     def attempt():
         lower = importlib.import_module(f"pallas_kernels.{module}").lower
+        _ask_once()
         with jax.sharding.use_abstract_mesh(mesh) if mesh else nullcontext():
             lower(*arguments)
 
@@ -43,3 +44,14 @@ def lowers(module: str, what: str, *arguments) -> bool:
         warnings.warn(f"{what} slower: the kernel for Hopper cannot be used ({reason})", stacklevel=4)
         return False
     return True
+
+
+@functools.cache
+def _ask_once() -> None:
+    """Has Mosaic ask for ptxas' version once.  It would run `ptxas --version` for every truth value of a kernel that
+    becomes a number, up to 56 times a program, 20 ms each, and keep all of Python waiting."""
+    try:
+        extension = importlib.import_module("jax._src.lib.mosaic_gpu")._mosaic_gpu_ext
+        extension._get_ptxas_isa_version = functools.cache(extension._get_ptxas_isa_version)
+    except (ImportError, AttributeError):  # another Mosaic, which asks as it likes
+        pass
