@@ -275,6 +275,21 @@ def int4_matmul(x, packed, scale, zero, *, group, axes, dtype=None):
     return _split(local, ins, P(None, *axes[1:]))(x, packed, scale, zero)
 
 
+def int4_gated(x, packed, scale, zero, *, group, axes):
+    """silu(first) * second [T, F] of the products of x [T, D] with an int4 matrix [D, 2, F], in one kernel; or None.
+
+    Arguments as those of `int4_matmul`.
+    """
+    if not kernels() or x.dtype.itemsize != 2 or _share(axes[0]) > 1:
+        return None
+
+    def local(x, packed, scale, zero):
+        flat = (a.reshape(a.shape[0], -1) for a in (scale, zero))
+        return pk.int4_matmul(x, packed.reshape(-1, *packed.shape[-2:]), *flat, group=group, gated=True)
+
+    return _split(local, (P(), P(*int4_axes(axes)), P(*axes), P(*axes)), P(None, axes[2]))(x, packed, scale, zero)
+
+
 def int4_grouped(x, packed, scale, zero, sizes, *, group, axes):
     """As `grouped_matmul`, of int4 matrices [D, E, *out]; arguments as those of `int4_matmul`."""
     multiply = pk.int4_grouped if kernels() else pk.int4_grouped_reference

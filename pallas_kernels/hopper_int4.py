@@ -164,6 +164,88 @@ def _put(out, begin, target):
     store(out, target)
 
 
+def _silu(dtype):
+    """PTX for silu(gate) * up of two values each: $0 of $1 and $2, in float32."""
+    kind = BITS[dtype][2]
+    text = "{ .reg .b32 g<2>, u<2>, e, minus, one; .reg .b16 h, k;\n"
+    text += "mov.b32 minus, 0xBFB8AA3B;\nmov.b32 one, 0x3F800000;\n"  # -log2(e), 1
+    for register, name in (("$1", "g"), ("$2", "u")):
+        if kind == "bf16":
+            text += f"shl.b32 {name}0, {register}, 16;\nand.b32 {name}1, {register}, 0xFFFF0000;\n"
+        else:
+            text += f"mov.b32 {{h, k}}, {register};\ncvt.f32.f16 {name}0, h;\ncvt.f32.f16 {name}1, k;\n"
+    for i in range(2):  # exp(-gate) by a power of two
+        text += f"mul.f32 e, g{i}, minus;\nex2.approx.ftz.f32 e, e;\nadd.f32 e, e, one;\nrcp.approx.ftz.f32 e, e;\n"
+        text += f"mul.f32 g{i}, g{i}, e;\nmul.f32 g{i}, g{i}, u{i};\n"
+    return text + f"cvt.rn.{kind}x2.f32 $0, g1, g0;\n}}"
+
+
+def _two_pieces(out, begin, count):
+    """Registers [2 * count / 8] of the piece that this warpgroup finishes, then of the other's: the first one's is the
+    first of the two that begin at token `begin`.  And whether it is the first.
+    """
+    i32, const, *_ = _lane()
+    first = arith.cmpi(arith.CmpIPredicate.ult, mgpu_utils.thread_idx(), const(128))
+    registers = out.registers.reshape(out.shape[1] // 8, 2)[begin // 8 : (begin + 2 * count) // 8]
+    near, far = ([llvm.bitcast(i32, r) for r in half.flat] for half in np.split(registers, 2))
+    pairs = list(zip(near, far, strict=True))
+    mine = [arith.select(first, a, b) for a, b in pairs]
+    return mine, [arith.select(first, b, a) for a, b in pairs], first
+
+
+def _place(ref):
+    """Where a lane's registers stand while they wait for the other warpgroup: four are 16 bytes."""
+    i32, const, *_ = _lane()
+    thread = arith.remui(mgpu_utils.thread_idx(), const(128))
+    base = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(ref))
+    return arith.addi(base, arith.muli(thread, const(16)))
+
+
+def _give(out, begin, target):
+    """Of the two pieces from token `begin` on, the one that the other warpgroup finishes goes to target [64, tokens].
+
+    Lanes of both have the same places in their matrices, so that it stands there as a lane has it.
+    """
+    count = target.shape[1]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
+    def give(_, out, target):
+        values, at = _two_pieces(out, begin, count)[1], _place(target)
+        for j in range(0, len(values), 4):
+            text = f"st.shared.v4.b32 [$0 + {512 * j}], {{$1, $2, $3, $4}};"
+            llvm.inline_asm(None, [at, *values[j : j + 4]], text, "r,r,r,r,r,~{memory}", has_side_effects=True)
+
+    give(out, target)
+
+
+def _gate(out, begin, theirs):
+    """silu(gate) * up [64, tokens] of this warpgroup's piece: the first has the gate, and theirs (`_give`) is up."""
+    count = theirs.shape[1]
+    text = _silu(jnp.dtype(out.dtype).name)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((LINES, count), out.dtype, layout=plgpu.Layout.WGMMA),
+    )
+    def gate(_, out, theirs):
+        (mine, _, first), at = _two_pieces(out, begin, count), _place(theirs)
+        i32 = ir.IntegerType.get_signless(32)
+        struct, pair, found = llvm.StructType.get_literal([i32] * 4), ir.VectorType.get((2,), out.mlir_dtype), []
+        for j in range(0, len(mine), 4):
+            load = f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {512 * j}];"
+            got = llvm.inline_asm(struct, [at], load, "=r,=r,=r,=r,r,~{memory}", has_side_effects=True)
+            for i, own in enumerate(mine[j : j + 4]):
+                other = llvm.extractvalue(i32, got, [i])
+                pairs = arith.select(first, own, other), arith.select(first, other, own)
+                found.append(llvm.bitcast(pair, llvm.inline_asm(i32, pairs, text, "=r,r,r")))
+        layout = mgpu.WGMMA_LAYOUT
+        registers = np.empty(layout.registers_shape((LINES, count)), dtype=object)
+        registers.reshape(-1)[...] = np.array(found, dtype=object)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return gate(out, theirs)
+
+
 class How(NamedTuple):
     """How a matmul is shared out."""
 
@@ -196,21 +278,25 @@ def chosen(T, D, F, group):
     return How(tokens, 128 if D % 128 == 0 and tokens <= 128 else 64, split)
 
 
-@functools.partial(jax.jit, static_argnames=("group", "dtype", "how"))
-def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None):
+@functools.partial(jax.jit, static_argnames=("group", "dtype", "how", "gated"))
+def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None, gated=False):
     """x [T, D] times the matrix of `tiles` (two-dimensional out), to [T, F]; F a multiple of 128.
 
+    gated: the matrix is [D, 2 * F], and of the products silu(first) * second is given.
     how: a `How` (what is `chosen` unless said).
     """
     (T, D), F, dtype = x.shape, scale.shape[1], jnp.dtype(dtype or x.dtype)
     how = how or chosen(T, D, F, group)
+    if gated and (how.split > 1 or how.tokens % 32 or dtype != x.dtype):  # what is not summed up yet can't be a gate
+        y = int4_wgmma(x, tiles, scale, zero, group=group, dtype=dtype, how=how)
+        return jax.nn.silu(y[:, : F // 2]) * y[:, F // 2 :]
     padded = max(how.tokens, cdiv(T, 8) * 8)  # what is beyond is neither read nor written
     x = jnp.pad(x, ((0, padded - T), (0, 0)))
     out_type = jnp.dtype(jnp.float32) if how.split > 1 else dtype
-    kernel, memory = _kernel(how, padded, D, F, group, x.dtype, scale.dtype, out_type)
+    kernel, memory = _kernel(how, padded, D, F, group, x.dtype, scale.dtype, out_type, gated)
     out = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((how.split, padded, F), out_type),
+        out_type=jax.ShapeDtypeStruct((how.split, padded, F // (1 + gated)), out_type),
         grid=(min(cores(), F // BLOCK * cdiv(T, how.tokens) * how.split),),
         grid_names=("core",),
         num_threads=3,
@@ -222,18 +308,25 @@ def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None):
     return out[:T].astype(dtype)
 
 
-def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
-    """The kernel, and what it has of shared memory and barriers."""
+def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False):
+    """The kernel, and what it has of shared memory and barriers.
+
+    Gated: the first warpgroup's outputs are of the first half, the other's of the second; of every two pieces each
+    warpgroup finishes one, and gives the other its sums of the other one.
+    """
     tokens, inputs, split = how
     turns, units, rows = D // inputs // split, inputs // UNIT, max(1, inputs // group)
-    piece = max(n for n in range(16, 65, 16) if tokens % n == 0)  # tokens whose results are written at a time
-    room = MEMORY - 2 * piece * BLOCK * out_type.itemsize
-    stages = min(STAGES, turns, room // (tokens * inputs * 2 + BLOCK * (inputs // 2 + rows * 3)))
+    fits = (n for n in range(16, 33 if gated else 65, 16) if tokens % (n * (1 + gated)) == 0)
+    piece, halves = max(fits), 1 + gated  # tokens whose results are written at a time; where outputs are taken from
+    room = MEMORY - 2 * piece * BLOCK * out_type.itemsize * halves
+    stages = min(STAGES, turns, room // (tokens * inputs * 2 + BLOCK * (inputs // 2 + halves * rows * 3)))
     assert stages >= min(turns, 2)  # a turn is freed in the next one
     blocks, outputs = cdiv(T, tokens), F // BLOCK
     side = max(n for n in range(1, 2 * SIDE) if blocks % n == 0)
 
-    def kernel(x_ref, tiles_ref, scale_ref, zero_ref, out_ref, x_in, words, scales, zeros, results, filled, free):
+    def kernel(
+        x_ref, tiles_ref, scale_ref, zero_ref, out_ref, x_in, words, scales, zeros, results, filled, free, *gate
+    ):
         warpgroup = lax.axis_index("warpgroup")
 
         def each(body):
@@ -254,18 +347,22 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
                     plgpu.barrier_wait(free.at[slot])
 
                 row = k * rows if inputs >= group else lax.div(k * inputs, group)
-                lines, at = pl.ds(n * BLOCK, BLOCK), filled.at[slot]
+                at = filled.at[slot]
                 x_at = x_ref.at[pl.ds(m * tokens, tokens), pl.ds(k * inputs, inputs)]
                 plgpu.copy_gmem_to_smem(x_at, x_in.at[slot], at)
-                tiles_at = tiles_ref.at[pl.ds(n * (BLOCK // ROWS), BLOCK // ROWS), pl.ds(k * units, units)]
-                plgpu.copy_gmem_to_smem(tiles_at, words.at[slot], at)
-                plgpu.copy_gmem_to_smem(scale_ref.at[pl.ds(row, rows), lines], scales.at[slot], at)
-                plgpu.copy_gmem_to_smem(zero_ref.at[pl.ds(row, rows), lines], zeros.at[slot], at)
+                for h in range(halves):
+                    each = BLOCK // ROWS // halves
+                    tiles_at = tiles_ref.at[pl.ds(h * (F // 2 // ROWS) + n * each, each), pl.ds(k * units, units)]
+                    plgpu.copy_gmem_to_smem(tiles_at, words.at[slot, pl.ds(h * each, each)], at)
+                    # Of a half 64 lines are wanted, and stand where they would without halves.
+                    lines = pl.ds(h * (F // 2 - LINES) + n * (BLOCK // halves), BLOCK)
+                    plgpu.copy_gmem_to_smem(scale_ref.at[pl.ds(row, rows), lines], scales.at[slot, h], at)
+                    plgpu.copy_gmem_to_smem(zero_ref.at[pl.ds(row, rows), lines], zeros.at[slot, h], at)
 
             lax.fori_loop(0, turns, turn, None)
 
         def multiply(before, n, part, m):
-            mine = pl.ds(warpgroup * LINES, LINES)
+            mine, half = pl.ds(warpgroup * LINES, LINES), warpgroup if gated else 0
 
             def turn(k, acc):
                 """Computes a unit's values while the one before is multiplied."""
@@ -273,7 +370,7 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
                 plgpu.barrier_wait(filled.at[slot])
                 for u in range(units):
                     first, second = (64 * u // group, (64 * u + 32) // group) if inputs >= group else (0, 0)
-                    near = [a.at[slot, row, mine] for row in (first, second) for a in (scales, zeros)]
+                    near = [a.at[slot, half, row, mine] for row in (first, second) for a in (scales, zeros)]
                     values = _unit(dtype, scale_dtype, group, words.at[slot, pl.ds(warpgroup * 4, 4), u], *near)
                     plgpu.wgmma(acc, values, x_in.at[slot].at[:, pl.ds(UNIT * u, UNIT)].T)
                     plgpu.wgmma_wait(1)
@@ -296,15 +393,32 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
                     turn(turns - 1, acc)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(free.at[lax.rem(before + turns - 1, stages)])
-                out = acc[...].astype(out_type)
-                for p in range(tokens // piece):
-                    plgpu.wait_smem_to_gmem(min(p, 1), wait_read_only=True)
-                    _put(out, p * piece, results.at[warpgroup, p % 2])
-                    plgpu.commit_smem()
-                    at = pl.ds(m * tokens + p * piece, piece), pl.ds(n * BLOCK + warpgroup * LINES, LINES)
-                    plgpu.copy_smem_to_gmem(results.at[warpgroup, p % 2], out_ref.at[part].at[at])
+                finish(acc[...].astype(out_type), n, part, m)
 
             pl.run_scoped(scoped, plgpu.ACC((LINES, tokens), jnp.float32))
+
+        def finish(out, n, part, m):
+            for p in range(tokens // (piece * halves)):
+                values, first = out, p * piece
+                token, line = m * tokens + first, n * BLOCK + warpgroup * LINES
+                if gated:
+                    sums, given = gate
+                    begin, first = 2 * p * piece, 0
+                    token, line = m * tokens + begin + warpgroup * piece, n * LINES
+                    _give(out, begin, sums.at[warpgroup, p % 2])
+                    meet(given)  # what has been read there, two pieces ago, was so before the one between was given
+                    values = _gate(out, begin, sums.at[1 - warpgroup, p % 2])
+                plgpu.wait_smem_to_gmem(min(p, 1), wait_read_only=True)
+                _put(values, first, results.at[warpgroup, p % 2])
+                plgpu.commit_smem()
+                at = pl.ds(token, piece), pl.ds(line, LINES)
+                plgpu.copy_smem_to_gmem(results.at[warpgroup, p % 2], out_ref.at[part].at[at])
+            if gated and tokens // (2 * piece) % 2:  # the next block begins where this one has ended
+                meet(gate[1])
+
+        def meet(barrier):
+            plgpu.barrier_arrive(barrier)
+            plgpu.barrier_wait(barrier)
 
         @pl.when(warpgroup == 2)
         def _():
@@ -322,14 +436,16 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type):
             plgpu.wait_smem_to_gmem(0)
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    gate = (plgpu.SMEM((2, 2, LINES, piece), out_type), plgpu.Barrier(num_arrivals=2)) if gated else ()
     return kernel, (
         plgpu.SMEM((stages, tokens, inputs), dtype, transforms=tiled),
         plgpu.SMEM((stages, BLOCK // ROWS, units, WORDS), jnp.int32),
-        plgpu.SMEM((stages, rows, BLOCK), scale_dtype),
-        plgpu.SMEM((stages, rows, BLOCK), jnp.uint8),
+        plgpu.SMEM((stages, halves, rows, BLOCK), scale_dtype),
+        plgpu.SMEM((stages, halves, rows, BLOCK), jnp.uint8),
         plgpu.SMEM((2, 2, piece, LINES), out_type, transforms=_rows(out_type)),
-        plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=1 + 3 * halves, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        *gate,
     )
 
 

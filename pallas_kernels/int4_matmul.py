@@ -61,9 +61,10 @@ def int4_matmul_reference(x, packed, scale, zero, *, group, dtype=None):
     return acc.astype(dtype or x.dtype)
 
 
-def int4_matmul(x, tiles, scale, zero, *, group, dtype=None):
+def int4_matmul(x, tiles, scale, zero, *, group, dtype=None, gated=False):
     """x [T, D] times the matrix of `int4_tiles`, accumulated in float32, given in `dtype` (that of x unless said).
 
+    gated: the matrix is [D, 2 * F], and silu(first) * second [T, F] of the products is given.
     x bfloat16 or float16; tiles int32[F / 16, D / 64, 128]; scale [D / group, F] of 16 bits; zero uint8[D / group, F];
     group 32, 64 or 128.
     """
@@ -76,12 +77,13 @@ def int4_matmul(x, tiles, scale, zero, *, group, dtype=None):
     )
     skinny = SKINNY if hopper else SKINNY_ELSEWHERE
     if skinny >= T:
-        return int4_few(x, tiles, scale, zero, **arguments)
+        return int4_few(x, tiles, scale, zero, gated=gated, **arguments)
     if hopper:
         from pallas_kernels.hopper_int4 import int4_wgmma  # imports Mosaic, which takes half a second
 
-        return int4_wgmma(x, tiles, scale, zero, **arguments)
-    return int4_by_values(x, tiles, scale, zero, at_once=PIECE, **arguments)
+        return int4_wgmma(x, tiles, scale, zero, gated=gated, **arguments)
+    y = int4_by_values(x, tiles, scale, zero, at_once=PIECE, **arguments)
+    return jax.nn.silu(y[:, : F // 2]) * y[:, F // 2 :] if gated else y
 
 
 def int4_grouped_reference(x, packed, scale, zero, sizes, *, group):

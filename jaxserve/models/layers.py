@@ -24,7 +24,10 @@ def product(weight, x, *, norm=None, eps=0.0, gated=False, residual=None):
     """
     if fuses(weight, x, gated=gated, residual=residual):
         return weight.fused(x, norm=norm, eps=eps, gated=gated, residual=residual)
-    y = weight.dot(x if norm is None else rms_norm(x, norm, eps))
+    x = x if norm is None else rms_norm(x, norm, eps)
+    if gated and hasattr(weight, "gated") and (y := weight.gated(x)) is not None:
+        return y if residual is None else residual + y
+    y = weight.dot(x)
     if gated:
         y = jax.nn.silu(y[:, 0]) * y[:, 1]
     return y if residual is None else residual + y

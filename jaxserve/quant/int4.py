@@ -32,6 +32,13 @@ class Int4:
         out = out.reshape(*x.shape[:-1], *out.shape[1:])
         return out if self.bias is None else out + jnp.broadcast_to(self.bias, out.shape)
 
+    def gated(self, x):
+        """silu(first) * second of `dot` [T, 2, F] of x [T, D], where a kernel makes it; elsewhere None."""
+        if self.bias is not None:
+            return None
+        x = x if self.order is None else x[:, self.order]
+        return ops.int4_gated(x, self.packed, self.scale, self.zero, group=self.group, axes=self.axes)
+
     def fuses(self, x, *, gated=False, residual=None):
         """As `Dense.fuses`."""
         plain = not gated and residual is None

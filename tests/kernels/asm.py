@@ -267,6 +267,15 @@ def _fma(how, a, b, c):
     return _two(how, lambda a, b, c: a * b + c, a, b, c)
 
 
+def _approximately(function):
+    def run(how, a):
+        assert how == ["approx", "ftz", "f32"]
+        with np.errstate(over="ignore", divide="ignore"):
+            return function(a.view(np.float32)).astype(np.float32).view(np.uint32)
+
+    return run
+
+
 def _max(how, a, b):
     if how == ["s32"]:
         return np.maximum(a.view(np.int32), b.view(np.int32)).view(np.uint32)
@@ -291,6 +300,8 @@ INSTRUCTIONS = {
     "add": _add,
     "cvt": _cvt,
     "setp": _setp,
+    "ex2": _approximately(np.exp2),
+    "rcp": _approximately(np.reciprocal),
 }
 
 

@@ -6,6 +6,7 @@ tested in test_int4_interpreted.py, and the whole on a GPU in test_int4_matmul.p
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,6 +43,8 @@ def hopper_int4(monkeypatch):
     monkeypatch.setattr(module, "cores", lambda: 4)
     monkeypatch.setattr(module, "_unit", unit)
     monkeypatch.setattr(module, "_put", put)
+    monkeypatch.setattr(module, "_give", give)
+    monkeypatch.setattr(module, "_gate", gate)
     monkeypatch.setattr(module, "_kernel", with_scratch)
     monkeypatch.setattr(plgpu, "wgmma", from_memory)
     monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=params.InterpretGPUParams()))
@@ -65,6 +68,22 @@ def put(out, begin, target):
     target[...] = out[:, begin : begin + target.shape[0]].T
 
 
+def piece(out, begin, of, count):
+    """Of two pieces from token `begin` on, the `of`-th."""
+    return lax.dynamic_slice(out, (0, begin + of * count), (out.shape[0], count))
+
+
+def give(out, begin, target):
+    target[...] = piece(out, begin, 1 - lax.axis_index("warpgroup"), target.shape[1])
+
+
+def gate(out, begin, theirs):
+    first = lax.axis_index("warpgroup") == 0
+    mine, theirs = piece(out, begin, lax.axis_index("warpgroup"), theirs.shape[1]), theirs[...]
+    gate, up = jnp.where(first, mine, theirs), jnp.where(first, theirs, mine)
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(out.dtype)
+
+
 CASES = [  # T, D, F, group, stages, what is other than 32 tokens
     (40, 256, 384, 128, 2, {"inputs": 128}),  # a core has two blocks
     (72, 256, 256, 32, 3, {"split": 2}),
@@ -73,16 +92,30 @@ CASES = [  # T, D, F, group, stages, what is other than 32 tokens
 ]
 
 
-@pytest.mark.parametrize("T, D, F, group, stages, other", CASES)
-def test_blocks_and_turns(hopper_int4, monkeypatch, T, D, F, group, stages, other):
-    monkeypatch.setattr(hopper_int4, "STAGES", stages)
+def case(T, D, F, group):
+    """Arguments, and the product in float64."""
     rng = np.random.default_rng(T)
     q, zero = (rng.integers(0, high, shape).astype(np.uint8) for high, shape in ((16, (D, F)), (17, (D // group, F))))
     scale, x = rng.uniform(0.005, 0.015, zero.shape).astype(np.float16), rng.normal(size=(T, D))
+    values = (q - np.repeat(zero, group, 0).astype(float)) * np.repeat(scale, group, 0).astype(float)
+    return (jnp.asarray(x, jnp.bfloat16), int4_tiles(jnp.asarray(q)), jnp.asarray(scale), jnp.asarray(zero)), x @ values
+
+
+@pytest.mark.parametrize("T, D, F, group, stages, other", CASES)
+def test_blocks_and_turns(hopper_int4, monkeypatch, T, D, F, group, stages, other):
+    monkeypatch.setattr(hopper_int4, "STAGES", stages)
+    arrays, want = case(T, D, F, group)
     how = hopper_int4.How(32)._replace(**other)
-    arrays = jnp.asarray(x, jnp.bfloat16), int4_tiles(jnp.asarray(q)), jnp.asarray(scale), jnp.asarray(zero)
     matmul = hopper_int4.int4_wgmma.__wrapped__  # what is compiled here is of no use elsewhere
     found = np.asarray(matmul(*arrays, group=group, dtype=jnp.float32, how=how))
-    values = (q - np.repeat(zero, group, 0).astype(float)) * np.repeat(scale, group, 0).astype(float)
-    want = x @ values
     assert np.linalg.norm(found - want) < 5e-3 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("tokens", [32, 96, 128])  # one piece a warpgroup, three, two larger ones
+def test_gated(hopper_int4, monkeypatch, tokens):
+    monkeypatch.setattr(hopper_int4, "STAGES", 2)
+    arrays, y = case(tokens + 8, 128, 640, 128)  # a core has several blocks
+    matmul = hopper_int4.int4_wgmma.__wrapped__
+    found = np.asarray(matmul(*arrays, group=128, how=hopper_int4.How(tokens, 64), gated=True)).astype(float)
+    want = y[:, :320] / (1 + np.exp(-y[:, :320])) * y[:, 320:]
+    assert np.linalg.norm(found - want) < 1e-2 * np.linalg.norm(want)

@@ -84,3 +84,18 @@ def test_hopper_unit(dtype, scale_dtype, group):
     q, zero, scale = (np.asarray(a, np.float64) for a in (m.q, m.zero, m.scale.astype(dtype)))
     want = jnp.asarray(((q - np.repeat(zero, group, 0)) * np.repeat(scale, group, 0)).T, dtype)
     np.testing.assert_array_equal(matrix.reshape(shape), np.asarray(want, np.float64))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_silu(dtype):
+    """Of values that no exponential of float32 has room for, too."""
+    pytest.importorskip("jax.experimental.mosaic.gpu")
+    from pallas_kernels import hopper_int4
+
+    gate, up = np.random.default_rng(0).normal(scale=4, size=(2, 64)).astype(dtype)
+    gate[:4] = [-200, 200, 0, -20]
+    words = [a.view(np.uint32) for a in (gate, up)]
+    (found,) = asm.run(hopper_int4._silu(jnp.dtype(dtype).name), "=r,r,r", words)
+    gate, up = gate.astype(np.float64), up.astype(np.float64)
+    want = gate / (1 + np.exp(-gate)) * up
+    np.testing.assert_allclose(found.view(dtype).astype(np.float64), want, rtol=jnp.finfo(dtype).eps, atol=1e-6)

@@ -180,3 +180,31 @@ def test_wgmma(D, F, group, T, dtype, other):
 
     how = chosen(T, D, F, group)._replace(**other)
     check(functools.partial(int4_wgmma, how=how), D, F, group, T, dtype, dtype)
+
+
+GATED = [  # T, D, F of each half, dtype, what is other than what is chosen
+    (40, 512, 320, jnp.bfloat16, {"tokens": 32, "split": 1}),
+    (64, 2048, 8192, jnp.float16, {}),
+    (300, 576, 192, jnp.bfloat16, {"tokens": 96, "split": 1}),
+    (1000, 2048, 1024, jnp.bfloat16, {"tokens": 256, "split": 1}),
+    (4099, 512, 2048, jnp.bfloat16, {}),
+    (16, 512, 320, jnp.bfloat16, {}),  # by XLA
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T, D, F, dtype, other", GATED)
+def test_gated(T, D, F, dtype, other):
+    if not hopper():
+        pytest.skip("wgmma is Hopper's")
+    from pallas_kernels.hopper_int4 import chosen, int4_wgmma
+
+    m, tiles = matrix(D, 2 * F, 64, np.float16)
+    x, how = m.tokens(T, dtype), chosen(T, D, 2 * F, 64)._replace(**other)
+    found = int4_wgmma(x, tiles, m.scale, m.zero, group=64, how=how, gated=True)
+    assert found.dtype == dtype and found.shape == (T, F)
+    y = np.asarray(x, np.float64) @ m.values
+    want = y[:, :F] / (1 + np.exp(-y[:, :F])) * y[:, F:]
+    assert np.linalg.norm(np.asarray(found, np.float64) - want) < 1e-2 * np.linalg.norm(want)
+    again = int4_wgmma(x, tiles, m.scale, m.zero, group=64, how=how, gated=True)
+    np.testing.assert_array_equal(np.asarray(again, np.float32), np.asarray(found, np.float32))
