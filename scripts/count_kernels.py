@@ -1,6 +1,6 @@
 """Compiles an engine's programs for an H200, without a GPU, and counts what a step launches.
 
-    python scripts/count_kernels.py [--tokens 16 --rows 16 [--steps 4] [--full]]
+    python scripts/count_kernels.py [--tokens 16 --rows 16 [--steps 4] [--full]] [--tp 2]
 
 Needs jax's CUDA plugin (`pip install jax[cuda13]`), triton and jax-triton, on any machine.  The model is a Llama of
 1.8B shapes; a program of two and one of four layers tell what a layer costs.  A line of JSON for each program: command
@@ -55,14 +55,14 @@ MODEL = {
 }
 
 
-def h200():
-    """A mesh of one H200 that is not there."""
+def h200(tp=1):
+    """A mesh of H200s that are not there."""
     from jax.experimental import topologies
 
-    one = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=TARGET.read_text(), topology="1x1x1"
+    all_ = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=TARGET.read_text(), topology=f"1x1x{tp}"
     )
-    return topologies.make_mesh(one, (1,), ("tp",))
+    return topologies.make_mesh(all_, (tp,), ("tp",))
 
 
 def runner(mesh, layers, kv=None):
@@ -75,8 +75,8 @@ def runner(mesh, layers, kv=None):
     from jaxserve.models.config import from_hf
 
     ops.kernels = lambda: True
-    cfg = from_hf(MODEL | {"num_hidden_layers": layers})
-    plan = MemoryPlan("NVIDIA H200", 1, 139 << 30, 4 << 30, 80 << 30, 1 << 30, 64, 8000, 4096, 256, 4096, kv=kv)
+    cfg = weights.padded(from_hf(MODEL | {"num_hidden_layers": layers}), mesh.size)
+    plan = MemoryPlan("NVIDIA H200", mesh.size, 139 << 30, 4 << 30, 80 << 30, 1 << 30, 64, 8000, 4096, 256, 4096, kv=kv)
     return Runner(cfg, mesh, plan, jnp.dtype("bfloat16"), weights.shapes(cfg, mesh, set(), jnp.bfloat16))
 
 
@@ -149,6 +149,7 @@ def main():
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1, help="of decoding in one launch [1]")
     parser.add_argument("--full", action="store_true", help="by the full sampler: a decode step, or what draws")
+    parser.add_argument("--tp", type=int, default=1, help="GPUs that the model is split over [1]")
     parser.add_argument("--kv", choices=("int8", "int4", "fp8"), help="of a quantized KV cache")
     options = parser.parse_args()
     one = (options.tokens, options.rows, options.steps, options.full)
@@ -161,7 +162,7 @@ def main():
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["TRITON_INTERPRET"] = "0"
         sys.path.insert(0, str(PROJECT))
-        mesh = h200()
+        mesh = h200(options.tp)
         for program in programs:
             print(json.dumps(count(mesh, program, folder, options.kv)), flush=True)
 
