@@ -31,3 +31,13 @@ def test_a_step_is_one_graph(tokens, rows, steps, layer):
     assert sum(found["copies"].values()) == (tokens != rows)  # the rows' words, for the program that draws
     assert found["layer"] <= layer
     assert found["temp_bytes"] < 256 << 20  # a pool of the model is 4 GB
+
+
+def test_a_split_model_reduces_by_nccl():
+    """XLA's own kernels would keep memory for each all-reduce, outside of the memory plan."""
+    command = [sys.executable, SCRIPT, "--tokens", "2", "--rows", "2", "--tp", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["outside"]["kAllReduce"] > 0 and "kCollectiveKernel" not in found["outside"]
+    assert found["temp_bytes"] < 64 << 20  # the embedding, gathered, has 379 MB
