@@ -81,9 +81,13 @@ def bucket(n, sizes):
 
 
 def begun(key):
-    """When to begin compiling a program: first what others wait for, then what takes long (the full sampler)."""
-    name, shape = key[0], key[1] if key[0] == "step" else None
-    return {"pick": 0, "draw": 1, "sampled": 1, "step": 2}.get(name, 4) + (shape is not None and shape.steps > 1)
+    """When to begin compiling a program: first what others wait for, then what takes long: the full sampler, prompts.
+
+    Lowering takes one core a second a program, compiling other cores up to 15: what is begun last should be short.
+    """
+    if key[0] == "step" and key[1].steps > 1:
+        return 2
+    return {"pick": 0, "draw": 1, "sampled": 1, "advance": 3, "step": 4}.get(key[0], 5)
 
 
 def products(key):
