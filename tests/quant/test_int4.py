@@ -89,6 +89,35 @@ def test_fused(monkeypatch, out, axes, around):
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("axes", [(None, None, None), (None, None, "tp"), ("tp", None, None)], ids=str)
+def test_gated(monkeypatch, axes):
+    """SiLU and product as the kernel's end, where a device has all inputs of its outputs."""
+
+    def definition(x, tiles, scale, zero, *, group, gated):
+        assert gated
+        weight = (int4_untile(tiles).reshape(-1, group, scale.shape[1]).astype(jnp.float32) - zero[:, None]) * scale[
+            :, None
+        ]
+        weight = weight.reshape(x.shape[1], 2, -1).astype(x.dtype)
+        return skinny_matmul_reference(x, weight, norm=None, eps=0.0, gated=True, residual=None)
+
+    monkeypatch.setattr(ops, "kernels", lambda: True)
+    monkeypatch.setattr(ops.pk, "int4_matmul", definition)
+    q, scale, zero, matrix = random_nibbles(256, (2, 64), 64)
+    x = np.random.default_rng(1).normal(size=(3, 256)).astype(np.float16)
+    with meshes.on(meshes.make_mesh(2 if "tp" in axes else 1)):
+        arrays = ops.int4_pack(jnp.asarray(q), group=64), jnp.asarray(scale), jnp.asarray(zero)
+        held = Int4(*arrays, group=64, axes=axes, order=jnp.arange(256)[::-1])
+        found = jax.jit(Int4.gated)(held, x)
+        assert held.replace(bias=jnp.zeros((2, 64))).gated(x) is None
+    if axes[0]:
+        assert found is None
+        return
+    want = np.tensordot(x[:, ::-1].astype(float), matrix, 1)
+    want = want[:, 0] / (1 + np.exp(-want[:, 0])) * want[:, 1]
+    assert np.linalg.norm(found - want) < 2e-3 * np.linalg.norm(want)
+
+
 @pytest.mark.parametrize("dtype", [None, jnp.float32])
 def test_types(dtype):
     q, scale, zero, matrix = random_nibbles(128, (4,), 32)
