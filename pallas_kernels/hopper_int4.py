@@ -107,6 +107,11 @@ def _unit(dtype, scale_dtype, group, words, scale, zero, scale2, zero2):
     return load(words, scale, zero, scale2, zero2)
 
 
+def _several(first, count):
+    """Operands of so many registers, side by side, and LLVM's letters for them."""
+    return "{" + ", ".join(f"${first + i}" for i in range(count)) + "}", ",".join("r" * count)
+
+
 def _rows(dtype):
     """How results stand in shared memory: rows of 128 bytes, swizzled."""
     return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
@@ -157,9 +162,10 @@ def _put(out, begin, target):
         token = arith.addi(arith.remui(lane, const(8)), arith.muli(arith.divui(matrix, const(2)), const(8)))
         at = place(token, line, 2)
         for j in range(0, count // 8, 2):
-            values = [llvm.bitcast(i32, registers[j + n // 2, n % 2]) for n in range(4)]
-            text = f"stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0 + {1024 * j}], {{$1, $2, $3, $4}};"
-            llvm.inline_asm(None, [at, *values], text, "r,r,r,r,r,~{memory}", has_side_effects=True)
+            values = [llvm.bitcast(i32, value) for value in registers[j : min(j + 2, count // 8)].flat]
+            several, kinds = _several(1, len(values))
+            text = f"stmatrix.sync.aligned.m8n8.x{len(values)}.trans.shared.b16 [$0 + {1024 * j}], {several};"
+            llvm.inline_asm(None, [at, *values], text, f"r,{kinds},~{{memory}}", has_side_effects=True)
 
     store(out, target)
 
@@ -193,12 +199,12 @@ def _two_pieces(out, begin, count):
     return mine, [arith.select(first, b, a) for a, b in pairs], first
 
 
-def _place(ref):
-    """Where a lane's registers stand while they wait for the other warpgroup: four are 16 bytes."""
+def _place(ref, count):
+    """Where `count` of a lane's registers stand while they wait for the other warpgroup."""
     i32, const, *_ = _lane()
     thread = arith.remui(mgpu_utils.thread_idx(), const(128))
     base = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(ref))
-    return arith.addi(base, arith.muli(thread, const(16)))
+    return arith.addi(base, arith.muli(thread, const(4 * count)))
 
 
 def _give(out, begin, target):
@@ -210,10 +216,12 @@ def _give(out, begin, target):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
     def give(_, out, target):
-        values, at = _two_pieces(out, begin, count)[1], _place(target)
-        for j in range(0, len(values), 4):
-            text = f"st.shared.v4.b32 [$0 + {512 * j}], {{$1, $2, $3, $4}};"
-            llvm.inline_asm(None, [at, *values[j : j + 4]], text, "r,r,r,r,r,~{memory}", has_side_effects=True)
+        values = _two_pieces(out, begin, count)[1]
+        n = min(4, len(values))  # of an instruction
+        at, (several, kinds) = _place(target, n), _several(1, n)
+        for j in range(0, len(values), n):
+            text = f"st.shared.v{n}.b32 [$0 + {512 * j}], {several};"
+            llvm.inline_asm(None, [at, *values[j : j + n]], text, f"r,{kinds},~{{memory}}", has_side_effects=True)
 
     give(out, target)
 
@@ -228,13 +236,15 @@ def _gate(out, begin, theirs):
         return_type=plgpu.ShapeDtypeStruct((LINES, count), out.dtype, layout=plgpu.Layout.WGMMA),
     )
     def gate(_, out, theirs):
-        (mine, _, first), at = _two_pieces(out, begin, count), _place(theirs)
+        mine, _, first = _two_pieces(out, begin, count)
+        n = min(4, len(mine))
+        at, several, kinds = _place(theirs, n), _several(0, n)[0], ",".join(["=r"] * n)
         i32 = ir.IntegerType.get_signless(32)
-        struct, pair, found = llvm.StructType.get_literal([i32] * 4), ir.VectorType.get((2,), out.mlir_dtype), []
-        for j in range(0, len(mine), 4):
-            load = f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {512 * j}];"
-            got = llvm.inline_asm(struct, [at], load, "=r,=r,=r,=r,r,~{memory}", has_side_effects=True)
-            for i, own in enumerate(mine[j : j + 4]):
+        struct, pair, found = llvm.StructType.get_literal([i32] * n), ir.VectorType.get((2,), out.mlir_dtype), []
+        for j in range(0, len(mine), n):
+            load = f"ld.shared.v{n}.b32 {several}, [${n} + {512 * j}];"
+            got = llvm.inline_asm(struct, [at], load, f"{kinds},r,~{{memory}}", has_side_effects=True)
+            for i, own in enumerate(mine[j : j + n]):
                 other = llvm.extractvalue(i32, got, [i])
                 pairs = arith.select(first, own, other), arith.select(first, other, own)
                 found.append(llvm.bitcast(pair, llvm.inline_asm(i32, pairs, text, "=r,r,r")))
@@ -287,7 +297,7 @@ def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None, gated=Fals
     """
     (T, D), F, dtype = x.shape, scale.shape[1], jnp.dtype(dtype or x.dtype)
     how = how or chosen(T, D, F, group)
-    if gated and (how.split > 1 or how.tokens % 32 or dtype != x.dtype):  # what is not summed up yet can't be a gate
+    if gated and (how.split > 1 or dtype != x.dtype):  # what is not summed up yet can't be a gate
         y = int4_wgmma(x, tiles, scale, zero, group=group, dtype=dtype, how=how)
         return jax.nn.silu(y[:, : F // 2]) * y[:, F // 2 :]
     padded = max(how.tokens, cdiv(T, 8) * 8)  # what is beyond is neither read nor written
@@ -316,7 +326,7 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False):
     """
     tokens, inputs, split = how
     turns, units, rows = D // inputs // split, inputs // UNIT, max(1, inputs // group)
-    fits = (n for n in range(16, 33 if gated else 65, 16) if tokens % (n * (1 + gated)) == 0)
+    fits = (n for n in ((8, 16, 32) if gated else (16, 32, 48, 64)) if tokens % (n * (1 + gated)) == 0)
     piece, halves = max(fits), 1 + gated  # tokens whose results are written at a time; where outputs are taken from
     room = MEMORY - 2 * piece * BLOCK * out_type.itemsize * halves
     stages = min(STAGES, turns, room // (tokens * inputs * 2 + BLOCK * (inputs // 2 + halves * rows * 3)))

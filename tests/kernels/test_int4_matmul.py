@@ -188,7 +188,8 @@ GATED = [  # T, D, F of each half, dtype, what is other than what is chosen
     (300, 576, 192, jnp.bfloat16, {"tokens": 96, "split": 1}),
     (1000, 2048, 1024, jnp.bfloat16, {"tokens": 256, "split": 1}),
     (4099, 512, 2048, jnp.bfloat16, {}),
-    (16, 512, 320, jnp.bfloat16, {}),  # by XLA
+    (16, 2048, 320, jnp.bfloat16, {"split": 1}),
+    (16, 2048, 320, jnp.bfloat16, {"split": 4}),  # by XLA
 ]
 
 
