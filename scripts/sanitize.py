@@ -18,6 +18,7 @@ are printed and do not count.
 """
 
 import argparse
+import functools
 import os
 import shutil
 import subprocess
@@ -90,7 +91,9 @@ def launch(group):
         from pallas_kernels.int4_mma import int4_by_values
 
         ways = [(1, int4_few), (33, int4_few), (100, int4_by_values)]
-        ways += [(9, int4_wgmma), (300, int4_wgmma)] if pk.triton_call.device()[1] == 90 else []
+        gated = functools.partial(int4_wgmma, gated=True)
+        hopper = [(9, int4_wgmma), (300, int4_wgmma), (16, gated), (300, gated)]
+        ways += hopper if pk.triton_call.device()[1] == 90 else []
         scale, zero = jnp.ones((3, 384), jnp.float16), jnp.ones((3, 384), jnp.uint8)
         tiles = jnp.ones((384 // 16, 3, 128), jnp.int32)
         out = [way(jnp.ones((T, 192), dtype), tiles, scale, zero, group=64) for T, way in ways]

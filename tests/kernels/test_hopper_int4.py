@@ -111,9 +111,7 @@ def test_blocks_and_turns(hopper_int4, monkeypatch, T, D, F, group, stages, othe
     assert np.linalg.norm(found - want) < 5e-3 * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize(
-    "tokens", [16, 32, 96, 128]
-)  # one piece a warpgroup, a larger one, three, two
+@pytest.mark.parametrize("tokens", [16, 32, 96, 128])  # one piece a warpgroup, a larger one, three, two
 def test_gated(hopper_int4, monkeypatch, tokens):
     monkeypatch.setattr(hopper_int4, "STAGES", 2)
     arrays, y = case(tokens + 8, 128, 640, 128)  # a core has several blocks
