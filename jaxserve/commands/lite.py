@@ -5,6 +5,7 @@ What the commands do is in `jaxserve.lite`, imported when they run.
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +14,7 @@ import click
 
 from jaxserve.config import EngineConfig
 from jaxserve.options import Command, Group, Option, Value, engine_config, from_field, interruptible, mistakes, together
+from jaxserve.progress import Clock, Lines
 
 PARTS = ("all", "first-half", "second-half")
 
@@ -49,7 +51,8 @@ CALIBRATION = (
            "CPU 16)"),
     option("Calibration", "--calib-seqlen", type=click.IntRange(2), help="tokens of a window (default: 2048, on a CPU "
            "512)"),
-    option("Calibration", "--batch-size", type=click.IntRange(1), default=1, help="windows that are computed at once"),
+    option("Calibration", "--batch-size", type=click.IntRange(1), help="windows that are computed at once (default: 4, "
+           "on a CPU 1)"),
 )  # fmt: skip
 
 
@@ -211,7 +214,10 @@ def auto_awq(model, w_bits, w_sym, w_group_size, search_scale, **given):
             return awq.Settings(awq.choose_group(held.cfg, w_group_size), w_sym, search)
 
         def run(held, windows, folder, batch, progress):
-            awq.quantize(held, windows, folder, settings(held), batch=batch, progress=progress)
+            awq.quantize(
+                held, windows, folder, settings(held), batch=batch, progress=progress, clock=(clock := Clock())
+            )
+            tell(f"layers, {clock}")
 
         make(
             model,
@@ -236,7 +242,7 @@ def calibrate(model, **given):
     with mistakes(), interruptible():
         from jaxserve.lite.making import observe
 
-        observe(model, config, calibration, tell=lambda line: click.echo(line, err=True))
+        observe(model, config, calibration, tell=tell, show=shown())
 
 
 def make(model: str | None, given: dict, in_config: Callable, run: Callable, settings: dict | None = None) -> None:
@@ -249,7 +255,17 @@ def make(model: str | None, given: dict, in_config: Callable, run: Callable, set
         from jaxserve.lite import making
 
         scheme = making.Scheme(in_config, run, settings or {})
-        making.make(model, config, calibration, scheme, tell=lambda line: click.echo(line, err=True))
+        making.make(model, config, calibration, scheme, tell=tell, show=shown())
+
+
+def tell(line: str) -> None:
+    """A line for people."""
+    click.echo(line, err=True)
+
+
+def shown() -> Lines | None:
+    """How progress is shown: as bars on a terminal, else as lines."""
+    return None if sys.stderr.isatty() else Lines(tell)
 
 
 def calibration_of(given: dict):

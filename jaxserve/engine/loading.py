@@ -104,11 +104,12 @@ def converted(source):
     return {path: Packed(*how) for path, how in source.meta.get("held", {}).items()}
 
 
-def load(model, config, report=_quiet, progress=_quiet, guide=None, scores_only=False):
+def load(model, config, report=_quiet, progress=_quiet, guide=None, scores_only=False, once=False):
     """An Engine that answers with `model` (see `open_model`).
 
     guide: for guided decoding, the tokenizer's table for llguidance, or what makes it when it is needed first.
-    scores_only: the engine will answer no request, only `score`; there is less to compile.
+    scores_only: the engine will answer no request, only `score`; once: it is for work that is soon over (see Runner).
+    There is less to compile.
 
     `report(text)` gets lines for people: the memory plan, what was chosen, how long it took.
     `progress(what, done, total)` is called while compiling (programs) and loading (bytes).  ValueError says what is
@@ -126,7 +127,7 @@ def load(model, config, report=_quiet, progress=_quiet, guide=None, scores_only=
         if unproven and not runs_on_cpu(held.mesh):
             kinds = " and ".join(unproven)
             report(f"note: {kinds} weights have not been proven on a GPU yet; compare answers before use")
-    runner = Runner(run_as, held.mesh, plan, held.dtype, held.shapes, scores_only)
+    runner = Runner(run_as, held.mesh, plan, held.dtype, held.shapes, scores_only, once)
     _compile_and_read(runner, held, report, progress)
     if (used := runner.workspace()) > plan.workspace:
         report(f"note: the largest program needs {used / 2**30:.2f} GiB of workspace, more than planned")

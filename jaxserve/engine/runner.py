@@ -18,7 +18,7 @@ from jaxserve.cache import PagedKV
 from jaxserve.engine.gate import Gate
 from jaxserve.engine.launch import InFlight, Packed, Piece
 from jaxserve.engine.programs import compile_all
-from jaxserve.engine.sizes import Sizes, begun, bucket, products
+from jaxserve.engine.sizes import SCORED, Sizes, begun, bucket, products
 from jaxserve.models import decoder
 from jaxserve.sampling import Sampling, Tables, bias_rows, table_rows
 from jaxserve.step import BLOCK, LANE, NO_LANE, ROW, ROW_WIDTH, Shape, State
@@ -38,10 +38,11 @@ BY_NCCL = {"xla_gpu_experimental_use_collective_kernels": ""}
 class Runner:
     """Owns the device arrays and the compiled programs."""
 
-    def __init__(self, cfg, mesh, plan, dtype, shapes, scores_only=False):
+    def __init__(self, cfg, mesh, plan, dtype, shapes, scores_only=False, once=False):
         """cfg: the padded model.  shapes: Params as ShapeDtypeStructs; `params` is set when they are loaded.
 
-        scores_only: nothing but `score` and `logits` will be called.
+        scores_only: nothing but `score` and `logits` will be called.  once: the work is known and soon over: a GPU has
+        programs of one size only.
         """
         self.cfg, self.mesh, self.plan, self.shapes = cfg, mesh, plan, shapes
         self.params = None
@@ -51,6 +52,8 @@ class Runner:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             least = 1 if mesh.size == 1 and decoder.fuses(shapes, 1) else 2
         self.sizes = Sizes.choose(mesh.devices.flat[0].platform, plan, least)
+        if once and mesh.devices.flat[0].platform != "cpu":
+            self.sizes = Sizes.single(plan, min(plan.budget, SCORED) if scores_only else plan.budget)
         self.scores_only = scores_only
         self.vocab = shapes.embed.shape[0]  # with padding
         self.mask_words = -(-self.vocab // 32)
@@ -234,11 +237,17 @@ class Runner:
                         self.dispatch(self._empty(shape, full))
                     for most in () if self.scores_only else self._picked(shape.drawn)[1:]:
                         self.dispatch(self._empty(shape, chunks=[None] * most))
-                scored = [self.score([Piece([0] * n, [], 0, n, [])])[-1] for n in self.sizes.scored]
+                scored = [self.score(self._empty_pieces(n))[-1] for n in self.sizes.scored]
                 self.logits(scored[0], 0)
             self._sit([(0, (), table_rows(None, self.vocab, self.plan.session_len))])
             self.seated[0] = None
         jax.block_until_ready(self.state)
+
+    def _empty_pieces(self, tokens):
+        """Pieces of so many tokens, none longer than a session: there are no pages behind it."""
+        most = self.plan.session_len
+        sizes = [min(most, tokens - at) for at in range(0, tokens, most)][: self.rows_of(tokens)]
+        return [Piece([0] * size, [], 0, size, []) for size in sizes]
 
     def check(self, request):
         """ValueError if its biases and bad words name no tokens, or are too many.  Safe on any thread."""

@@ -55,6 +55,14 @@ class Sizes:
             tuple((rows, steps) for rows, steps in bursts if steps > 1),
         )
 
+    @classmethod
+    def single(cls, plan, tokens):
+        """One of each, for work that is done once: what is compiled takes longer than what is padded.
+
+        tokens: most of a step with prompts, or of one that scores.
+        """
+        return cls((tokens,), (max(plan.lanes, 2),), (-(-plan.session_len // plan.page_size),), (tokens,))
+
     def steps(self, rows):
         """How many steps a launch of so many rows may have."""
         return next((steps for most, steps in self.bursts if most >= rows), 1)

@@ -15,7 +15,10 @@ nearest, 27.0 %.
 D width, K kv heads, G queries a kv head, H head dim, F ffn.
 """
 
+import logging
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -23,13 +26,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve import mesh as meshes
 from jaxserve.lite import awq_layout as layout
 from jaxserve.lite import calibrate, experts, rounding
 from jaxserve.lite.calibrate import at, placed
 from jaxserve.lite.scales import fold, search
 from jaxserve.models import family
+from jaxserve.models.decoder import Layer
 from jaxserve.models.layers import GatedMLP
+from jaxserve.progress import Clock
 
+log = logging.getLogger("jaxserve")
 GROUPS = (128, 64, 32, 16, 8)
 VERSION = 2  # of what is done to the layers: a run that another one began is not gone on with
 SEARCHES = {"none": (), "norms": ("mixer.qkv", "ffn.gate_up"), "all": calibrate.MAPS}
@@ -92,53 +99,143 @@ def skipped(cfg) -> list[str]:
     return [source.format(i) for row in routers for i in row.layers or layers for source in row.sources]
 
 
-def quantize(model, windows, folder, settings: Settings, *, batch: int = 1, progress=None, watch=None):
+def quantize(model, windows, folder, settings: Settings, *, batch: int = 1, progress=None, watch=None, clock=None):
     """Writes all layers of a model into `folder`; the caller finishes it.
 
     model: of `engine.loading.open_model`; windows: int32[N, T] token ids to calibrate with, `batch` at a time; folder:
-    a `folder.Folder`, whose finished layers are not done again.  progress(done, total) counts layers;
-    watch(block, layer, about) is told what became of each.  ValueError names the layer and the map that fails.
+    a `folder.Folder`, whose finished layers are not done again.  progress(done, total) counts layers; clock: a
+    `progress.Clock` that is told what takes how long; watch(block, layer, about) is told what became of each layer.
+    ValueError names the layer and the map that fails.
     """
-    for block in calibrate.layers(model, windows, progress, batch, both=True):
-        if not folder.done(block.index):
-            folder.write(block.index, *quantized(block, settings, windows.size))
-        layer = layout.restored(block, folder.read(block.index))
-        block.follow(layer)
-        if watch is not None:
-            watch(block, layer, folder.about(block.index))
+    clock = clock or Clock()
+    with ThreadPoolExecutor(1) as writer:  # writes a layer while the next one is computed
+        writing = None
+        for block in calibrate.layers(model, windows, progress, batch, both=True):
+            if block.quick and block.index == 0:
+                with clock.stage("compiling"):
+                    compile_ahead(block, settings, windows.size)
+            if folder.done(block.index):
+                block.follow(layer := layout.restored(block, folder.read(block.index)))
+            else:
+                made = quantized(block, settings, windows.size, clock)
+                if writing is not None:
+                    with clock.stage("writing"):
+                        writing.result()
+                writing = writer.submit(folder.write, block.index, made.tensors, made.about)
+                if watch is not None or made.layer is None:
+                    writing.result()
+                layer = made.layer or layout.restored(block, folder.read(block.index))
+                block.follow(layer, made.outputs)
+            if watch is not None:
+                watch(block, layer, folder.about(block.index))
+        with clock.stage("writing"):
+            if writing is not None:
+                writing.result()
 
 
-def quantized(block, settings: Settings, tokens: int) -> tuple[dict, dict]:
-    """A layer's tensors by their names in the folder, and what is told of it: its maps' errors, the largest input."""
+def compile_ahead(block, settings: Settings, tokens: int) -> None:
+    """Compiles what dense layers take, all at once: done one by one, when it is first called, that takes a minute.
+
+    What is not foreseen here compiles itself when it is called.
+    """
+    layer, middle = block.layer, Middle(block)
+    if not isinstance(layer.ffn, GatedMLP):
+        return
+    where, kernels = meshes.sharding(block.mesh), rounding.kernels_for(block.mesh, settings.group)
+    factors, (outer, *_) = block.factors(layer), middle.outer
+
+    def made(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+    jobs, inner = [], None
+    for path in calibrate.MAPS:
+        given = block.cfg, middle.window, path, factors, factors, outer, inner
+        total, later = made(_looked.eval_shape(*given, None))
+        weight, asked = at(layer, path).weight, SEARCHES[settings.search]
+        ways = weight, total, tokens, settings, kernels
+        found = made(_rounded_whole.eval_shape(*ways))[0]
+        jobs += [(_looked, *given, total), (_means, total, tokens), (_rounded_whole, *ways)]
+        jobs.append((layout.packing, *layout.packing_of(block, path, found, weight.shape)))
+        if path in asked and path in ("mixer.qkv", "ffn.gate_up"):
+            jobs.append((search, weight, total.moments, settings.group, settings.symmetric))
+            jobs += [(_fold_whole, layer, path, made(layer.norm1)), (WHOLE[2], total, made(layer.norm1))]
+        if path == "ffn.down":
+            jobs.append((_closed, block.cfg, factors, inner[0], later[0] if block.roomy else None))
+        elif path != "mixer.qkv":
+            inner = later
+
+    def compiled(job):
+        try:
+            with jax.default_matmul_precision(block.precision if job[0] in (_looked, _closed) else None):
+                job[0].lower(*job[1:]).compile()
+        except Exception as error:  # a compiler that found no room for its process: it is tried again when called
+            log.debug("not compiled ahead: %s", error)
+
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+        list(pool.map(compiled, jobs))
+
+
+class Made(NamedTuple):
+    """A quantized layer."""
+
+    tensors: dict  # by their names in the folder
+    about: dict  # what is told of it: its maps' errors, the largest input
+    layer: Layer | None = None  # as it is read again from the tensors; None: not known
+    outputs: tuple | None = None  # of it, and of the unquantized one, as `Block.follow` takes them
+
+
+def quantized(block, settings: Settings, tokens: int, clock=None) -> Made:
+    """A layer's tensors, and what became of it."""
+    clock = clock or Clock()
     plain = layer = block.layer  # scaled alike; one of them is rounded, map by map
     tensors: dict = {}
     errors, middle = {}, Middle(block)
     sparse = not isinstance(layer.ffn, GatedMLP)
+    kernels = rounding.kernels_for(block.mesh, settings.group)
+    # A GPU compiles what it does whole; on the CPU the same is done step by step, as the figures above are of.
+    rounded, folded, scaled = WHOLE if block.quick else (_rounded, fold, Seen.scaled)
     for path in calibrate.MAPS[: 2 if sparse else None]:
-        seen = middle.seen(path, layer, plain)
-        _must_be_finite(seen, block, path, "inputs")
-        for of, scale in searched(block, path, layer, seen.moments, settings):
-            layer, plain = fold(layer, of, scale), fold(plain, of, scale)
-            seen = seen.scaled(scale) if of == path else seen
-        weight = at(layer, path).weight
-        flat = weight.reshape(len(weight), -1)
-        moments = rounding.damped(seen.moments, tokens)
-        target = _target(flat, seen, moments)
-        found = rounding.solved(target, moments, settings.group, settings.symmetric, settings.rounds)
-        _must_be_finite(found, block, path, "scales")
-        nearest = rounding.round_to_nearest(flat, settings.group, settings.symmetric)
-        errors[path] = _errors(target, seen.moments, found=found, nearest=nearest)
-        tensors |= layout.packed(block, path, found, weight.shape)
-        layer = placed(layer, path, found.values().reshape(weight.shape))
+        with clock.stage("inputs"):
+            seen = middle.seen(path, layer, plain)
+            _must_be_finite(seen, block, path, "inputs")
+        with clock.stage("scales"):
+            for of, scale in searched(block, path, layer, seen.moments, settings):
+                layer, plain = folded(layer, of, scale), folded(plain, of, scale)
+                seen = scaled(seen, scale) if of == path else seen
+        with clock.stage("integers"):
+            weight = at(layer, path).weight
+            found, values, errors[path] = rounded(weight, seen, tokens, settings, kernels)
+            _must_be_finite(found, block, path, "scales")
+            tensors |= layout.packed(block, path, found, weight.shape)
+        layer = placed(layer, path, values)
         tensors |= layout.biases(block, path, layer)
+    whole, outputs = None if sparse else layer, None
     if sparse:
         layer, packed, lost = experts.quantized(
             block, layer, settings.group, settings.symmetric, SEARCHES[settings.search]
         )
         tensors, errors = tensors | packed, errors | lost
+    elif block.quick:
+        with clock.stage("outputs"):
+            outputs = middle.outputs(layer, plain)
     tensors |= layout.norms(block, layer)
-    largest = max(float(jnp.abs(x).max()) for x in block.exact)
-    return tensors, {"errors": errors, "largest": largest}
+    about = {"errors": jax.tree.map(float, errors), "largest": max(map(float, middle.largest))}
+    return Made(tensors, about, whole, outputs)
+
+
+def _rounded(weight, seen, tokens, settings, kernels):
+    """(a map's Rounded, its values, {way: the error of the outputs as a share of their mean square})."""
+    flat = weight.reshape(len(weight), -1)
+    moments = rounding.damped(seen.moments, tokens)
+    target = _target(flat, seen, moments)
+    found = rounding.solved(target, moments, settings.group, settings.symmetric, settings.rounds, kernels)
+    nearest = rounding.round_to_nearest(flat, settings.group, settings.symmetric)
+    errors = _errors(target, seen.moments, found=found, nearest=nearest)
+    return found, found.values().reshape(weight.shape), errors
+
+
+_rounded_whole = jax.jit(_rounded, static_argnames=("tokens", "settings", "kernels"))
+_fold_whole = jax.jit(fold, static_argnames="path")
 
 
 class Seen(NamedTuple):
@@ -155,80 +252,95 @@ class Seen(NamedTuple):
         return Seen(self.moments / pairs, self.apart / pairs, owed)
 
 
+WHOLE = _rounded_whole, _fold_whole, jax.jit(Seen.scaled)
+
+
 class Middle:
     """What comes into the maps of a layer, rounded so far (`layer`) and not (`plain`), computed once in order."""
 
     def __init__(self, block):
         self.block, self.cfg, self.window = block, block.cfg, block.cfg.window_at(block.index)
         self.outer = list(zip(block.hidden, block.exact))  # what comes into the layer: (rounded before it, not)
-        self.inner: list = []  # what comes into the map of now, of attention's o; then the hidden states in the middle
+        self.inner: list = [None] * len(self.outer)  # later what comes into o, then the hidden states in the middle
+        self.last: list = []  # what comes into down, where there is room for it
+        self.largest: list = []  # of the hidden states that are not rounded
 
     def seen(self, path, layer, plain) -> Seen:
         """Seen of a map; ask for the maps in order."""
-        both, total, count = (layer, plain), None, 0
-        if path == "mixer.o":
-            self.inner = [tuple(map(self.block.keep, self._each(_attended, both, pair))) for pair in self.outer]
-        elif path == "ffn.gate_up":
-            self._to_the_middle(both)
-        for number, outer in enumerate(self.outer):
-            owed = None
+        total, count, pairs, whole = None, 0, [], meshes.sharding(self.block.mesh)
+        layer, plain = map(self.block.factors, (layer, plain))
+        for outer, inner in zip(self.outer, self.inner):
+            count += math.prod(outer[0].shape[:2])
+            with jax.default_matmul_precision(self.block.precision):
+                if total is None:
+                    shapes = _looked.eval_shape(self.cfg, self.window, path, layer, plain, outer, inner, None)
+                    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=whole), shapes[0])
+                total, new = _looked(self.cfg, self.window, path, layer, plain, outer, inner, total)
             if path == "mixer.qkv":
-                x, y = self._each(_normed, both, outer)
-            elif path == "mixer.o":
-                (x, y), owed = self.inner[number], _apart(*outer)
-            elif path == "ffn.gate_up":
-                x, y = self._each(_ready, both, self.inner[number])
-            else:
-                x, y = self._each(_fed_inner, both, self.inner[number])
-                owed = _apart(*self.inner[number])
-            total = _summed(total, x, y, owed)
-            count += x.shape[0] * x.shape[1]
-        return jax.tree.map(lambda part: part / count, total)
+                self.largest.append(new)
+            elif path != "ffn.down" or self.block.roomy:
+                pairs.append(tuple(map(self.block.keep, new)))
+        if path == "ffn.down":
+            self.last = pairs
+        elif path != "mixer.qkv":
+            self.inner = pairs
+        return _means(total, count)
 
-    def _to_the_middle(self, both):
-        self.inner = [
-            tuple(self.block.keep(_mixed(layer, x, attended)) for layer, x, attended in zip(both, outer, pair))
-            for outer, pair in zip(self.outer, self.inner)
-        ]
-
-    def _each(self, function, both, pair):
-        return tuple(function(self.cfg, self.window, layer, x) for layer, x in zip(both, pair))
-
-
-@partial(jax.jit, static_argnames=("cfg", "window"))
-def _normed(cfg, window, layer, x):
-    return calibrate.normed(cfg, layer, x)
+    def outputs(self, layer, plain) -> tuple[list, list]:
+        """The layer's outputs, and those of the unrounded one; everything has been seen."""
+        both: tuple[list, list] = [], []
+        layer, plain = map(self.block.factors, (layer, plain))
+        for number, pair in enumerate(self.inner):
+            taken = self.last[number] if self.last else (None, None)
+            for out, of, middle, x in zip(both, (layer, plain), pair, taken):
+                with jax.default_matmul_precision(self.block.precision):
+                    out.append(self.block.keep(_closed(self.cfg, of, middle, x)))
+        return both
 
 
-@partial(jax.jit, static_argnames=("cfg", "window"))
-def _attended(cfg, window, layer, x):
-    return calibrate.attended(cfg, window, layer, x)
+@partial(
+    jax.jit,
+    static_argnames=("cfg", "window", "path"),
+    donate_argnames="total",
+    compiler_options=calibrate.OPTIONS,
+)
+def _looked(cfg, window, path, layer, plain, outer, inner, total):
+    """(the sums of a Seen with one more batch, what is needed later: the pair that came in, or the next hidden states)
 
-
-_mixed = jax.jit(calibrate.mixed)
-
-
-@partial(jax.jit, static_argnames=("cfg", "window"))
-def _ready(cfg, window, layer, middle):
-    return calibrate.ready(cfg, layer, middle)
-
-
-@partial(jax.jit, static_argnames=("cfg", "window"))
-def _fed_inner(cfg, window, layer, middle):
-    return calibrate.inner(cfg, layer, middle)
-
-
-@jax.jit
-def _apart(x, y):
-    return y - x
-
-
-@jax.jit
-def _summed(total, x, y, owed):
-    """The sums of a Seen, with one more batch [B, T, in]."""
+    Of qkv the latter is the size of the largest hidden state.
+    """
+    owed, both = None, (layer, plain)
+    if path == "mixer.qkv":
+        x, y = (calibrate.normed(cfg, of, z) for of, z in zip(both, outer))
+        later = jnp.abs(outer[1]).max()
+    elif path == "mixer.o":
+        later = x, y = tuple(calibrate.attended(cfg, window, of, z) for of, z in zip(both, outer))
+        owed = outer[1] - outer[0]
+    elif path == "ffn.gate_up":
+        later = tuple(calibrate.mixed(of, z, taken) for of, z, taken in zip(both, outer, inner))
+        x, y = (calibrate.ready(cfg, of, z) for of, z in zip(both, later))
+    else:
+        later = x, y = tuple(calibrate.inner(cfg, of, z) for of, z in zip(both, inner))
+        owed = inner[1] - inner[0]
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    new = Seen(x.T @ x, x.T @ (y - x), None if owed is None else x.T @ owed.reshape(len(x), -1))
-    return new if total is None else jax.tree.map(jnp.add, total, new)
+    kind = layer.mixer.qkv.weight.dtype
+
+    def beside(other):
+        return jnp.matmul(x.astype(kind).T, other.astype(kind), preferred_element_type=x.dtype)
+
+    new = Seen(beside(x), beside(y - x), None if owed is None else beside(owed.reshape(len(x), -1)))
+    return (new if total is None else jax.tree.map(jnp.add, total, new)), later
+
+
+@partial(jax.jit, static_argnames="count", donate_argnames="total")
+def _means(total, count):
+    return jax.tree.map(lambda part: part / count, total)
+
+
+@partial(jax.jit, static_argnames="cfg", compiler_options=calibrate.OPTIONS)
+def _closed(cfg, layer, middle, taken):
+    """A layer's output, of the hidden states in its middle and, where it is known, what comes into down."""
+    return calibrate.fed(cfg, layer, middle) if taken is None else middle + calibrate.product(layer.ffn.down, taken)
 
 
 @jax.jit
@@ -269,12 +381,17 @@ def _errors(weight, moments, **ways):
     out = {}
     for name, found in ways.items():
         lost, all_of_it = rounding.error(weight, found.values(), moments)
-        out[name] = float(lost / jnp.maximum(all_of_it, 1e-30))
+        out[name] = lost / jnp.maximum(all_of_it, 1e-30)
     return out
 
 
+@jax.jit
+def _finite(arrays):
+    return jnp.all(jnp.stack([jnp.isfinite(part).all() for part in jax.tree.leaves(arrays)]))
+
+
 def _must_be_finite(array, block, path, what):
-    if not all(bool(jnp.isfinite(part).all()) for part in jax.tree.leaves(array)):
+    if not bool(_finite(array)):
         name = ", ".join(block.tensors(path, np.zeros((1, *at(block.layer, path).weight.shape[1:]), np.uint8)))
         raise ValueError(
             f"layer {block.index}: the {what} of {name} are no numbers, or too large; the weights are damaged, or the "

@@ -5,41 +5,62 @@ value is (q - zero) * scale.  Of the 8 neighbouring outputs that share a word, f
 outputs 0, 2, 4, 6, 1, 3, 5, 7.
 """
 
+from functools import partial
+from types import SimpleNamespace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.lite import calibrate
-from jaxserve.lite.calibrate import at, placed
+from jaxserve.lite.calibrate import at, placed, split
 from jaxserve.lite.rounding import Rounded
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def packed(block, path, found: Rounded, shape) -> dict[str, np.ndarray]:
-    """The stored tensors of a map with the weight's shape [in, *out]."""
-    parts = [block.tensors(path, np.asarray(array).reshape(-1, *shape[1:])) for array in found]
-    tensors: dict = {}
-    for name in parts[0]:
-        tensors |= words(name, Rounded(*(part[name].T for part in parts)))
-    return tensors
+def packed(block, path, found: Rounded, shape) -> dict[str, jax.Array]:
+    """The stored tensors of a map with the weight's shape [in, *out]; they stay on the device."""
+    row = block.rows[path]
+    parts = packing(*packing_of(block, path, found, shape))
+    named = zip(row.sources, parts, strict=True)
+    return {f"{source.format(block.index)}.{part}": array for source, has in named for part, array in has.items()}
+
+
+def packing_of(block, path, found, shape) -> tuple:
+    """Arguments of `packing`."""
+    row = block.rows[path]
+    return block.cfg, row.arrange, tuple(shape), found
+
+
+@partial(jax.jit, static_argnames=("cfg", "arrange", "shape"))
+def packing(cfg, arrange, shape, found):
+    """The parts of each of a map's sources."""
+    row = SimpleNamespace(arrange=arrange)
+    arrays = (split(cfg, row, array.reshape(-1, *shape[1:])) for array in found)
+    return [_words(Rounded(*(part.T for part in parts))) for parts in zip(*arrays)]
 
 
 def words(name: str, found: Rounded) -> dict[str, np.ndarray]:
     """qweight int32[in, out/8], qzeros int32[in/group, out/8], scales float16[in/group, out] of one map [in, out]."""
-    return {
-        f"{name}.qweight": pack(found.q),
-        f"{name}.qzeros": pack(found.zero),
-        f"{name}.scales": np.asarray(found.scale, np.float16),
-    }
+    return {f"{name}.{part}": np.asarray(array) for part, array in _words(found).items()}
+
+
+@jax.jit
+def _words(found):
+    return {"qweight": _pack(found.q), "qzeros": _pack(found.zero), "scales": found.scale.astype(jnp.float16)}
 
 
 def pack(values) -> np.ndarray:
     """int32[rows, columns/8] of integers 0 to 15 [rows, columns], in AutoAWQ's order."""
-    apart = np.asarray(values).astype(np.uint32).reshape(len(values), -1, 8)
-    out = np.zeros(apart.shape[:2], np.uint32)
-    for place, column in enumerate(ORDER):
-        out |= apart[..., column] << np.uint32(4 * place)
-    return out.view(np.int32)
+    return np.asarray(_pack(jnp.asarray(values)))
+
+
+@jax.jit
+def _pack(values):
+    apart = values.astype(jnp.uint32).reshape(len(values), -1, 8)
+    out = sum(apart[..., column] << jnp.uint32(4 * place) for place, column in enumerate(ORDER))
+    return jax.lax.bitcast_convert_type(out, jnp.int32)
 
 
 def unpack(stored: np.ndarray) -> np.ndarray:

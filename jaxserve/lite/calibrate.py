@@ -1,11 +1,13 @@
 """A model's layers one after the other, over windows of text, without a cache: what every quantizer needs.
 
-One layer's weights are on the device at a time, in float32, so that a model larger than the device can be done.  Knows
-no quantization: a caller looks at a layer's inputs, and says with `Block.follow` what the layers behind it shall see.
+One layer's weights are on the device at a time, in float32, and the next one's on their way, so that a model larger
+than the device can be done.  Knows no quantization: a caller looks at a layer's inputs, and says with `Block.follow`
+what the layers behind it shall see.
 N windows, B windows at a time, T tokens of a window, D width, K kv heads, G queries a kv head, H head dim.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from jaxserve.quant.dense import Dense
 
 MAPS = ("mixer.qkv", "mixer.o", "ffn.gate_up", "ffn.down")  # a layer's linear maps, by their place in a Layer
 CROWDED = 1 / 24  # of the device's memory, that one copy of the hidden states may take; there are up to six
+OPTIONS = {"xla_gpu_enable_triton_gemm": False}  # cuBLAS is quick with many tokens, and so is compiling for it
 EXPERT_ARRANGES = ("experts", "experts_gate_up")
 
 
@@ -46,7 +49,12 @@ class Block:
     cfg: ModelConfig
     mesh: object
     on_host: bool = False  # hidden states are kept there, for they take much of the device
+    quick: bool = False  # a GPU: time counts, the last bits do not
+    roomy: bool = False  # the device has room for what comes into down, of all windows
+    precision: str | None = None  # of products of float32 (jax.default_matmul_precision) of what a layer computes
+    narrow: bool = False  # a model of 16 bits: products take bfloat16, and add up float32
     _followed: Layer | None = field(default=None, repr=False)
+    _outputs: tuple | None = field(default=None, repr=False)
 
     def inputs(self, *paths: str, layer: Layer | None = None, exact: bool = False) -> Iterator[dict[str, jax.Array]]:
         """For each batch of windows {path: what comes into this map, float32[tokens, inputs]}.
@@ -54,24 +62,33 @@ class Block:
         layer: one with other weights (the block's own unless given); exact: from the unquantized model's hidden states.
         """
         for x in self.exact if exact else self.hidden:
-            with meshes.on(self.mesh):
-                _, taken = forward(self.cfg, self.cfg.window_at(self.index), paths, layer or self.layer, jnp.asarray(x))
+            with meshes.on(self.mesh), jax.default_matmul_precision(self.precision):
+                of = self.factors(layer or self.layer)
+                _, taken = forward(self.cfg, self.cfg.window_at(self.index), paths, of, jnp.asarray(x))
             yield taken
 
     def outputs(self, layer: Layer | None = None, exact: bool = False) -> Iterator[jax.Array]:
         """What the layer makes of each batch of its inputs, float32[B, T, D]."""
         for x in self.exact if exact else self.hidden:
-            with meshes.on(self.mesh):
-                out, _ = forward(self.cfg, self.cfg.window_at(self.index), (), layer or self.layer, jnp.asarray(x))
+            with meshes.on(self.mesh), jax.default_matmul_precision(self.precision):
+                of = self.factors(layer or self.layer)
+                out, _ = forward(self.cfg, self.cfg.window_at(self.index), (), of, jnp.asarray(x))
             yield out  # outside: whoever stops asking would leave the mesh on
+
+    def factors(self, layer: Layer) -> Layer:
+        """A layer whose maps are as products take them here."""
+        return narrowed(layer) if self.narrow else layer
 
     def keep(self, x):
         """A batch that is needed again later, where such batches are kept."""
         return np.asarray(x) if self.on_host else x
 
-    def follow(self, layer: Layer) -> None:
-        """The layers behind this one shall see what `layer` makes of `hidden`."""
-        self._followed = layer
+    def follow(self, layer: Layer, outputs: tuple | None = None) -> None:
+        """The layers behind this one shall see what `layer` makes of `hidden`.
+
+        outputs: (that, and what the unquantized layer makes of `exact`), lists, where they are known.
+        """
+        self._followed, self._outputs = layer, outputs
 
     def tensors(self, path: str, array) -> dict[str, np.ndarray]:
         """{name in the checkpoint, without ".weight": [out, ...]} of an array [inputs, *outputs] at `path`.
@@ -85,7 +102,7 @@ class Block:
 
 
 def layers(model, windows, progress: Callable | None = None, batch: int = 1, both: bool = False) -> Iterator[Block]:
-    """The Blocks of a model, in order; only one is on the device.
+    """The Blocks of a model, in order; beside each only the next one's weights are on the device.
 
     model: of `engine.loading.open_model`, unquantized.  windows: int32[N, T] token ids.  progress(done, total) counts
     layers.  both: keep what the unquantized layers make of the windows, too, as `exact`.  ValueError names the layer
@@ -93,23 +110,40 @@ def layers(model, windows, progress: Callable | None = None, batch: int = 1, bot
     """
     cfg, found = model.cfg, weights.check(model.source, model.cfg, model.mesh)
     rows = [row for row in family(cfg.family).weights(cfg) if "{}" in row.path]
-    on_host = _crowded(model, windows)
+    quick = hurries(model.mesh)
+    how = _crowded(model, windows), quick, _roomy(model, windows)
+    how = *how, "highest" if quick else None, quick and model.dtype != np.float32
     hidden = exact = embedded(model, found, windows, batch)
-    for index in range(cfg.layers):
-        here = [row for row in rows if row.layers is None or index in row.layers]
-        mine = {row.path.split(".{}.")[1]: row for row in here}
-        block = Block(index, read_layer(model, found, index), hidden, exact, mine, cfg, model.mesh, on_host)
-        yield block
-        quantized = block._followed is not None and block._followed is not block.layer
-        if both:
-            exact = _sound(block, block.outputs(exact=True), "")
-        if both and block.exact is block.hidden and not quantized:
-            hidden = exact
-        else:
-            hidden = _sound(block, block.outputs(block._followed), " after quantization" if quantized else "")
-        if not both:
-            exact = hidden
-        progress and progress(index + 1, cfg.layers)
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(read_layer, model, found, 0)
+        for index in range(cfg.layers):
+            here = [row for row in rows if row.layers is None or index in row.layers]
+            mine = {row.path.split(".{}.")[1]: row for row in here}
+            block = Block(index, coming.result(), hidden, exact, mine, cfg, model.mesh, *how)
+            if index + 1 < cfg.layers:
+                coming = ahead.submit(read_layer, model, found, index + 1)
+            yield block
+            hidden, exact = _behind(block, both)
+            progress and progress(index + 1, cfg.layers)
+
+
+def _behind(block, both):
+    """The hidden states behind a layer, and, if `both`, those behind the unquantized one."""
+    quantized = block._followed is not None and block._followed is not block.layer
+    when = " after quantization" if quantized else ""
+    if block._outputs is not None:
+        hidden, exact = block._outputs
+        return _sound(block, hidden, when), _sound(block, exact, "")
+    exact = _sound(block, block.outputs(exact=True), "") if both else None
+    if both and block.exact is block.hidden and not quantized:
+        return exact, exact
+    hidden = _sound(block, block.outputs(block._followed), when)
+    return hidden, exact if both else hidden
+
+
+def hurries(mesh) -> bool:
+    """Whether time counts more than the same last bits: on a GPU, where large models are done."""
+    return mesh.devices.flat[0].platform != "cpu"
 
 
 def _crowded(model, windows) -> bool:
@@ -118,17 +152,29 @@ def _crowded(model, windows) -> bool:
     return limit is not None and 4 * windows.size * model.cfg.width > CROWDED * limit
 
 
+def _roomy(model, windows) -> bool:
+    """Whether what comes into all windows' down, twice, leaves enough of the device for all else."""
+    limit, cfg = (model.mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit"), model.cfg
+    return limit is not None and 4 * windows.size * (8 * cfg.width + 2 * cfg.ffn) < limit / 2
+
+
 def _sound(block, batches, when):
     """The batches as a list; ValueError where one holds what is no number."""
-    out = []
+    out, sound = [], []
     for x in batches:
-        if not bool(jnp.isfinite(x).all()):
-            raise ValueError(
-                f"layer {block.index}{when}: its output has values that are no numbers, or too large; the weights of "
-                "this layer are damaged, or the calibration text is nothing that the model can read"
-            )
+        sound.append(_finite(x))
         out.append(block.keep(x))
+    if not all(map(bool, sound)):  # asked in the end: the device need not wait
+        raise ValueError(
+            f"layer {block.index}{when}: its output has values that are no numbers, or too large; the weights of "
+            "this layer are damaged, or the calibration text is nothing that the model can read"
+        )
     return out
+
+
+@jax.jit
+def _finite(x):
+    return jnp.isfinite(x).all()
 
 
 def embedded(model, found, windows, batch):
@@ -162,7 +208,7 @@ def read_layer(model, found, index) -> Layer:
     )
 
 
-@partial(jax.jit, static_argnames=("cfg", "window", "paths"))
+@partial(jax.jit, static_argnames=("cfg", "window", "paths"), compiler_options=OPTIONS)
 def forward(cfg, window, paths, layer, x):
     """A layer over whole windows: x [B, T, D] to the same shape, and {path: [B*T, inputs]} of the maps in `paths`."""
     taken = {"mixer.qkv": normed(cfg, layer, x), "mixer.o": attended(cfg, window, layer, x)}
@@ -171,6 +217,19 @@ def forward(cfg, window, paths, layer, x):
     if isinstance(layer.ffn, GatedMLP):
         taken["ffn.down"] = inner(cfg, layer, middle)
     return fed(cfg, layer, middle), {path: taken[path].reshape(-1, taken[path].shape[-1]) for path in paths}
+
+
+def product(node, x):
+    """A map of x, in the type of x; the map's type is that of the factors."""
+    return node.dot(x.astype(node.weight.dtype), x.dtype)
+
+
+@jax.jit
+def narrowed(layer):
+    """A layer whose maps are bfloat16; norms and biases stay."""
+    return jax.tree.map_with_path(
+        lambda path, x: x.astype(jnp.bfloat16) if getattr(path[-1], "name", "") == "weight" else x, layer
+    )
 
 
 # The parts of a layer, each [B, T, ...] of what the one before gives.
@@ -183,12 +242,12 @@ def normed(cfg, layer, x):
 
 def attended(cfg, window, layer, x):
     """What comes into `mixer.o`: of the hidden states x."""
-    return attend(cfg, window, layer.mixer, layer.mixer.qkv.dot(normed(cfg, layer, x)))
+    return attend(cfg, window, layer.mixer, product(layer.mixer.qkv, normed(cfg, layer, x)))
 
 
 def mixed(layer, x, attended):
     """The hidden states in the middle of the layer."""
-    return x + layer.mixer.o.dot(attended)
+    return x + product(layer.mixer.o, attended)
 
 
 def ready(cfg, layer, middle):
@@ -198,14 +257,14 @@ def ready(cfg, layer, middle):
 
 def inner(cfg, layer, middle):
     """What comes into `ffn.down`."""
-    both = layer.ffn.gate_up.dot(ready(cfg, layer, middle))
+    both = product(layer.ffn.gate_up, ready(cfg, layer, middle))
     return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
 
 
 def fed(cfg, layer, middle):
     """The layer's output."""
     if isinstance(layer.ffn, GatedMLP):
-        return middle + layer.ffn.down.dot(inner(cfg, layer, middle))
+        return middle + product(layer.ffn.down, inner(cfg, layer, middle))
     flat = ready(cfg, layer, middle).reshape(-1, middle.shape[-1])
     return middle + layer.ffn.mix(cfg, flat).reshape(middle.shape)
 
@@ -220,11 +279,14 @@ def attend(cfg, window, mixer, qkv):
     spans = SimpleNamespace(position=at, rope_len=jnp.full(1, length), row=jnp.zeros(length, jnp.int32))
     cos, sin = (a[None, :, None, None] for a in rope.rotation(cfg, spans))  # [1, T, 1, 1, H/2]
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)[..., 0, :]
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k) * cfg.head_dim**-0.5
+    kind = mixer.qkv.weight.dtype
+    scores = jnp.einsum("btkgh,bskh->bkgts", *(a.astype(kind) for a in (q, k)), preferred_element_type=qkv.dtype)
+    scores = scores * cfg.head_dim**-0.5
     back = at[:, None] - at[None]  # how far before the query a key is
     seen = (back >= 0) & (back < (window or length))
     share = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1)
-    return jnp.einsum("bkgts,bskh->btkgh", share, v).reshape(batch, length, -1)
+    out = jnp.einsum("bkgts,bskh->btkgh", *(a.astype(kind) for a in (share, v)), preferred_element_type=qkv.dtype)
+    return out.reshape(batch, length, -1)
 
 
 def _rotate(x, cos, sin):
@@ -267,9 +329,9 @@ def join(cfg, row, parts):
 def split(cfg, row, array):
     """The inverse of how a row's sources are arranged (models/table.py): [in, *out] to one [out, in] for each source.
 
-    The first axis may have any length.
+    The first axis may have any length.  Arrays of NumPy or JAX.
     """
-    flat = np.moveaxis(array, 0, -1)
+    flat = array.transpose(*range(1, array.ndim), 0)
     inputs = flat.shape[-1]
     if row.arrange == "qkv":
         return [part.reshape(-1, inputs) for part in (flat[:, :-2], flat[:, -2], flat[:, -1])]

@@ -59,7 +59,7 @@ def opened(model, config: EngineConfig, length: int, show: bool | None = None):
         enable_prefix_caching=False,
     )
     with stages(show) as progress:
-        return load(str(path), config, progress=progress, scores_only=True)
+        return load(str(path), config, progress=progress, scores_only=True, once=True)
 
 
 def measure(engine, windows: np.ndarray, show: bool | None = None, name: str = "scoring"):

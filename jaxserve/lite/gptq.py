@@ -190,31 +190,7 @@ def _solve(weight, hessian, grid, damping, *, group, bits, symmetric, act_order,
     return q, scale, zero.astype(jnp.uint8), sound
 
 
-def compensated(weight, factor, block: int, most: int, grid_at: Callable):
-    """Rounds a weight [inputs, outputs] input by input; those still to come take up what the rounding left behind.
-
-    factor: of `upper_factor`.  block: inputs after which all others learn of the errors.  grid_at(number, rows): scale
-    and zero float32, [1, outputs] or [block, outputs], of a block of which the errors before it left `rows`.
-
-    Returns q uint8[inputs, outputs] of 0 to `most`, and all scales and zeros one below the other.
-    """
-
-    def one(weight, number):
-        start = number * block
-        rows = jax.lax.dynamic_slice_in_dim(weight, start, block)
-        across = jax.lax.dynamic_slice_in_dim(factor, start, block)
-        within = jax.lax.dynamic_slice_in_dim(across, start, block, 1)
-        scale, zero = grid_at(number, rows)
-        each = Grid(jnp.broadcast_to(scale, rows.shape), jnp.broadcast_to(zero, rows.shape))
-        q, errors = _block_rounded(rows, within, each, most)
-        weight = weight - jnp.matmul(across.T, errors, precision="highest")  # 0 for those that are done
-        return weight, (q, scale, zero)
-
-    _, found = jax.lax.scan(one, weight, jnp.arange(len(weight) // block))
-    return tuple(part.reshape(-1, weight.shape[1]) for part in found)
-
-
-def _block_rounded(rows, factor, grid, most):
+def block_rounded(rows, factor, grid, most):
     """q uint8 and errors of a block of inputs [B, outputs], each error spread over those behind it in the block."""
 
     def one(i, carry):
@@ -226,6 +202,31 @@ def _block_rounded(rows, factor, grid, most):
 
     start = rows, jnp.zeros(rows.shape, jnp.uint8), jnp.zeros_like(rows)
     return jax.lax.fori_loop(0, len(rows), one, start)[1:]
+
+
+def compensated(weight, factor, block: int, most: int, grid_at: Callable, rounded: Callable = block_rounded):
+    """Rounds a weight [inputs, outputs] input by input; those still to come take up what the rounding left behind.
+
+    factor: of `upper_factor`.  block: inputs after which all others learn of the errors.  grid_at(number, rows): scale
+    and zero float32, [1, outputs] or [block, outputs], of a block of which the errors before it left `rows`.  rounded:
+    what does a block.
+
+    Returns q uint8[inputs, outputs] of 0 to `most`, and all scales and zeros one below the other.
+    """
+
+    def one(weight, number):
+        start = number * block
+        rows = jax.lax.dynamic_slice_in_dim(weight, start, block)
+        across = jax.lax.dynamic_slice_in_dim(factor, start, block)
+        within = jax.lax.dynamic_slice_in_dim(across, start, block, 1)
+        scale, zero = grid_at(number, rows)
+        each = Grid(jnp.broadcast_to(scale, rows.shape), jnp.broadcast_to(zero, rows.shape))
+        q, errors = rounded(rows, within, each, most)
+        weight = weight - jnp.matmul(across.T, errors, precision="highest")  # 0 for those that are done
+        return weight, (q, scale, zero)
+
+    _, found = jax.lax.scan(one, weight, jnp.arange(len(weight) // block))
+    return tuple(part.reshape(-1, weight.shape[1]) for part in found)
 
 
 def _block(inputs):

@@ -21,7 +21,7 @@ from jaxserve.engine.loading import open_model
 from jaxserve.lite import calibrate, report, writing
 from jaxserve.lite.evaluate import resolve
 from jaxserve.lite.folder import Folder
-from jaxserve.progress import bar, stages
+from jaxserve.progress import Clock, Lines, bar, stages
 
 HELD_OUT = 8  # windows at most that are measured with, and not calibrated with
 SAFE = 30000.0  # half of the largest number of float16
@@ -37,12 +37,12 @@ class Calibration(NamedTuple):
     dataset: str = "self"
     samples: int | None = None  # windows; None: 128, on a CPU fewer (`settled`)
     length: int | None = None  # tokens of a window; None: 2048, on a CPU fewer
-    batch: int = 1  # windows computed at once
+    batch: int | None = None  # windows computed at once; None: 4, on a CPU 1
 
     def settled(self, platform: str) -> "Calibration":
         """The same with numbers for what was left open."""
-        samples, length = SMALL if platform == "cpu" else (128, 2048)
-        return self._replace(samples=self.samples or samples, length=self.length or length)
+        samples, length, batch = (*SMALL, 1) if platform == "cpu" else (128, 2048, 4)
+        return self._replace(samples=self.samples or samples, length=self.length or length, batch=self.batch or batch)
 
 
 class Scheme(NamedTuple):
@@ -64,29 +64,33 @@ def make(
     calibration: Calibration,
     scheme: Scheme,
     tell: Callable[[str], object] = log.info,
-    show: bool | None = None,
+    show: bool | Lines | None = None,
     measured: bool = True,
 ):
     """Writes the folder, and returns its path.  tell(line): what people are told; measured: with a report in the end.
 
     ValueError says what is wrong with the model, the text or the options, and names the layer that fails.
     """
-    began, path = time.perf_counter(), str(resolve(model, config))
-    held = open_model(path, config)
+    clock, path = Clock(), str(resolve(model, config))
+    with clock.stage("opening"):
+        held = open_model(path, config)
     with closing(held.source):
         folder, calibration = begun(held, calibration, scheme)
         if folder.resumed:
             tell(f"{calibration.work_dir}: an unfinished run goes on")
-        windows, kept = texts(path, config, calibration, folder, tell, show)
-        with bar(held.cfg.layers, show, desc="layers", unit=" layers") as shown:
+        with clock.stage("text"):
+            windows, kept, before = texts(path, config, calibration, folder, tell, show, measured)
+        with clock.stage("layers"), bar(held.cfg.layers, show, desc="layers", unit=" layers") as shown:
             scheme.run(held, windows, folder, calibration.batch, lambda done, _: shown.update(done - shown.n))
         errors = [folder.about(layer).get("errors", {}) for layer in range(held.cfg.layers)]
-        with stages(show) as progress:
+        with clock.stage("saving"), stages(show) as progress:
             dtype = choose_dtype(held, folder) if config.dtype == "auto" else config.dtype
             made = folder.finish(dtype, lambda *counts: progress("saving", *counts))
-        tell(f"{made}: written after {time.perf_counter() - began:.0f} s")
+        tell(f"{made}: written after {time.perf_counter() - clock.began:.0f} s")
     if measured:
-        report.write(path, made, config, kept, errors, tell, show)
+        with clock.stage("report"):
+            report.write(path, made, config, kept, errors, tell, show, before)
+    tell(str(clock))
     return made
 
 
@@ -115,29 +119,41 @@ def _must_have_values(source) -> None:
         raise ValueError(f"{source.path}: its weights are quantized already ({method}); take the unquantized model")
 
 
-def texts(path, config, calibration, folder, tell, show) -> tuple[np.ndarray, np.ndarray]:
-    """Windows to calibrate with, and others to measure with; those of an unfinished run are kept in its folder."""
-    count, stored = calibration.samples + held_out(calibration.samples), folder.partial / "windows.npy"
+def texts(path, config, calibration, folder, tell, show, measured=True) -> tuple:
+    """Windows to calibrate with, others to measure with, and what the model itself makes of these or None.
+
+    Those of an unfinished run are kept in its folder.
+    """
+    held = held_out(calibration.samples)
+    stored, scores = folder.partial / "windows.npy", folder.partial / "before.npz"
     if not stored.exists():
+        count, scored = calibration.samples + held, held if measured else 0
         try:
-            found = writing.windows(path, config, calibration.dataset, count, calibration.length, tell, show)
+            found, before = writing.windows(
+                path, config, calibration.dataset, count, calibration.length, tell, show, scored
+            )
         except BaseException:  # nothing has been done that could be gone on with
             shutil.rmtree(folder.partial, ignore_errors=True)
             raise
+        if before is not None:
+            np.savez(scores, *before)
         new = stored.with_suffix(".new.npy")
         np.save(new, found)
         os.replace(new, stored)
-    windows = np.load(stored)
+    windows, before = np.load(stored), None
     if len(windows) < 2:
         raise ValueError(
             f"{calibration.dataset}: fills one window of {calibration.length} tokens; one more is needed to measure "
             "with; give more text, or a smaller --calib-seqlen"
         )
+    if scores.exists():
+        with np.load(scores) as file:
+            before = [file[name] for name in file.files]
     calibrated = len(windows) - held_out(len(windows))
-    return windows[:calibrated], windows[calibrated:]
+    return windows[:calibrated], windows[calibrated:], before
 
 
-def observe(model, config, calibration: Calibration, tell=log.info, show: bool | None = None) -> Path:
+def observe(model, config, calibration: Calibration, tell=log.info, show: bool | Lines | None = None) -> Path:
     """Writes activations.safetensors into the work dir: of each input of every map the mean and the largest size."""
     path = str(resolve(model, config))
     held = open_model(path, config)
@@ -147,10 +163,10 @@ def observe(model, config, calibration: Calibration, tell=log.info, show: bool |
         calibration = calibration.settled(held.mesh.devices.flat[0].platform)
         target.parent.mkdir(parents=True, exist_ok=True)
         count, length = calibration.samples or 0, calibration.length or 0
-        windows = writing.windows(path, config, calibration.dataset, count, length, tell, show)
+        windows, _ = writing.windows(path, config, calibration.dataset, count, length, tell, show)
         out: dict[str, np.ndarray] = {}
         with bar(held.cfg.layers, show, desc="layers", unit=" layers") as shown:
-            for block in calibrate.layers(held, windows, lambda *_: shown.update(), calibration.batch):
+            for block in calibrate.layers(held, windows, lambda *_: shown.update(), calibration.batch or 1):
                 for path, sizes in _sizes(block).items():
                     for name in block.tensors(path, np.zeros((1, *calibrate.at(block.layer, path).weight.shape[1:]))):
                         out |= {f"{name}.{what}": np.asarray(size) for what, size in sizes.items()}

@@ -5,8 +5,10 @@ Perplexity is measured through the engine, on text that was not calibrated with.
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxserve.lite import evaluate
@@ -14,12 +16,13 @@ from jaxserve.lite import evaluate
 FILE, PLOT = "quantization_report.json", "quantization_error.png"
 
 
-def write(model, made: Path, config, windows: np.ndarray, errors: list[dict], tell, show: bool | None = None) -> dict:
+def write(model, made: Path, config, windows: np.ndarray, errors: list[dict], tell, show=None, before=None) -> dict:
     """Tells a table, and writes it into the folder `made`, with a plot where matplotlib is there.
 
-    windows: int32[n, length] token ids; errors: for each layer {map: its error, or {way: error}}.
+    windows: int32[n, length] token ids; errors: for each layer {map: its error, or {way: error}}; before: of `measured`
+    for the model, where it is known already.
     """
-    rows = measured([(model, "before"), (made, "after")], config, windows, show)
+    rows = measured([(model, "before"), (made, "after")], config, windows, show, before)
     for line in table(rows):
         tell(line)
     found = {"tokens": int(windows.size), "rows": rows, "errors": errors}
@@ -32,23 +35,24 @@ def write(model, made: Path, config, windows: np.ndarray, errors: list[dict], te
     return found
 
 
-def measured(models, config, windows, show) -> list[dict]:
-    """A dict for each (model, name): bytes on the disk, of the weights in memory and of all arrays, and perplexity."""
+def measured(models, config, windows, show, first=None) -> list[dict]:
+    """A dict for each (model, name): bytes on the disk, of the weights in memory and of all arrays, and perplexity.
+
+    first: (what `evaluate.measure` returns for these windows, bytes of the weights in memory) of the first model.
+    """
     rows: list[dict] = []
-    first = None
     for model, name in models:
-        with closing(evaluate.opened(model, config, windows.shape[1], show)) as engine:
-            nll, top = evaluate.measure(engine, windows, show, name)
-            first = first or (nll, top)
-            rows.append(
-                {
-                    "name": name,
-                    "disk": evaluate.file_bytes(engine.path),
-                    "weights": engine.plan.weights,
-                    **evaluate.figures(nll, top, *first),
-                }
-            )
-            del engine
+        if first is None or rows:
+            # A GPU multiplies int4 weights with 16 bits only.
+            knobs = replace(config, dtype="auto") if rows and jax.default_backend() != "cpu" else config
+            with closing(evaluate.opened(model, knobs, windows.shape[1], show)) as engine:
+                found = *evaluate.measure(engine, windows, show, name), engine.plan.weights
+                del engine
+        else:
+            found = first
+        first = first or found
+        sizes = {"disk": evaluate.file_bytes(evaluate.resolve(model, config)), "weights": int(found[2])}
+        rows.append({"name": name, **sizes, **evaluate.figures(*found[:2], *first[:2])})
     return rows
 
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxserve import ops
 from jaxserve.lite import gptq
 from jaxserve.lite.gptq import Grid, best_grid, held_by_float16, nearest
 from jaxserve.quant import int4
@@ -72,20 +73,40 @@ def clipped(weight, power, group: int, symmetric: bool = False) -> Rounded:
     return _rounded(weight, _cut(_grouped(weight, group), power.reshape(-1, group), symmetric))
 
 
-@partial(jax.jit, static_argnames=("group", "symmetric", "rounds"))
-def solved(weight, moments, group: int, symmetric: bool = False, rounds: int = ROUNDS) -> Rounded:
-    """The best that is known here: `compensated`, then `settled`.  moments: damped, or the text is learned by heart."""
-    return settled(weight, compensated(weight, moments, group, symmetric), moments, rounds)
+@partial(jax.jit, static_argnames=("group", "symmetric", "rounds", "kernels"))
+def solved(weight, moments, group: int, symmetric: bool = False, rounds: int = ROUNDS, kernels=False) -> Rounded:
+    """The best that is known here: `compensated`, then `settled`.  moments: damped, or the text is learned by heart.
+
+    kernels: the device has them for the loops over inputs (`kernels_for`).
+    """
+    found = compensated(weight, moments, group, symmetric, kernels)
+    return settled(weight, found, moments, rounds, kernels)
 
 
-def compensated(weight, moments, group: int, symmetric: bool = False) -> Rounded:
+def kernels_for(mesh, group: int) -> bool:
+    """Whether the kernels can do what is on this mesh."""
+    return mesh.size == 1 and ops.kernels() and ops.rounding.takes(group)
+
+
+def compensated(weight, moments, group: int, symmetric: bool = False, kernels=False) -> Rounded:
     """GPTQ with a search for each group's range."""
     power = jnp.diag(moments).reshape(-1, group)
 
     def cut(number, rows):
+        if kernels:
+            pairs = jnp.array(_pairs(symmetric), jnp.float32)
+            grid = ops.rounding.cut(rows, power[number], pairs, symmetric=symmetric, most=LEVELS)
+            return Grid(*(part[None] for part in grid))
         return _cut(rows[None], power[number][None], symmetric)
 
-    q, scale, zero = gptq.compensated(weight, _factor(moments), group, LEVELS, cut)
+    def spread(rows, within, grid, most):
+        q, errors = ops.rounding.spread(rows, within, grid.scale[0], grid.zero[0], most=most)
+        return q.astype(jnp.uint8), errors
+
+    # A device with kernels computes with fewer digits already: there nothing depends on the last of them.
+    factor = gptq.upper_factor(moments) if kernels else _factor(moments)
+    how = {"rounded": spread} if kernels else {}
+    q, scale, zero = gptq.compensated(weight, factor, group, LEVELS, cut, **how)
     return Rounded(q.astype(jnp.float32), scale, zero)
 
 
@@ -99,12 +120,12 @@ def _factor(moments):
     return jnp.linalg.cholesky((inverse + inverse.T) / 2).T
 
 
-def settled(weight, found: Rounded, moments, rounds: int = ROUNDS) -> Rounded:
+def settled(weight, found: Rounded, moments, rounds: int = ROUNDS, kernels=False) -> Rounded:
     """Rounds of: the best scales for these integers, the best integers for these scales.  Never makes it worse."""
     group = len(weight) // len(found.scale)
 
     def one_round(_, found):
-        return _better_integers(weight, _better_scales(weight, found, moments, group), moments, group)
+        return _better_integers(weight, _better_scales(weight, found, moments, group), moments, group, kernels)
 
     return _better_scales(weight, jax.lax.fori_loop(0, rounds, one_round, found), moments, group)
 
@@ -113,31 +134,30 @@ def _better_scales(weight, found, moments, group):
     """Group by group the scale that makes the error least; the zero stays."""
 
     def one_group(index, state):
-        values, scales = state
+        lost, scales = state
         rows, own = _rows(moments, index, group)
         scale, zero = scales[index], found.zero[index]
         steps = jax.lax.dynamic_slice_in_dim(found.q, index * group, group) - zero[None]
-        slope = jnp.sum(steps * (rows @ (weight - values)), 0)
+        slope = jnp.sum(steps * (rows @ lost), 0)
         bend = jnp.sum(steps * (own @ steps), 0)
         better = held_by_float16(scale + jnp.where(bend > 0, slope / jnp.maximum(bend, 1e-30), 0))
         moved = better - scale
         gains = moved * slope - 0.5 * moved * moved * bend > 0  # rounded to float16 it may not
         better = jnp.where((better > 0) & jnp.isfinite(better) & gains, better, scale)
-        values = jax.lax.dynamic_update_slice_in_dim(values, steps * better[None], index * group, 0)
-        return values, scales.at[index].set(better)
+        return _lost(lost, weight, steps * better[None], index), scales.at[index].set(better)
 
-    _, scales = jax.lax.fori_loop(0, len(found.scale), one_group, (found.values(), found.scale))
+    _, scales = jax.lax.fori_loop(0, len(found.scale), one_group, (weight - found.values(), found.scale))
     return found._replace(scale=scales)
 
 
-def _better_integers(weight, found, moments, group):
+def _better_integers(weight, found, moments, group, kernels):
     """Input by input the integer that makes the error least."""
 
     def one_group(index, state):
-        values, q = state
+        lost, q = state
         rows, own = _rows(moments, index, group)
         scale, zero = found.scale[index], found.zero[index]
-        pull = rows @ (weight - values)  # [g, N]
+        pull = rows @ lost  # [g, N]
 
         def one_input(i, state):
             q, pull = state
@@ -147,12 +167,22 @@ def _better_integers(weight, found, moments, group):
             return q.at[i].set(integer), pull - own[:, i, None] * moved[None]
 
         part = jax.lax.dynamic_slice_in_dim(q, index * group, group)
-        part, _ = jax.lax.fori_loop(0, group, one_input, (part, pull))
+        if kernels:
+            part = ops.rounding.descend(part, pull, own, scale, zero, most=LEVELS)
+        else:
+            part, _ = jax.lax.fori_loop(0, group, one_input, (part, pull))
         q = jax.lax.dynamic_update_slice_in_dim(q, part, index * group, 0)
-        return jax.lax.dynamic_update_slice_in_dim(values, (part - zero[None]) * scale[None], index * group, 0), q
+        return _lost(lost, weight, (part - zero[None]) * scale[None], index), q
 
-    _, q = jax.lax.fori_loop(0, len(found.scale), one_group, (found.values(), found.q))
+    _, q = jax.lax.fori_loop(0, len(found.scale), one_group, (weight - found.values(), found.q))
     return found._replace(q=q)
+
+
+def _lost(lost, weight, values, index):
+    """What is lost, with other values in a group."""
+    group = len(values)
+    rows = jax.lax.dynamic_slice_in_dim(weight, index * group, group)
+    return jax.lax.dynamic_update_slice_in_dim(lost, rows - values, index * group, 0)
 
 
 @jax.jit
@@ -194,7 +224,10 @@ def _rounded(weight, grid: Grid) -> Rounded:
 def _cut(grouped, power, symmetric) -> Grid:
     """The best cut ranges of [K/g, g, N] whose inputs have `power` [K/g, g]."""
     low, high = _range(grouped)
-    pairs = [(a, b) for a in CUTS for b in CUTS if (a == b if symmetric else abs(a - b) < APART)]
-    return best_grid(
-        grouped, power, LEVELS, lambda shares: _grid(low * shares[0], high * shares[1], symmetric), jnp.array(pairs)
-    )
+    pairs = jnp.array(_pairs(symmetric))
+    return best_grid(grouped, power, LEVELS, lambda shares: _grid(low * shares[0], high * shares[1], symmetric), pairs)
+
+
+def _pairs(symmetric):
+    """The shares of a range's ends that are tried."""
+    return [(a, b) for a in CUTS for b in CUTS if (a == b if symmetric else abs(a - b) < APART)]

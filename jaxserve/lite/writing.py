@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxserve import checkpoint, hub
 from jaxserve.config import EngineConfig, GenerationConfig
-from jaxserve.lite import corpus
+from jaxserve.lite import corpus, evaluate
+from jaxserve.progress import Lines, bar, stages
 from jaxserve.text.chat import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -32,9 +33,10 @@ def windows(
     count: int,
     length: int,
     report: Callable[[str], object] = log.info,
-    show: bool | None = None,
-) -> np.ndarray:
-    """int32[n, length], n <= count: token ids to calibrate with.
+    show: bool | Lines | None = None,
+    scored: int = 0,
+) -> tuple[np.ndarray, tuple | None]:
+    """int32[n, length], n <= count: token ids to calibrate with; and what `written` says of the last ones.
 
     dataset: as for `corpus.texts`, or "self".  A named set that cannot be loaded is said so with `report`, and replaced
     by "self".  ValueError where a text does not fill one window.
@@ -47,25 +49,53 @@ def windows(
             with checkpoint.open(hub.resolve(model, config.revision, config.download_dir)) as source:
                 tokenizer = Tokenizer.load(source)
                 template = ChatTemplate.for_model(source.config, tokenizer)
-            return corpus.windows(found, tokenizer, template, length, count)
+            return corpus.windows(found, tokenizer, template, length, count), None
     report(f"the model writes its own calibration text: {count} windows of {length} tokens")
-    return written(model, config, count, length, show)
+    return written(model, config, count, length, show, scored)
 
 
-def written(model, config: EngineConfig, count: int, length: int, show: bool | None = None) -> np.ndarray:
-    """int32[count, length]: what the model writes, sampled at temperature 1; the same every time on one machine."""
-    from jaxserve.pipeline import pipeline
+def written(model, config: EngineConfig, count: int, length: int, show: bool | Lines | None = None, scored: int = 0):
+    """int32[count, length]: what the model writes, sampled at temperature 1; the same every time on one machine.
+
+    And of the last `scored` windows what `evaluate.measure` returns, with the bytes of the weights; None for 0.
+    """
+    from jaxserve.engine.loading import load
+    from jaxserve.pipeline import Pipeline
 
     knobs = replace(config, session_len=length + 1, max_batch_size=min(count, 256), enable_prefix_caching=True)
-    with closing(pipeline(model, knobs, show_progress=show)) as pipe:
-        begin = opening(pipe.template, pipe.tokenizer)[: length - 1]
+    path = hub.resolve(model, config.revision, config.download_dir)
+    with checkpoint.open(path) as source:
+        tokenizer = Tokenizer.load(source)
+        template = ChatTemplate.for_model(source.config, tokenizer)
+    with stages(show) as progress:
+        engine = load(str(path), knobs, progress=progress, once=True)
+    with closing(Pipeline(engine, tokenizer, template)) as pipe:
+        begin = opening(template, tokenizer)[: length - 1]
         way = GenerationConfig(
             max_new_tokens=length - len(begin), temperature=1.0, top_k=0, do_sample=True, ignore_eos=True
         )
-        answers: list = pipe([begin] * count, [replace(way, random_seed=i) for i in range(count)], use_tqdm=show)  # type: ignore[assignment]
-    if failed := [answer for answer in answers if answer.finish_reason != "length"]:
-        raise ValueError(f"the model could not write its calibration text: {failed[0].text or failed[0].finish_reason}")
-    return np.array([begin + list(answer.token_ids) for answer in answers], np.int32)
+        answers = _drawn(pipe, begin, [replace(way, random_seed=i) for i in range(count)], show)
+        if failed := [answer for answer in answers if answer.finish_reason != "length"]:
+            reason = failed[0].text or failed[0].finish_reason
+            raise ValueError(f"the model could not write its calibration text: {reason}")
+        found = np.array([begin + list(answer.token_ids) for answer in answers], np.int32)
+        before = None
+        if scored:
+            before = *evaluate.measure(engine, found[-scored:], show, "before"), np.int64(engine.plan.weights)
+    return found, before
+
+
+def _drawn(pipe, begin, ways, show) -> list:
+    """An answer for each of `ways`; progress counts tokens."""
+    whole: dict = {}
+    replies = pipe._replies([begin] * len(ways), ways, True, live=True)
+    total = sum(way.max_new_tokens for way in ways)
+    with bar(total, show, desc="writing", unit=" tokens") as shown, closing(pipe.drive(replies)) as news:
+        for reply, delta in news:
+            shown.update(len(delta.token_ids))
+            if reply.finished:
+                whole[reply.whole.index] = reply.whole
+    return [whole[i] for i in range(len(ways))]
 
 
 def opening(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:

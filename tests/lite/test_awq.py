@@ -176,7 +176,8 @@ def test_the_quantized_model_is_nearer_than_one_rounded_to_nearest(tmp_path):
     for name, run in (("found", None), ("nearest", 0)):
         for block in blocks if run is None else calibrate.layers(model, WINDOWS, both=True):
             if run is None:
-                tensors, about = awq.quantized(block, awq.Settings(32), WINDOWS.size)
+                tensors, about, *_ = awq.quantized(block, awq.Settings(32), WINDOWS.size)
+                tensors = {name: np.asarray(array) for name, array in tensors.items()}
                 layer = awq_layout.restored(block, tensors)
                 assert all(errors["found"] < errors["nearest"] for errors in about["errors"].values())
             else:
@@ -189,3 +190,22 @@ def test_the_quantized_model_is_nearer_than_one_rounded_to_nearest(tmp_path):
         apart = [q - e for q, e in zip(block.outputs(layer), block.outputs(exact=True))]
         lost[name] = sum(float(jnp.square(a).sum()) for a in apart)
     assert lost["found"] < 0.5 * lost["nearest"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpus_way_gives_as_good_a_model(tmp_path, monkeypatch, dtype):
+    opened(tmp_path / "model")
+    model = loading.open_model(str(tmp_path / "model"), EngineConfig(dtype=dtype))
+    lost = []
+    for way in (False, True):
+        monkeypatch.setattr(calibrate, "hurries", lambda mesh, way=way: way)
+        monkeypatch.setattr(calibrate, "_roomy", lambda model, windows, way=way: way)
+        blocks = calibrate.layers(model, WINDOWS, both=True, batch=2)
+        for block in blocks:
+            made = awq.quantized(block, awq.Settings(32), WINDOWS.size)
+            block.follow(made.layer, made.outputs)
+            for after, before in zip(*made.outputs or ((), ())):
+                assert after.shape == before.shape
+        plain = block.outputs(exact=True)
+        lost.append(sum(float(jnp.square(q - e).mean()) for q, e in zip(block.outputs(made.layer), plain)))
+    assert lost[1] < 1.3 * lost[0]

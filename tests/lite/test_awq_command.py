@@ -81,6 +81,6 @@ def test_activations_are_written(run, tmp_path):  # noqa: F811
 
 
 def test_the_model_writes_its_own_text(model):  # noqa: F811
-    found = writing.windows(str(model), EngineConfig(num_tokens_per_iter=64), "self", 3, 24)
+    found, _ = writing.windows(str(model), EngineConfig(num_tokens_per_iter=64), "self", 3, 24)
     assert found.shape == (3, 24) and found.dtype == np.int32
     assert len({tuple(window) for window in found}) == 3

@@ -91,7 +91,7 @@ def test_what_is_written_is_the_layer(block, searched):
 def test_scales_make_the_error_of_a_layer_smaller(block):
     lost = {}
     for search in awq.SEARCHES:
-        tensors, about = awq.quantized(block, awq.Settings(GROUP, search=search), WINDOWS.size)
+        tensors, about, *_ = awq.quantized(block, awq.Settings(GROUP, search=search), WINDOWS.size)
         layer = awq_layout.restored(block, tensors)
         apart = [found - exact for found, exact in zip(block.outputs(layer), block.outputs())]
         lost[search] = sum(float(jnp.square(part).sum()) for part in apart)
