@@ -164,15 +164,16 @@ def compile_ahead(block, settings: Settings, tokens: int) -> None:
         elif path != "mixer.qkv":
             inner = later
 
-    def compiled(job):
+    def compiled(lowered):
         try:
-            with jax.default_matmul_precision(block.precision if job[0] in (_looked, _closed) else None):
-                job[0].lower(*job[1:]).compile()
+            lowered.compile()
         except Exception as error:  # a compiler that found no room for its process: it is tried again when called
             log.debug("not compiled ahead: %s", error)
 
     with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
-        list(pool.map(compiled, jobs))
+        for function, *given in jobs:  # lowering holds the interpreter, and Triton knows one thread
+            with jax.default_matmul_precision(block.precision if function in (_looked, _closed) else None):
+                pool.submit(compiled, function.lower(*given))
 
 
 class Made(NamedTuple):

@@ -9,13 +9,17 @@ import logging
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxserve import checkpoint, hub
 from jaxserve.config import EngineConfig, GenerationConfig
+from jaxserve.engine.request import Request
 from jaxserve.lite import corpus, evaluate
 from jaxserve.progress import Lines, bar, stages
+from jaxserve.reply import sampling_params
 from jaxserve.text.chat import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -60,7 +64,6 @@ def written(model, config: EngineConfig, count: int, length: int, show: bool | L
     And of the last `scored` windows what `evaluate.measure` returns, with the bytes of the weights; None for 0.
     """
     from jaxserve.engine.loading import load
-    from jaxserve.pipeline import Pipeline
 
     knobs = replace(config, session_len=length + 1, max_batch_size=min(count, 256), enable_prefix_caching=True)
     path = hub.resolve(model, config.revision, config.download_dir)
@@ -69,33 +72,48 @@ def written(model, config: EngineConfig, count: int, length: int, show: bool | L
         template = ChatTemplate.for_model(source.config, tokenizer)
     with stages(show) as progress:
         engine = load(str(path), knobs, progress=progress, once=True)
-    with closing(Pipeline(engine, tokenizer, template)) as pipe:
+    with closing(engine):
         begin = opening(template, tokenizer)[: length - 1]
-        way = GenerationConfig(
-            max_new_tokens=length - len(begin), temperature=1.0, top_k=0, do_sample=True, ignore_eos=True
-        )
-        answers = _drawn(pipe, begin, [replace(way, random_seed=i) for i in range(count)], show)
-        if failed := [answer for answer in answers if answer.finish_reason != "length"]:
-            reason = failed[0].text or failed[0].finish_reason
-            raise ValueError(f"the model could not write its calibration text: {reason}")
-        found = np.array([begin + list(answer.token_ids) for answer in answers], np.int32)
+        way = GenerationConfig(temperature=1.0, top_k=0, do_sample=True)
+        requests = [
+            Request(list(begin), length - len(begin), sampling_params(way, tokenizer, seed)) for seed in range(count)
+        ]
+        _drawn(engine, requests, show)
+        found = np.array([request.tokens for request in requests], np.int32)
         before = None
         if scored:
             before = *evaluate.measure(engine, found[-scored:], show, "before"), np.int64(engine.plan.weights)
     return found, before
 
 
-def _drawn(pipe, begin, ways, show) -> list:
-    """An answer for each of `ways`; progress counts tokens."""
-    whole: dict = {}
-    replies = pipe._replies([begin] * len(ways), ways, True, live=True)
-    total = sum(way.max_new_tokens for way in ways)
-    with bar(total, show, desc="writing", unit=" tokens") as shown, closing(pipe.drive(replies)) as news:
-        for reply, delta in news:
-            shown.update(len(delta.token_ids))
-            if reply.finished:
-                whole[reply.whole.index] = reply.whole
-    return [whole[i] for i in range(len(ways))]
+def _drawn(engine, requests: list[Request], show) -> None:
+    """Waits until the requests are answered; nothing reads along, whatever that text is."""
+    news: SimpleQueue = SimpleQueue()
+    total, over = sum(request.max_new_tokens for request in requests), 0
+    for number, request in enumerate(requests):
+        request.outbox, request.id = Ends(news), f"calibration.{number}"
+        engine.submit(request)
+    with bar(total, show, desc="writing", unit=" tokens") as shown:
+        while over < len(requests):
+            try:
+                ended = news.get(timeout=1)
+            except Empty:
+                ended = None
+            shown.update(sum(len(request.tokens) - request.prompt_len for request in requests) - shown.n)
+            if ended is not None and ended.finish != "length":
+                raise ValueError(f"the model could not write its calibration text: {ended.error or ended.finish}")
+            over += ended is not None
+
+
+class Ends(NamedTuple):
+    """The outbox of a request of which only the end is news."""
+
+    news: SimpleQueue
+
+    def put(self, output) -> None:
+        """Called by the engine."""
+        if output.finish:
+            self.news.put(output)
 
 
 def opening(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
