@@ -6,6 +6,7 @@ share the folder; the oldest go when the folder outgrows its bound.  A folder th
 and nothing else.
 """
 
+import gc
 import hashlib
 import logging
 import os
@@ -52,7 +53,10 @@ def compile_all(jobs, devices, folder, progress=None, workers=None, tunes=None):
         store.save(names[key], executable)
         ready(key, executable)
 
-    # Lowering holds the interpreter lock, compiling and loading do not.
+    # Lowering holds the interpreter lock, compiling and loading do not.  It leaves little garbage, and to look for it
+    # took a ninth of its time.
+    collects = gc.isenabled()
+    gc.disable()
     cores = os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers or min(32, 2 * cores if tunes else cores))  # some wait
     try:
@@ -75,6 +79,7 @@ def compile_all(jobs, devices, folder, progress=None, workers=None, tunes=None):
         for future in as_completed(running):
             future.result()
     finally:  # after an error, what has not begun will not
+        collects and gc.enable()
         pool.shutdown(wait=False, cancel_futures=True)
     store.trim()
     return out
