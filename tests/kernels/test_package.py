@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels import tuning
+from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import lowers
 
 prefill = importlib.import_module("pallas_kernels.paged_prefill")  # the package has the function by that name
@@ -65,6 +66,17 @@ def test_the_kernel_for_hopper_lowers(h200, monkeypatch, heads):
 
     monkeypatch.setattr(hopper_prefill, "cores", lambda: 132)
     assert prefill.hopper(*queries(4096, *heads), None)
+
+
+def test_mosaic_asks_for_ptxas_once(monkeypatch):
+    """A process for each question, with the interpreter lock held, was a third of a cold start's lowering."""
+    asked = []
+    extension = types.SimpleNamespace(_get_ptxas_isa_version=lambda: asked.append(1) or 90)
+    monkeypatch.setitem(sys.modules, "jax._src.lib.mosaic_gpu", types.SimpleNamespace(_mosaic_gpu_ext=extension))
+    mosaic._ask_once.__wrapped__()
+    assert [extension._get_ptxas_isa_version() for _ in range(3)] == [90] * 3 and asked == [1]
+    del extension._get_ptxas_isa_version
+    mosaic._ask_once.__wrapped__()  # another Mosaic: nothing happens
 
 
 def test_what_the_kernel_for_hopper_leaves(h200, monkeypatch):
