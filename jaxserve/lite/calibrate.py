@@ -76,8 +76,8 @@ class Block:
             yield out  # outside: whoever stops asking would leave the mesh on
 
     def factors(self, layer: Layer) -> Layer:
-        """A layer whose maps are as products take them here."""
-        return narrowed(layer) if self.narrow else layer
+        """A layer whose maps are as products take them here; those of experts stay."""
+        return narrowed(layer) if self.narrow and isinstance(layer.ffn, GatedMLP) else layer
 
     def keep(self, x):
         """A batch that is needed again later, where such batches are kept."""
