@@ -170,10 +170,10 @@ def compile_ahead(block, settings: Settings, tokens: int) -> None:
         except Exception as error:  # a compiler that found no room for its process: it is tried again when called
             log.debug("not compiled ahead: %s", error)
 
-    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+    most = min(len(jobs), os.cpu_count() or 1)
+    with jax.default_matmul_precision(block.precision), ThreadPoolExecutor(most) as pool:
         for function, *given in jobs:  # lowering holds the interpreter, and Triton knows one thread
-            with jax.default_matmul_precision(block.precision if function in (_looked, _closed) else None):
-                pool.submit(compiled, function.lower(*given))
+            pool.submit(compiled, function.lower(*given))
 
 
 class Made(NamedTuple):
@@ -187,7 +187,11 @@ class Made(NamedTuple):
 
 def quantized(block, settings: Settings, tokens: int, clock=None) -> Made:
     """A layer's tensors, and what became of it."""
-    clock = clock or Clock()
+    with jax.default_matmul_precision(block.precision):
+        return _quantized(block, settings, tokens, clock or Clock())
+
+
+def _quantized(block, settings, tokens, clock):
     plain = layer = block.layer  # scaled alike; one of them is rounded, map by map
     tensors: dict = {}
     errors, middle = {}, Middle(block)
@@ -272,11 +276,10 @@ class Middle:
         layer, plain = map(self.block.factors, (layer, plain))
         for outer, inner in zip(self.outer, self.inner):
             count += math.prod(outer[0].shape[:2])
-            with jax.default_matmul_precision(self.block.precision):
-                if total is None:
-                    shapes = _looked.eval_shape(self.cfg, self.window, path, layer, plain, outer, inner, None)
-                    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=whole), shapes[0])
-                total, new = _looked(self.cfg, self.window, path, layer, plain, outer, inner, total)
+            if total is None:
+                shapes = _looked.eval_shape(self.cfg, self.window, path, layer, plain, outer, inner, None)
+                total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=whole), shapes[0])
+            total, new = _looked(self.cfg, self.window, path, layer, plain, outer, inner, total)
             if path == "mixer.qkv":
                 self.largest.append(new)
             elif path != "ffn.down" or self.block.roomy:
@@ -294,8 +297,7 @@ class Middle:
         for number, pair in enumerate(self.inner):
             taken = self.last[number] if self.last else (None, None)
             for out, of, middle, x in zip(both, (layer, plain), pair, taken):
-                with jax.default_matmul_precision(self.block.precision):
-                    out.append(self.block.keep(_closed(self.cfg, of, middle, x)))
+                out.append(self.block.keep(_closed(self.cfg, of, middle, x)))
         return both
 
 

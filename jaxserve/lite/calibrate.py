@@ -51,7 +51,7 @@ class Block:
     on_host: bool = False  # hidden states are kept there, for they take much of the device
     quick: bool = False  # a GPU: time counts, the last bits do not
     roomy: bool = False  # the device has room for what comes into down, of all windows
-    precision: str | None = None  # of products of float32 (jax.default_matmul_precision) of what a layer computes
+    precision: str | None = None  # of products of float32 (jax.default_matmul_precision)
     narrow: bool = False  # a model of 16 bits: products take bfloat16, and add up float32
     _followed: Layer | None = field(default=None, repr=False)
     _outputs: tuple | None = field(default=None, repr=False)
@@ -112,7 +112,8 @@ def layers(model, windows, progress: Callable | None = None, batch: int = 1, bot
     rows = [row for row in family(cfg.family).weights(cfg) if "{}" in row.path]
     quick = hurries(model.mesh)
     how = _crowded(model, windows), quick, _roomy(model, windows)
-    how = *how, "highest" if quick else None, quick and model.dtype != np.float32
+    wide = model.dtype == np.float32
+    how = *how, "highest" if quick and wide else None, quick and not wide
     hidden = exact = embedded(model, found, windows, batch)
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(read_layer, model, found, 0)
