@@ -239,6 +239,7 @@ def _load(shape, refs):
 
     def item(turn, tile, block, step):
         row, token, keys = refs.work[tile, 0], refs.work[tile, 1], refs.work[tile, 4]
+        row = jnp.maximum(row, 0)  # padding has none: whatever is loaded for it, its queries see no key
         load_queries(turn, token, block)
         head = lax.div(block, shape.blocks // shape.kv_heads)
         last = lax.div(keys - 1, shape.page)
