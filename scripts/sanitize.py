@@ -25,13 +25,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[1]
 TOOLS = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
 DTYPES = ("bfloat16", "float16", "float32")
-CONTROLS, GROUPS = ("near", "far"), ("triton", "codes", "hopper", "int4")
+CODES = tuple((f"{kind}-{dtype}", kind, dtype) for kind in ("int8", "int4", "fp8") for dtype in DTYPES[:2])
+CONTROLS, GROUPS = ("near", "far"), ("hopper", "triton", "int4", *(name for name, *_ in CODES))
 ALLOCATORS = ("cuda_async", "address")  # of JAX, the one that shows most first
 SETTINGS = ("XLA_", "JAX_", "TF_GPU_", "TRITON_", "CUDA_LAUNCH", "CUDA_MODULE")  # of the caller, which do not matter
 OURS = ("_attend", "attend_", "_cut", "_tiles", "_order", "_write", "_rope_write", "_skinny", "_few", "_grouped",
@@ -116,10 +118,10 @@ def launch(group):
     for dtype in DTYPES if group == "triton" else ():
         jax.block_until_ready((attention(dtype, window=90), writes(dtype)))
         told(dtype, "all kernels but Hopper's")
-    for dtype in DTYPES[:2] if group == "codes" else ():
-        for kind in ("int8", "int4", "fp8") if pk.triton_call.device()[1] >= 89 else ("int8", "int4"):
+    for name, kind, dtype in CODES:
+        if group == name and (kind != "fp8" or pk.triton_call.device()[1] >= 89):
             jax.block_until_ready(codes(dtype, kind, window=90 if kind == "fp8" else None))
-        told(dtype, "kernels for quantized keys and values")
+            told(dtype, f"kernels for {kind} keys and values")
     for dtype in DTYPES[:2] if group == "int4" else ():
         jax.block_until_ready(int4(dtype))
         told(dtype, "kernels for int4 weights")
@@ -223,10 +225,11 @@ def main():
         if problem:
             print(f"NOT CHECKED: {group}\n{problem}")
             status = 2
-        for report in others[:3]:
-            print(f"not ours ({group}):", *report[:3], sep="\n  ")
-        for report in ours[:20]:
-            print(f"FOUND ({group}):", *report[:6], sep="\n  ")
+        for what, reports in (("not ours", others), ("FOUND", ours)):
+            places = Counter(tuple(report[:2]) for report in reports)  # what and where; each thread has a report
+            for place, number in places.most_common(6):
+                example = next(report for report in reports if tuple(report[:2]) == place)
+                print(f"{what} ({group}), {number} times:", *example[:5], sep="\n  ")
     if any(ours for ours, _, _ in results.values()):
         status = 1
     print("status", status, flush=True)
