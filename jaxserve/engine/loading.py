@@ -10,6 +10,7 @@ from typing import NamedTuple
 # Memory is planned here, not taken behind the user's back.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast over NVLink fails in many containers
 
 import jax
 import jax.numpy as jnp

@@ -44,7 +44,6 @@ def run(model: str | None, config: EngineConfig, options: ServerOptions) -> int:
         raise Failed(str(error), USAGE) from error
     _check_tls(options)
     logs.configure(options.log_level, options.log_format)
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast over NVLink fails in many containers
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there
     listening = bind(options.server_name, options.server_port)
     try:
