@@ -6,7 +6,7 @@ from dataclasses import dataclass
 SCORED = 1024  # most tokens of a step that scores
 # Launching takes the host 0.9 to 1.4 ms.  Steps in one launch should take the device longer, yet no new request should
 # wait long for them to end: as many as take ENOUGH seconds.
-ENOUGH = 0.002
+ENOUGH = 0.0025
 MOST = 8
 BANDWIDTH = 3e12  # bytes a second that an H200 reads while it decodes: the weights, and of each request ...
 CONTEXT = 512  # ... so many tokens' keys and values; ...
