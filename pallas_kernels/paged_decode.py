@@ -11,7 +11,7 @@ from jax import lax
 
 from pallas_kernels import tuning
 from pallas_kernels.kv_quant import QuantizedPool, dequantize, kernel_arguments, kernel_constants
-from pallas_kernels.pieces import cut, finish, pages_of, piece_at
+from pallas_kernels.pieces import cut, finish, first_pages, next_pages, pages_listed, piece_at
 from pallas_kernels.quantized_attention import attend_codes
 from pallas_kernels.triton_call import cdiv, jit, power_of_two, tl, triton_call
 
@@ -83,27 +83,24 @@ def _attend(
     q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, first_page_ptr, P, out_ptr, sums_ptr, tops_ptr, totals_ptr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
     GP: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    GC: tl.constexpr, PARTS: tl.constexpr,
+    GC: tl.constexpr, PARTS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """One piece of one row for one kv head: grid (K, pieces)."""
     head = tl.program_id(0)
     piece = tl.program_id(1)
-    work = work_ptr + piece * (7 + K)
-    row = tl.load(work)
-    if row < 0:
-        return
-    token, begin, end, oldest, first, pieces = piece_at(work)
+    work = work_ptr + piece * (8 + LISTED)
+    row, token, begin, end, oldest, first, pieces, _ = piece_at(work)
+    page = first_pages(work, begin, S, BLOCK)
     first_page = tl.load(first_page_ptr)
     g = tl.arange(0, GP)
     h = tl.arange(0, HP)
-    mine = (g < G)[:, None] & (h < H)[None, :]
+    mine = (g < G)[:, None] & (h < H)[None, :] & (row >= 0)  # to return early would have the compiler load `row` first
     heads = head * G + g
     q = tl.load(q_ptr + (token * (K * G) + heads)[:, None] * H + h[None, :], mask=mine, other=0.0)
     top = tl.full([GP], -1.0e30, tl.float32)
     total = tl.zeros([GP], tl.float32)
     sums = tl.zeros([GP, HP], tl.float32)
     pages = pages_ptr + row * P
-    page = pages_of(pages, begin, tl.maximum(end, 1), S, BLOCK)
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
         position = at + tl.arange(0, BLOCK)
         seen = position < end
@@ -112,7 +109,7 @@ def _attend(
         slot = (first_page + page).to(tl.int64) * S + position % S
         place = (slot * (K * H) + head * H)[:, None] + h[None, :]
         cached = seen[:, None] & (h < H)[None, :]
-        page = pages_of(pages, at + BLOCK, end, S, BLOCK)
+        page = next_pages(work, pages, begin, at + BLOCK, end, S, BLOCK, LISTED)
         k = tl.load(k_ptr + place, mask=cached, other=0.0)
         v = tl.load(v_ptr + place, mask=cached, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * 1.4426950408889634)
@@ -132,7 +129,7 @@ def _attend(
         tl.store(sums_ptr + partial[:, None] * H + h[None, :], sums, mask=mine)
         finish(
             work_ptr, partial, g < G, top, total, first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr,
-            K, G, H, HP, GC, PARTS,
+            K, G, H, HP, GC, PARTS, LISTED,
         )  # fmt: skip
 
 
@@ -156,7 +153,7 @@ def paged_decode(
     token = jnp.arange(R, dtype=jnp.int32) if token is None else token
     pieces = max(1, size["programs"] // K)
     most = min(pieces + R, R * cdiv(P * S, size["smallest"]))
-    work = cut(length, token, window, size["block"], size["smallest"], pieces, most, K)
+    work = cut(length, token, pages, window, S, size["block"], size["smallest"], pieces, most, K, tiles)
     held = most if most > R else 0  # else no row has two pieces
     constants = kernel_constants(kind, q.dtype) | {"TILE": tile} if kind else {}
     columns = max(1, tile) * G
@@ -175,6 +172,7 @@ def paged_decode(
         registers=size.get("registers"), SCALE=scale, WINDOW=window or 0, S=S, K=K, G=G, H=H,
         GP=max(smallest, group), HP=padded, BLOCK=size["block"], STAGES=size["stages"],
         PRECISION="ieee" if q.dtype == jnp.float32 else "tf32", GC=group,
-        PARTS=max(1, min(4096, 2048 * size["warps"]) // (group * padded)), **constants,  # as registers hold
+        PARTS=max(1, min(size.get("parts", 4096), 2048 * size["warps"]) // (group * padded)),  # as registers hold
+        LISTED=pages_listed(S, size["block"]), **constants,
     )  # fmt: skip
     return results[0] if fresh else results[-1]

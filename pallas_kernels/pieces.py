@@ -23,6 +23,28 @@ def pages_of(pages_ptr, at, end, S: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @jit
+def first_pages(work, begin, S: tl.constexpr, BLOCK: tl.constexpr):
+    """The pages of a piece's first BLOCK keys, from the list: their address follows from the piece's number alone."""
+    if S % BLOCK == 0:
+        return tl.load(work + 8)
+    elif BLOCK % S == 0:
+        return tl.load(work + 8 + tl.arange(0, BLOCK) // S)
+    else:
+        return tl.load(work + 8 + (begin % S + tl.arange(0, BLOCK)) // S)
+
+
+@jit
+def next_pages(work, pages_ptr, begin, at, end, S: tl.constexpr, BLOCK: tl.constexpr, LISTED: tl.constexpr):
+    """`pages_of` for a piece that begins at `begin`: those that its list has come from there."""
+    if S % BLOCK == 0:
+        page = tl.minimum(at, end - 1) // S
+    else:
+        page = tl.minimum(at + tl.arange(0, BLOCK), end - 1) // S
+    place = page - begin // S
+    return tl.load(tl.where(place < LISTED, work + 8 + place, pages_ptr + page))
+
+
+@jit
 def _combine(
     first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr,
     K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, GC: tl.constexpr, PARTS: tl.constexpr,
@@ -62,16 +84,17 @@ def _combine(
 
 @jit
 def piece_at(work):
-    """Of a piece: token, first key, end, oldest visible key, the row's first piece, its number of pieces (see _cut)."""
-    return (tl.load(work + 1), tl.load(work + 2), tl.load(work + 3), tl.load(work + 4), tl.load(work + 5),
-            tl.load(work + 6))  # fmt: skip
+    """Of a piece: page table's row (-1: none), token, first key, end, oldest visible key, the row's first piece, its
+    number of pieces, number of the row (see _cut)."""
+    return (tl.load(work), tl.load(work + 1), tl.load(work + 2), tl.load(work + 3), tl.load(work + 4),
+            tl.load(work + 5), tl.load(work + 6), tl.load(work + 7))  # fmt: skip
 
 
 @jit
 def finish(
     work_ptr, partial, mine, top, total, first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr,
     K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, GC: tl.constexpr, PARTS: tl.constexpr,
-    GROUP: tl.constexpr = 0, tokens=1,
+    LISTED: tl.constexpr, GROUP: tl.constexpr = 0, tokens=1,
 ):  # fmt: skip
     """Leaves what a piece of several knows beside its sums, and adds all up where it is the row's last to be done.
 
@@ -80,7 +103,7 @@ def finish(
     tl.store(tops_ptr + partial, top, mask=mine)
     tl.store(totals_ptr + partial, total, mask=mine)
     tl.debug_barrier()  # all threads have stored before one of them counts
-    done = work_ptr + first * (7 + K) + 7 + head
+    done = work_ptr + tl.num_programs(1) * (8 + LISTED) + first * K + head
     if tl.atomic_add(done, 1) == pieces - 1:
         tl.store(done, 0)  # as the next launch wants it
         _combine(
@@ -96,21 +119,35 @@ def cdiv_(a, b):
 
 @jit
 def _even(span, share, BLOCK: tl.constexpr):
-    """The length of a row's pieces, all but the last, which are about equal and at most `share`."""
+    """The length of a row's pieces, all but the last, which are about equal and at most `share`.
+
+    Unless there would be more than 64: adding up many takes longer than the reading that they share out.
+    """
+    share = tl.maximum(share, cdiv_(span, 64))
     return tl.maximum(cdiv_(cdiv_(span, tl.maximum(cdiv_(span, share), 1)), BLOCK), 1) * BLOCK
 
 
 @jit
+def _pieces(span, share, BLOCK: tl.constexpr):
+    """How many pieces a row has."""
+    return tl.maximum(cdiv_(span, _even(span, share, BLOCK)), 1)
+
+
+@jit
 def _cut(
-    length_ptr, token_ptr, R, most, pieces, work_ptr,
-    WINDOW: tl.constexpr, BLOCK: tl.constexpr, SMALLEST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    PART: tl.constexpr, PADDED: tl.constexpr,
+    length_ptr, token_ptr, pages_ptr, tiles_ptr, R, P, most, pieces, work_ptr,
+    WINDOW: tl.constexpr, BLOCK: tl.constexpr, SMALLEST: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    LISTED: tl.constexpr, TILED: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, PADDED: tl.constexpr,
+    TRIES: tl.constexpr,
 ):  # fmt: skip
     """Cuts every row's visible keys into pieces of at most about total / pieces, of SMALLEST, multiples of BLOCK.
 
-    Writes the pieces, int32[most, WIDTH]: row (-1: none), token, first key, end, oldest visible key, the row's first
-    piece, its number of pieces, and zeros: at a row's first piece a launch counts in them, for each head, the pieces
-    that are done, and leaves them zero.  Rows whose token is -1 have no piece.  Grid: most / PART.
+    Rounding up gives up to R pieces more than asked for.  Where up to twice as long ones make that none, they are.
+    Writes int32[most, 8 + LISTED]: the page table's row (-1: no piece), token, first key, end, oldest visible key, the
+    row's first piece, its number of pieces, the row's number, and its first LISTED pages.  With TILED rows are tiles
+    (see tiles.py), of which several have one row of pages.  Behind all that are most * K zeros: at a row's first piece
+    a launch counts, for each head, the pieces that are done, and leaves zero.  Rows whose token is -1 have no piece.
+    Grid: most / PART.
     """
     r = tl.arange(0, ROWS)
     length = tl.load(length_ptr + r, mask=r < R, other=0)
@@ -120,7 +157,12 @@ def _cut(
     here = tl.load(token_ptr + r, mask=r < R, other=-1) >= 0
     share = tl.maximum(cdiv_(tl.sum(tl.where(here, span, 0), 0), pieces), SMALLEST)
     share = cdiv_(share, BLOCK) * BLOCK
-    splits = tl.where(here, tl.maximum(cdiv_(span, _even(span, share, BLOCK)), 1), 0)
+    if TRIES > 1:
+        longer = cdiv_(share + share // TRIES * tl.arange(0, TRIES), BLOCK) * BLOCK
+        number = tl.where(here[:, None], _pieces(span[:, None], longer[None, :], BLOCK), 0)
+        fits = tl.min(tl.where(tl.sum(number, 0) <= pieces, longer, 2147483647), 0)
+        share = tl.where(fits < 2147483647, fits, share)
+    splits = tl.where(here, _pieces(span, share, BLOCK), 0)
     after = tl.cumsum(splits, 0)
     piece = tl.program_id(0) * PART + tl.arange(0, PART)
     passed = after[None, :] <= piece[:, None]
@@ -128,23 +170,32 @@ def _cut(
     used = piece < tl.sum(splits, 0)
     row = tl.where(used, tl.sum(passed.to(tl.int32), 1), 0)
     length = tl.load(length_ptr + row)
+    table = row
+    if TILED:
+        table = tl.maximum(tl.load(tiles_ptr + row * 8), 0)
     oldest = tl.zeros_like(length)
     if WINDOW:
         oldest = tl.maximum(length - WINDOW, 0)
     begin = oldest // BLOCK * BLOCK
     share = _even(length - begin, share, BLOCK)
     start = begin + (piece - first) * share
-    work = work_ptr + piece * WIDTH
+    end = tl.minimum(start + share, length)
+    work = work_ptr + piece * (8 + LISTED)
     stored = piece < most
-    tl.store(work, tl.where(used, row, -1), mask=stored)
+    tl.store(work, tl.where(used, table, -1), mask=stored)
     tl.store(work + 1, tl.load(token_ptr + row), mask=stored)
-    tl.store(work + 2, start, mask=stored)
-    tl.store(work + 3, tl.minimum(start + share, length), mask=stored)
+    tl.store(work + 2, tl.where(used, start, 0), mask=stored)
+    tl.store(work + 3, tl.where(used, end, 0), mask=stored)
     tl.store(work + 4, oldest, mask=stored)
     tl.store(work + 5, first, mask=stored)
-    tl.store(work + 6, tl.maximum(cdiv_(length - begin, share), 1), mask=stored)
-    head = 7 + tl.arange(0, PADDED)[None, :]
-    tl.store(work[:, None] + head, tl.zeros([PART, PADDED], tl.int32), mask=stored[:, None] & (head < WIDTH))
+    tl.store(work + 6, tl.where(used, tl.maximum(cdiv_(length - begin, share), 1), 1), mask=stored)
+    tl.store(work + 7, row, mask=stored)
+    place = tl.arange(0, LISTED)[None, :]
+    page = tl.minimum((start // S)[:, None] + place, (tl.maximum(end - 1, 0) // S)[:, None])
+    tl.store(work[:, None] + 8 + place, tl.load(pages_ptr + table[:, None] * P + page), mask=stored[:, None])
+    head = tl.arange(0, PADDED)[None, :]
+    done = work_ptr + most * (8 + LISTED) + (piece * K)[:, None] + head
+    tl.store(done, tl.zeros([PART, PADDED], tl.int32), mask=stored[:, None] & (head < K))
 
 
 def listed(R, most):
@@ -154,12 +205,21 @@ def listed(R, most):
     return {"ROWS": rows, "PART": part}, (cdiv(most, part),)
 
 
-def cut(length, token, window, block, smallest, pieces, most, heads):
+def pages_listed(page_size, block):
+    """Of how many pages a piece has a list: 8 or more, and those of the first two turns of `block` keys at least."""
+    whole = page_size % block == 0 or block % page_size == 0
+    return max(8, power_of_two(2 * cdiv(block, page_size) + (not whole)))
+
+
+def cut(length, token, pages, window, page_size, block, smallest, pieces, most, heads, tiles=None):
     """What `_cut` writes.  The same in every layer of a step, where XLA computes it once."""
     constants, grid = listed(length.shape[0], most)
+    pages_of_piece = pages_listed(page_size, block)
     (work,) = triton_call(
-        _cut, length, token, length.shape[0], most, pieces,
-        out=[jax.ShapeDtypeStruct((most, 7 + heads), jnp.int32)], grid=grid, warps=4, stages=1, WINDOW=window or 0,
-        BLOCK=block, SMALLEST=smallest, WIDTH=7 + heads, PADDED=power_of_two(heads), **constants,
+        _cut, length, token, pages, length if tiles is None else tiles, length.shape[0], pages.shape[1], most, pieces,
+        out=[jax.ShapeDtypeStruct((most * (8 + pages_of_piece + heads),), jnp.int32)], grid=grid, warps=4, stages=1,
+        WINDOW=window or 0, BLOCK=block, SMALLEST=smallest, S=page_size, K=heads, LISTED=pages_of_piece,
+        TILED=tiles is not None, PADDED=power_of_two(heads), TRIES=min(16, max(1, 1024 // constants["ROWS"])),
+        **constants,
     )  # fmt: skip
     return work

@@ -14,7 +14,7 @@ attention to prompts, which is a tenth of the time of a step of 4096 tokens of a
 """
 
 from pallas_kernels.kv_quant import column, scale_and_zero, unit, values
-from pallas_kernels.pieces import finish, pages_of, piece_at
+from pallas_kernels.pieces import finish, first_pages, next_pages, pages_of, piece_at
 from pallas_kernels.tiles import tile_at
 from pallas_kernels.triton_call import jit, tl
 
@@ -160,8 +160,8 @@ def attend_codes(
     out_ptr, sums_ptr, tops_ptr, totals_ptr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
     GP: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    GC: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr, VALUES: tl.constexpr,
-    BOOST: tl.constexpr, ASM: tl.constexpr,
+    GC: tl.constexpr, PARTS: tl.constexpr, LISTED: tl.constexpr, TILE: tl.constexpr,
+    KIND: tl.constexpr, VALUES: tl.constexpr, BOOST: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One piece of one row for one kv head, as `_attend` of paged_decode.py: grid (K, pieces).
 
@@ -169,11 +169,9 @@ def attend_codes(
     """
     head = tl.program_id(0)
     piece = tl.program_id(1)
-    work = work_ptr + piece * (7 + K)
-    row = tl.load(work)
-    if row < 0:
-        return
-    token, begin, end, oldest, first, pieces = piece_at(work)
+    work = work_ptr + piece * (8 + LISTED)
+    row, token, begin, end, oldest, first, pieces, number = piece_at(work)
+    page = first_pages(work, begin, S, BLOCK)
     first_page = tl.load(first_page_ptr)
     W: tl.constexpr = H // VALUES
     COLUMNS: tl.constexpr = TILE * G if TILE else G
@@ -182,11 +180,10 @@ def attend_codes(
     tokens = 1
     position = end
     if TILE:
-        tile = tiles_ptr + row * 8
-        row = tl.maximum(tl.load(tile), 0)
+        tile = tiles_ptr + number * 8
         tokens = tl.load(tile + 2)
         position = tl.load(tile + 3)
-    here = (g < COLUMNS) & (g < tokens * G)
+    here = (g < COLUMNS) & (g < tokens * G) & (row >= 0)
     mine = here[None, :] & (w < W)[:, None]
     heads = (token + g // G) * (K * G) + head * G + g % G
     q, reach, q_sum = _queries(q_ptr, heads * H, mine, w, KIND, VALUES, H)
@@ -194,7 +191,6 @@ def attend_codes(
     k_words = k_ptr.to(tl.pointer_type(tl.uint16))
     v_words = v_ptr.to(tl.pointer_type(tl.uint16))
     pages = pages_ptr + row * P
-    page = pages_of(pages, begin, tl.maximum(end, 1), S, BLOCK)
     dtype: tl.constexpr = q[0].dtype
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
         key = tl.arange(0, BLOCK)
@@ -205,7 +201,7 @@ def attend_codes(
         if TILE:
             seen &= key[:, None] <= (position - at + g // G)[None, :]
         slot = _slots(first_page + page, at, head, K, S, BLOCK)
-        page = pages_of(pages, at + BLOCK, end, S, BLOCK)
+        page = next_pages(work, pages, begin, at + BLOCK, end, S, BLOCK, LISTED)
         top, total, base, sums = _turn(
             q, q_sum, reach, slot, w, loaded, seen, top, total, base, sums, k_words, k_parameters_ptr, v_words,
             v_parameters_ptr, True, S % BLOCK == 0, SCALE * 1.4426950408889634, W, BLOCK, PRECISION, KIND, VALUES,
@@ -224,7 +220,7 @@ def attend_codes(
             tl.store(sums_ptr + place, sums[j] * (unit(j, KIND, dtype) / BOOST) + base[None, :], mask=mine)
         finish(
             work_ptr, partial, here, top, total, first, pieces, token, head, out_ptr, sums_ptr, tops_ptr, totals_ptr,
-            K, COLUMNS, H, HP, GC, PARTS, G, tokens,
+            K, COLUMNS, H, HP, GC, PARTS, LISTED, G, tokens,
         )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ CASES = {
 STEPS = {  # tried one group after the other, all combinations within a group
     "paged_decode": (
         {"block": (32, 64, 128), "warps": (4, 8), "stages": (3, 4)},
-        {"programs": (528, 1056, 2112), "smallest": (64, 128, 256)},
+        {"programs": (264, 396, 528, 1056), "smallest": (64, 128, 256), "parts": (4096, 8192)},
     ),
     "hopper_prefill": (
         {"pingpong": (0, 1), "registers": ([24, 240], [40, 232]), "block": (128,)},

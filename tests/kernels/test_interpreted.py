@@ -17,6 +17,7 @@ from pallas_kernels import (
     paged_decode_reference,
     paged_prefill,
     paged_prefill_reference,
+    pieces,
     rope_kv_write,
     rope_kv_write_reference,
     triton_call,
@@ -88,6 +89,45 @@ def test_decode(page_size, heads, window, dtype):
     args = (case.q, case.k, case.v, 1, case.pages, case.length)
     args = [x if isinstance(x, int) else jnp.asarray(x) for x in args]
     close(paged_decode(*args, scale=0.2, window=window), paged_decode_reference(*args, scale=0.2, window=window), dtype)
+
+
+@pytest.mark.parametrize(
+    "lengths, window, wanted, most",
+    [
+        ([520] * 16, None, 33, 32),  # two pieces each, and not three of which the last is short
+        ([500] * 7 + [32700] + [500] * 8, None, 33, 33),
+        ([520] * 40, None, 33, 40),  # more rows than pieces
+        ([500] * 30 + [32700], None, 33, 64),
+        ([7, 0, 3000, 1, 64, 65], 700, 9, 9),
+        ([5], None, 33, 1),
+        ([32700], None, 280, 64),  # more would take longer to add up
+    ],
+)
+@pytest.mark.parametrize("page_size, block", [(64, 64), (16, 64), (128, 32), (48, 32)])
+def test_cut(lengths, window, wanted, most, page_size, block):
+    """Every visible key is in one piece, no more pieces are made than asked for where that can be, and the lists of
+    pages are right."""
+    R, heads, size = len(lengths), 3, pieces.pages_listed(page_size, block)
+    pages = np.random.default_rng(0).permutation(R * 2048).reshape(R, 2048).astype(np.int32)
+    arrays = [jnp.asarray(x, jnp.int32) for x in (lengths, np.arange(R), pages)]
+    work = np.asarray(pieces.cut(*arrays, window, page_size, block, 128, wanted, wanted + R, heads))
+    assert not work[(wanted + R) * (8 + size) :].any()
+    work = work[: (wanted + R) * (8 + size)].reshape(wanted + R, 8 + size)
+    used = work[work[:, 0] >= 0]
+    assert len(used) <= most
+    for row, length in enumerate(lengths):
+        mine = used[used[:, 0] == row]
+        oldest = max(length - window, 0) if window else 0
+        assert (mine[:, 4] == oldest).all()
+        assert (mine[:, 6] == len(mine)).all()
+        assert (mine[:, 5] == np.flatnonzero(used[:, 0] == row)[0]).all()
+        assert mine[0, 2] == oldest // block * block
+        assert mine[-1, 3] == length
+        assert (mine[1:, 2] == mine[:-1, 3]).all()
+        assert (mine[:, 2] % block == 0).all()
+        for piece in mine:
+            there = range(piece[2] // page_size, max(piece[3] - 1, piece[2]) // page_size + 1)[:size]
+            assert (piece[8 : 8 + len(there)] == pages[row, there]).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
