@@ -239,7 +239,9 @@ def _rounded(weight, seen, tokens, settings, kernels):
     return found, found.values().reshape(weight.shape), errors
 
 
-_rounded_whole = jax.jit(_rounded, static_argnames=("tokens", "settings", "kernels"))
+_rounded_whole = jax.jit(
+    _rounded, static_argnames=("tokens", "settings", "kernels"), compiler_options=calibrate.OPTIONS
+)
 _fold_whole = jax.jit(fold, static_argnames="path")
 
 

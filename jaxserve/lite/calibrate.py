@@ -29,7 +29,8 @@ from jaxserve.quant.dense import Dense
 
 MAPS = ("mixer.qkv", "mixer.o", "ffn.gate_up", "ffn.down")  # a layer's linear maps, by their place in a Layer
 CROWDED = 1 / 24  # of the device's memory, that one copy of the hidden states may take; there are up to six
-OPTIONS = {"xla_gpu_enable_triton_gemm": False}  # cuBLAS is quick with many tokens, and so is compiling for it
+# cuBLAS is quick with many tokens.  Of its own kernels XLA would try many; those of float32 take minutes to compile.
+OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 EXPERT_ARRANGES = ("experts", "experts_gate_up")
 
 

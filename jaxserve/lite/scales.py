@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.lite import rounding
-from jaxserve.lite.calibrate import at, placed
+from jaxserve.lite.calibrate import OPTIONS, at, placed
 
 POWERS = tuple((a / 20, b) for a in range(2, 15, 2) for b in (0.0, a / 20))  # (a, b) that are tried beside (0, 0)
 OUTPUTS = 1024  # of a map that a scale is judged by
 WORTH = 0.99  # a scale has to make the error smaller than this share
 
 
-@partial(jax.jit, static_argnames=("group", "symmetric", "tie"))
+@partial(jax.jit, static_argnames=("group", "symmetric", "tie"), compiler_options=OPTIONS)
 def search(weight, moments, group: int, symmetric: bool = False, tie: tuple | None = None):
     """Scales float32[inputs] by which inputs are divided and weights multiplied; ones where none is worth it.
 
