@@ -7,9 +7,6 @@ A mask takes a core 5 us to 0.6 ms (SmolLM2's tokens; patterns and strings of bo
 them 3 ms: many threads fill them, while the device computes.  Where it can wait for them itself (engine.gate) a thread
 of the guide's makes them when the tokens come, and the engine's thread never waits.
 
-Telling matchers their tokens holds the interpreter, filling masks does not: rows are taken in parts, of which one is
-told while those before are filled.
-
 Where a grammar forces a text, its tokens are asked for at once, and their masks need no more of llguidance.  It would
 ask itself, in the midst of a mask, and what spells texts is Python: each thread would wait for the interpreter.
 """
@@ -19,7 +16,6 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,8 +26,7 @@ from jaxserve.engine.matchers import Matcher, Sources, compiled, short
 from jaxserve.engine.request import Request
 
 log = logging.getLogger("jaxserve")
-PARTS = 3  # that the rows of a step are taken in, ...
-LEAST = 8  # ... of so many at least
+BITS = (1 << np.arange(32, dtype=np.uint32)).view(np.int32)  # of the tokens in a word of a mask
 Ended = list[tuple[Request, str]]  # "" where the answer is complete, or why it cannot go on
 
 
@@ -56,7 +51,9 @@ class Job:
     """The masks of a step that waits for them at the gate."""
 
     def __init__(self, rows: Sequence[tuple[int, Request]], before: Sequence[Before], gate: Gate):
-        self.rows = [(row, request, len(request.tokens)) for row, request in rows if not request.finish]
+        self.rows = [(row, request, len(request.tokens)) for row, request in sorted(rows, key=_source)]
+        self.rows = [one for one in self.rows if not one[1].finish]
+        self.places = np.array([row for row, *_ in self.rows], np.intp)
         self.before, self.gate = before, gate
         self.number, self.ticket = gate.next()  # the ticket is for the step
         self.ended: Ended = []  # known when the gate is open: before the step draws
@@ -74,8 +71,7 @@ class Guide:
         self.words, self._table_words = -(-vocab // 32), 0
         self._make = table if callable(table) else lambda: table
         self._table: LLTokenizer | None = None
-        self._executor, self._eos = LLExecutor(threads), np.zeros(0, np.int64)
-        self._helpers = ThreadPoolExecutor(PARTS - 1, "jaxserve-guide")
+        self._executor, self._eos = LLExecutor(threads), dict[int, int]()  # bits of ends of texts, by word
         self.sources = Sources()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -88,8 +84,10 @@ class Guide:
         with self._lock:
             if self._table is None:
                 table = self._make()
-                eos = np.array(sorted(set(table.eos_tokens)), np.int64)
-                self._eos, self._table_words = eos[eos < 32 * self.words], -(-table.vocab_size // 32)
+                self._table_words = -(-table.vocab_size // 32)
+                for token in sorted(set(table.eos_tokens)):
+                    if token < 32 * self.words:
+                        self._eos[token // 32] = self._eos.get(token // 32, 0) | int(BITS[token % 32])
                 self._table = table
             return self._table
 
@@ -108,6 +106,7 @@ class Guide:
         are free.
         """
         masks = np.full((count, self.words), -1, np.int32)
+        rows = sorted(rows, key=_source)
         due = [(row, request, self._missed(request, len(request.tokens), [])) for row, request in rows]
         return masks, self._masks(due, masks)
 
@@ -150,7 +149,7 @@ class Guide:
         rows = self._next(job.rows, drawn)
         bound[:] = 0
         if rows:
-            bound[[row for row, *_ in rows]] = 1
+            bound[job.places if len(rows) == len(job.rows) else [row for row, *_ in rows]] = 1
             job.ended = self._masks(rows, masks, job.followed)
 
     def _next(self, rows, steps):
@@ -160,8 +159,15 @@ class Guide:
             came = [token for drawn in steps if (token := drawn.get(request)) is not None]
             if came and (min(came) < 0 or not request.stop_ids.isdisjoint(came)):
                 continue
-            if known + len(came) <= request.limit:
-                going.append((row, request, self._missed(request, known, came)))
+            if known + len(came) > request.limit:
+                continue
+            followed = request.matcher.followed
+            ahead = request.prompt_len + len(followed) - known  # tokens of `came` that were followed before
+            if 0 < ahead <= len(came) and came[ahead - 1] == followed[-1]:
+                came = came[ahead:]
+            elif ahead or not followed or request.tokens[known - 1] != followed[-1]:
+                came = self._missed(request, known, came)
+            going.append((row, request, came))
         return going
 
     def _missed(self, request: Request, known: int, came: list[int]) -> list[int]:
@@ -185,58 +191,45 @@ class Guide:
         followed: threading.Event | None = None,
     ) -> Ended:
         """`allow` for rows with the tokens that each has yet to follow.  Of `masks` these rows are written."""
-        # Neighbours tend to be one thread's work: those that share a lexer would wait for each other on two.
-        rows = sorted(rows, key=lambda row: id(row[1].matcher.source))
-        count = max(1, min(PARTS, len(rows) // LEAST))
-        parts = [rows[i * len(rows) // count : (i + 1) * len(rows) // count] for i in range(count)]
-        left = list(range(count))  # parts that have yet to follow
-
-        def part(rows):
-            going, forced, over = self._follow(rows)
-            if forced:
-                self._force(forced, masks)
-            left.pop()
-            if not left and followed is not None:
-                followed.set()
-            return going, over + self._fill(going, masks)
-
-        others = [self._helpers.submit(part, each) for each in parts[1:]]
-        try:
-            going, over = part(parts[0])
-        finally:  # nobody writes masks any more, whatever happens
-            _ = [other.exception() for other in others]
-        for other in others:
-            more, failed = other.result()
-            going, over = going + more, over + failed
-        if going:
-            at = np.array([row for row, _ in going])
-            can_end = (masks[at[:, None], self._eos // 32] >> (self._eos % 32) & 1).any(1)
-            if can_end.any():
-                failed = {row for row, *_ in over}
-                over += self._ends(masks, [one for one, can in zip(going, can_end) if can and one[0] not in failed])
+        going, forced, over = self._follow(rows)
+        for row, token in forced.items():
+            masks[row] = 0
+            if token < 32 * self.words:
+                masks[row, token // 32] = BITS[token % 32]
+        if followed is not None:
+            followed.set()
+        over += self._fill(going, masks)
+        if ending := self._ending(going, masks):
+            # A matcher that failed allows the end, and nothing else.
+            again = [one for one in ending if one[1].matcher.matcher.is_error() and self._again(one[1])]
+            if again:
+                over += self._fill(again, masks)
+                ending = self._ending(going, masks)
+            failed = {row for row, *_ in over}
+            over += self._ends(masks, [one for one in ending if one[0] not in failed])
         for row, request, why in over:
             masks[row], request.matcher.over = -1, why
         return [(request, why) for _, request, why in over]
 
-    def _force(self, forced: Mapping[int, int], masks: np.ndarray) -> None:
-        """Leaves rows one token each."""
-        at, tokens = np.array(list(forced)), np.array(list(forced.values()))
-        words = np.minimum(tokens // 32, self.words - 1)
-        masks[at] = 0
-        masks[at, words] = np.where(tokens < 32 * self.words, 1 << tokens % 32, 0).astype(np.uint32).view(np.int32)
+    def _ending(self, rows: Sequence[tuple[int, Request]], masks: np.ndarray) -> list[tuple[int, Request]]:
+        """Those whose texts may end."""
+        at, found = np.array([row for row, _ in rows], np.intp), np.zeros(len(rows), bool)
+        for word, bits in self._eos.items():
+            found |= masks[at, word] & bits != 0
+        return [rows[i] for i in np.flatnonzero(found).tolist()]
 
     def _ends(self, masks: np.ndarray, rows: Sequence[tuple[int, Request]]) -> list[tuple[int, Request, str]]:
         """Puts what ends each request in the place of what ends texts of its grammar; those that can only end."""
         at, ended, stops = np.array([row for row, _ in rows], np.intp), [], defaultdict(list)
-        for token in self._eos.tolist():
-            masks[at, token // 32] &= ~_bit(token)
+        for word, bits in self._eos.items():
+            masks[at, word] &= ~bits
         for (row, request), more in zip(rows, masks[at].any(1).tolist()):
             if not more:  # it is complete, or it has gone wrong
                 ended.append((row, request, request.matcher.trouble()))
             for token in request.matcher.ends:
                 stops[token].append(row)
         for token, these in stops.items():
-            masks[these, token // 32] |= _bit(token)
+            masks[these, token // 32] |= BITS[token % 32]
         return ended
 
     def _follow(self, rows: Sequence[tuple[int, Request, list[int]]]):
@@ -292,9 +285,6 @@ class Guide:
                 fill_next_token_bitmask(rows[0][1].matcher.matcher, found, rows[0][0])
             else:
                 fill_next_token_bitmask_par(self._executor, [(r.matcher.matcher, row) for row, r in rows], found)
-            for row, request in rows:
-                if request.matcher.matcher.is_error() and self._again(request):
-                    fill_next_token_bitmask(request.matcher.matcher, found, row)
         except BaseException as error:  # a panic of Rust code is no Exception
             log.warning("filling masks failed, row by row again: %s", short(str(error)))
             for row, request in rows:
@@ -329,6 +319,6 @@ class Guide:
         request.matcher.renew(compiled(self.prepare(), request.grammar), tokens)
 
 
-def _bit(token: int) -> np.int32:
-    """The bit of a token in its word of a mask."""
-    return np.uint32(1 << token % 32).view(np.int32)
+def _source(pair: tuple[int, Request]) -> int:
+    """Neighbours tend to be one thread's work: those that share a lexer would wait for each other on two."""
+    return id(pair[1].matcher.source)

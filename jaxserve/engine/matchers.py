@@ -64,8 +64,9 @@ class Matcher:
 
     def follow(self, tokens: Sequence[int]) -> None:
         """Notes tokens that have come.  llguidance's matcher is to be told them unless more are forced."""
-        for token in tokens:
-            self.forced = self.forced[1:] if self.forced and self.forced[0] == token else []
+        if self.forced:
+            for token in tokens:
+                self.forced = self.forced[1:] if self.forced and self.forced[0] == token else []
         self.followed += tokens
         self.source.tokens += len(tokens)
 

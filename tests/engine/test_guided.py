@@ -12,7 +12,6 @@ import pytest
 from llguidance import LLMatcher, LLParserLimits
 
 from jaxserve.engine import gate as gates
-from jaxserve.engine import guide as guides
 from jaxserve.engine import matchers, turns
 from jaxserve.engine.guide import Guide
 from jaxserve.engine.request import Request, SamplingParams
@@ -502,9 +501,7 @@ def test_masks_of_steps_that_wait_for_them():
     assert not guide._thread.is_alive()
 
 
-@pytest.mark.parametrize("least", [guides.LEAST, 1])
-def test_the_gate_opens_whatever_happens(monkeypatch, least):
-    monkeypatch.setattr(guides, "LEAST", least)  # of the rows that are taken in parts
+def test_the_gate_opens_whatever_happens(monkeypatch):
     guide, gate = Guide(build.table, 97), Gate(2, 4)
     some = [request(regex("[ab]+")) for _ in range(2)]
     for one in some:
@@ -516,7 +513,7 @@ def test_the_gate_opens_whatever_happens(monkeypatch, least):
             raise RuntimeError("the device is gone")
 
     masks, ended = gate.found(guide.start(rows, [Lost()], gate))
-    assert masks == ["all", "all"] and ended == [(one, "no mask could be made: the device is gone") for one in some]
+    assert masks == ["all", "all"] and set(ended) == {(one, "no mask could be made: the device is gone") for one in some}
     good, some[0].matcher.matcher = some[0].matcher.matcher, None
     masks, ended = gate.found(guide.start(rows, [], gate))
     assert masks == ["all", "ab"] and [who for who, _ in ended] == some[:1]
@@ -524,14 +521,12 @@ def test_the_gate_opens_whatever_happens(monkeypatch, least):
     with monkeypatch.context() as broken:
         broken.setattr(guide, "_fill", lambda *_: 1 / 0)
         masks, ended = gate.found(guide.start(rows, [], gate))
-    assert masks == ["all", "all"] and ended == [(one, "no mask could be made: division by zero") for one in some]
+    assert masks == ["all", "all"] and set(ended) == {(one, "no mask could be made: division by zero") for one in some}
     assert gate.found(guide.start(rows, [], gate)) == (["ab", "ab"], [])  # the next goes on
     guide.close()
 
 
-@pytest.mark.parametrize("least", [99, guides.LEAST, 2])
-def test_masks_that_are_waited_for_are_those_of_allow(monkeypatch, least):
-    monkeypatch.setattr(guides, "LEAST", least)  # of the rows that are taken in parts
+def test_masks_that_are_waited_for_are_those_of_allow():
     guide, draw, patterns = Guide(build.table, 97), random.Random(3), ["[a-z]{1,9}=(yes|no)", "(ab|ba)+c", "[0-9]{3}-x"]
     gate, many = Gate(21, 4), [request(regex(patterns[i % 3])) for i in range(21)]
     for one in many:
