@@ -513,7 +513,8 @@ def test_the_gate_opens_whatever_happens(monkeypatch):
             raise RuntimeError("the device is gone")
 
     masks, ended = gate.found(guide.start(rows, [Lost()], gate))
-    assert masks == ["all", "all"] and set(ended) == {(one, "no mask could be made: the device is gone") for one in some}
+    assert masks == ["all", "all"]
+    assert set(ended) == {(one, "no mask could be made: the device is gone") for one in some}
     good, some[0].matcher.matcher = some[0].matcher.matcher, None
     masks, ended = gate.found(guide.start(rows, [], gate))
     assert masks == ["all", "ab"] and [who for who, _ in ended] == some[:1]
