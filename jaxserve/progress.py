@@ -52,10 +52,11 @@ class Log:
         self.n = 0
 
     def _tell(self):
-        self.told, counts, unit = time.perf_counter(), (self.n, self.total), self.unit
+        self.told, unit = time.perf_counter(), self.unit
+        counts = [str(count) for count in (self.n, self.total) if count is not None]
         if unit == "B":
-            counts, unit = tuple(f"{count / 2**30:.2f}" for count in counts if count is not None), "GiB"
-        of = " of ".join(str(count) for count in counts if count is not None)
+            counts, unit = [f"{int(count) / 2**30:.2f}" for count in counts], "GiB"
+        of = " of ".join(counts)
         self.write(f"{self.name}: {of} {unit} after {self.told - self.began:.1f} s".replace("  ", " "))
 
     def __enter__(self):

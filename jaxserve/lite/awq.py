@@ -19,7 +19,6 @@ import logging
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -28,7 +27,7 @@ import numpy as np
 
 from jaxserve import mesh as meshes
 from jaxserve.lite import awq_layout as layout
-from jaxserve.lite import calibrate, experts, rounding
+from jaxserve.lite import calibrate, experts, middles, rounding
 from jaxserve.lite.calibrate import at, placed
 from jaxserve.lite.scales import fold, search
 from jaxserve.models import family
@@ -138,7 +137,7 @@ def compile_ahead(block, settings: Settings, tokens: int) -> None:
 
     What is not foreseen here compiles itself when it is called.
     """
-    layer, middle = block.layer, Middle(block)
+    layer, middle = block.layer, middles.Middle(block)
     if not isinstance(layer.ffn, GatedMLP):
         return
     where, kernels = meshes.sharding(block.mesh), rounding.kernels_for(block.mesh, settings.group)
@@ -147,20 +146,21 @@ def compile_ahead(block, settings: Settings, tokens: int) -> None:
     def made(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
-    jobs, inner = [], None
+    jobs: list[tuple] = []
+    inner: tuple = ()
     for path in calibrate.MAPS:
-        given = block.cfg, middle.window, path, factors, factors, outer, inner
-        total, later = made(_looked.eval_shape(*given, None))
+        given = block.cfg, middle.window, path, factors, factors, outer, inner or None
+        total, later = made(middles.looked.eval_shape(*given, None))
         weight, asked = at(layer, path).weight, SEARCHES[settings.search]
         ways = weight, total, tokens, settings, kernels
         found = made(_rounded_whole.eval_shape(*ways))[0]
-        jobs += [(_looked, *given, total), (_means, total, tokens), (_rounded_whole, *ways)]
+        jobs += [(middles.looked, *given, total), (middles.means, total, tokens), (_rounded_whole, *ways)]
         jobs.append((layout.packing, *layout.packing_of(block, path, found, weight.shape)))
         if path in asked and path in ("mixer.qkv", "ffn.gate_up"):
             jobs.append((search, weight, total.moments, settings.group, settings.symmetric))
             jobs += [(_fold_whole, layer, path, made(layer.norm1)), (WHOLE[2], total, made(layer.norm1))]
         if path == "ffn.down":
-            jobs.append((_closed, block.cfg, factors, inner[0], later[0] if block.roomy else None))
+            jobs.append((middles.closed, block.cfg, factors, inner[0], later[0] if block.roomy else None))
         elif path != "mixer.qkv":
             inner = later
 
@@ -172,8 +172,8 @@ def compile_ahead(block, settings: Settings, tokens: int) -> None:
 
     most = min(len(jobs), os.cpu_count() or 1)
     with jax.default_matmul_precision(block.precision), ThreadPoolExecutor(most) as pool:
-        for function, *given in jobs:  # lowering holds the interpreter, and Triton knows one thread
-            pool.submit(compiled, function.lower(*given))
+        for function, *rest in jobs:  # lowering holds the interpreter, and Triton knows one thread
+            pool.submit(compiled, function.lower(*rest))
 
 
 class Made(NamedTuple):
@@ -194,11 +194,11 @@ def quantized(block, settings: Settings, tokens: int, clock=None) -> Made:
 def _quantized(block, settings, tokens, clock):
     plain = layer = block.layer  # scaled alike; one of them is rounded, map by map
     tensors: dict = {}
-    errors, middle = {}, Middle(block)
+    errors, middle = {}, middles.Middle(block)
     sparse = not isinstance(layer.ffn, GatedMLP)
     kernels = rounding.kernels_for(block.mesh, settings.group)
     # A GPU compiles what it does whole; on the CPU the same is done step by step, as the figures above are of.
-    rounded, folded, scaled = WHOLE if block.quick else (_rounded, fold, Seen.scaled)
+    rounded, folded, scaled = WHOLE if block.quick else (_rounded, fold, middles.Seen.scaled)
     for path in calibrate.MAPS[: 2 if sparse else None]:
         with clock.stage("inputs"):
             seen = middle.seen(path, layer, plain)
@@ -245,107 +245,7 @@ _rounded_whole = jax.jit(
 _fold_whole = jax.jit(fold, static_argnames="path")
 
 
-class Seen(NamedTuple):
-    """Means over the inputs x of a map, [in] each, and y, what they would be had nothing been rounded before."""
-
-    moments: jax.Array  # float32[in, in]: x x^T
-    apart: jax.Array  # float32[in, in]: x (y - x)^T
-    owed: jax.Array | None  # float32[in, D]: x r^T, where the outputs are added to hidden states that are off by r
-
-    def scaled(self, scale):
-        """The same for x / scale."""
-        owed = None if self.owed is None else self.owed / scale[:, None]
-        pairs = scale[:, None] * scale[None]
-        return Seen(self.moments / pairs, self.apart / pairs, owed)
-
-
-WHOLE = _rounded_whole, _fold_whole, jax.jit(Seen.scaled)
-
-
-class Middle:
-    """What comes into the maps of a layer, rounded so far (`layer`) and not (`plain`), computed once in order."""
-
-    def __init__(self, block):
-        self.block, self.cfg, self.window = block, block.cfg, block.cfg.window_at(block.index)
-        self.outer = list(zip(block.hidden, block.exact))  # what comes into the layer: (rounded before it, not)
-        self.inner: list = [None] * len(self.outer)  # later what comes into o, then the hidden states in the middle
-        self.last: list = []  # what comes into down, where there is room for it
-        self.largest: list = []  # of the hidden states that are not rounded
-
-    def seen(self, path, layer, plain) -> Seen:
-        """Seen of a map; ask for the maps in order."""
-        total, count, pairs, whole = None, 0, [], meshes.sharding(self.block.mesh)
-        layer, plain = map(self.block.factors, (layer, plain))
-        for outer, inner in zip(self.outer, self.inner):
-            count += math.prod(outer[0].shape[:2])
-            if total is None:
-                shapes = _looked.eval_shape(self.cfg, self.window, path, layer, plain, outer, inner, None)
-                total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=whole), shapes[0])
-            total, new = _looked(self.cfg, self.window, path, layer, plain, outer, inner, total)
-            if path == "mixer.qkv":
-                self.largest.append(new)
-            elif path != "ffn.down" or self.block.roomy:
-                pairs.append(tuple(map(self.block.keep, new)))
-        if path == "ffn.down":
-            self.last = pairs
-        elif path != "mixer.qkv":
-            self.inner = pairs
-        return _means(total, count)
-
-    def outputs(self, layer, plain) -> tuple[list, list]:
-        """The layer's outputs, and those of the unrounded one; everything has been seen."""
-        both: tuple[list, list] = [], []
-        layer, plain = map(self.block.factors, (layer, plain))
-        for number, pair in enumerate(self.inner):
-            taken = self.last[number] if self.last else (None, None)
-            for out, of, middle, x in zip(both, (layer, plain), pair, taken):
-                out.append(self.block.keep(_closed(self.cfg, of, middle, x)))
-        return both
-
-
-@partial(
-    jax.jit,
-    static_argnames=("cfg", "window", "path"),
-    donate_argnames="total",
-    compiler_options=calibrate.OPTIONS,
-)
-def _looked(cfg, window, path, layer, plain, outer, inner, total):
-    """(the sums of a Seen with one more batch, what is needed later: the pair that came in, or the next hidden states)
-
-    Of qkv the latter is the size of the largest hidden state.
-    """
-    owed, both = None, (layer, plain)
-    if path == "mixer.qkv":
-        x, y = (calibrate.normed(cfg, of, z) for of, z in zip(both, outer))
-        later = jnp.abs(outer[1]).max()
-    elif path == "mixer.o":
-        later = x, y = tuple(calibrate.attended(cfg, window, of, z) for of, z in zip(both, outer))
-        owed = outer[1] - outer[0]
-    elif path == "ffn.gate_up":
-        later = tuple(calibrate.mixed(of, z, taken) for of, z, taken in zip(both, outer, inner))
-        x, y = (calibrate.ready(cfg, of, z) for of, z in zip(both, later))
-    else:
-        later = x, y = tuple(calibrate.inner(cfg, of, z) for of, z in zip(both, inner))
-        owed = inner[1] - inner[0]
-    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    kind = layer.mixer.qkv.weight.dtype
-
-    def beside(other):
-        return jnp.matmul(x.astype(kind).T, other.astype(kind), preferred_element_type=x.dtype)
-
-    new = Seen(beside(x), beside(y - x), None if owed is None else beside(owed.reshape(len(x), -1)))
-    return (new if total is None else jax.tree.map(jnp.add, total, new)), later
-
-
-@partial(jax.jit, static_argnames="count", donate_argnames="total")
-def _means(total, count):
-    return jax.tree.map(lambda part: part / count, total)
-
-
-@partial(jax.jit, static_argnames="cfg", compiler_options=calibrate.OPTIONS)
-def _closed(cfg, layer, middle, taken):
-    """A layer's output, of the hidden states in its middle and, where it is known, what comes into down."""
-    return calibrate.fed(cfg, layer, middle) if taken is None else middle + calibrate.product(layer.ffn.down, taken)
+WHOLE = _rounded_whole, _fold_whole, jax.jit(middles.Seen.scaled)
 
 
 @jax.jit

@@ -112,9 +112,9 @@ def layers(model, windows, progress: Callable | None = None, batch: int = 1, bot
     cfg, found = model.cfg, weights.check(model.source, model.cfg, model.mesh)
     rows = [row for row in family(cfg.family).weights(cfg) if "{}" in row.path]
     quick = hurries(model.mesh)
-    how = _crowded(model, windows), quick, _roomy(model, windows)
     wide = model.dtype == np.float32
-    how = *how, "highest" if quick and wide else None, quick and not wide
+    precision, narrow = "highest" if quick and wide else None, quick and not wide
+    how = _crowded(model, windows), quick, _roomy(model, windows), precision, narrow
     hidden = exact = embedded(model, found, windows, batch)
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(read_layer, model, found, 0)

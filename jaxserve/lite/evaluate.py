@@ -25,7 +25,7 @@ from jaxserve import checkpoint, hub
 from jaxserve.config import EngineConfig
 from jaxserve.engine.loading import load
 from jaxserve.lite import corpus
-from jaxserve.progress import bar, stages
+from jaxserve.progress import Lines, bar, stages
 from jaxserve.text.chat import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -34,7 +34,9 @@ STEP = 1024  # most tokens that are scored in one step
 KV = {0: "as computed", 8: "int8", 4: "int4", 16: "fp8"}
 
 
-def score(model, config: EngineConfig, windows: np.ndarray, show: bool | None = None) -> tuple[np.ndarray, np.ndarray]:
+def score(
+    model, config: EngineConfig, windows: np.ndarray, show: bool | Lines | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Scores windows of token ids, int32[n, length], with a model that is loaded for it, and closed again.
 
     Returns the negative log-likelihood (natural logarithm) of each token after the first, float64[n, length-1], and
@@ -45,7 +47,7 @@ def score(model, config: EngineConfig, windows: np.ndarray, show: bool | None = 
         return measure(engine, windows, show)
 
 
-def opened(model, config: EngineConfig, length: int, show: bool | None = None):
+def opened(model, config: EngineConfig, length: int, show: bool | Lines | None = None):
     """An Engine of `model` that is as small as scoring windows of `length` tokens needs it."""
     path = resolve(model, config)
     page = min(config.cache_block_seq_len, 64)
@@ -62,7 +64,7 @@ def opened(model, config: EngineConfig, length: int, show: bool | None = None):
         return load(str(path), config, progress=progress, scores_only=True, once=True)
 
 
-def measure(engine, windows: np.ndarray, show: bool | None = None, name: str = "scoring"):
+def measure(engine, windows: np.ndarray, show: bool | Lines | None = None, name: str = "scoring"):
     """As `score`, with an Engine."""
     nll, top = [], []
     waiting: deque = deque()
@@ -111,7 +113,7 @@ def compare(
     policies: Sequence[int] = (0,),
     *,
     report: Callable[[str], None] = lambda line: None,
-    show: bool | None = None,
+    show: bool | Lines | None = None,
     **text,
 ) -> list[dict]:
     """Scores a text with every model and each of its KV caches, one after the other; a dict each.

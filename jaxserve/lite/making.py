@@ -124,10 +124,10 @@ def texts(path, config, calibration, folder, tell, show, measured=True) -> tuple
 
     Those of an unfinished run are kept in its folder.
     """
-    held = held_out(calibration.samples)
     stored, scores = folder.partial / "windows.npy", folder.partial / "before.npz"
     if not stored.exists():
-        count, scored = calibration.samples + held, held if measured else 0
+        count = calibration.samples + held_out(calibration.samples)
+        scored = held_out(count) if measured else 0
         try:
             found, before = writing.windows(
                 path, config, calibration.dataset, count, calibration.length, tell, show, scored
@@ -140,7 +140,7 @@ def texts(path, config, calibration, folder, tell, show, measured=True) -> tuple
         new = stored.with_suffix(".new.npy")
         np.save(new, found)
         os.replace(new, stored)
-    windows, before = np.load(stored), None
+    windows, known = np.load(stored), None
     if len(windows) < 2:
         raise ValueError(
             f"{calibration.dataset}: fills one window of {calibration.length} tokens; one more is needed to measure "
@@ -148,9 +148,9 @@ def texts(path, config, calibration, folder, tell, show, measured=True) -> tuple
         )
     if scores.exists():
         with np.load(scores) as file:
-            before = [file[name] for name in file.files]
+            known = [file[name] for name in file.files]
     calibrated = len(windows) - held_out(len(windows))
-    return windows[:calibrated], windows[calibrated:], before
+    return windows[:calibrated], windows[calibrated:], known
 
 
 def observe(model, config, calibration: Calibration, tell=log.info, show: bool | Lines | None = None) -> Path:
