@@ -8,7 +8,7 @@ a tokenizer (random weights) gets words of random letters as its vocabulary.
 
 The pieces are milliseconds a step with bound rows, mean and 99th percentile.  `made` is the guide's thread, all of a
 step; of it `token` waits for the device: as long as this is not next to nothing, the device sets the pace.  Then come
-`next` (what each row has to follow), `follow` (matchers are told the tokens, and asked for what is forced), `fill`
+`next` (what each row has to follow), `follow` (matchers are told the tokens), `fill`
 (llguidance, on --threads threads); `masks` is the last two, and ends of answers.
 `late`, made without token, is what must fit into a forward of the device, which waits for the masks before it draws.
 On the engine's thread: `plan`, `pack`, `launch`, `record` (waits for a step, then tokens to their outboxes); `turn` is

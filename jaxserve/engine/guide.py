@@ -7,8 +7,8 @@ A mask takes a core 5 us to 0.6 ms (SmolLM2's tokens; patterns and strings of bo
 them 3 ms: many threads fill them, while the device computes.  Where it can wait for them itself (engine.gate) a thread
 of the guide's makes them when the tokens come, and the engine's thread never waits.
 
-Where a grammar forces a text, its tokens are asked for at once, and their masks need no more of llguidance.  It would
-ask itself, in the midst of a mask, and what spells texts is Python: each thread would wait for the interpreter.
+Where a grammar forces a text, llguidance asks in the midst of a mask how the vocabulary spells it: see
+`text.grammar.token_table` for why that should not be Python.
 """
 
 import logging
@@ -191,11 +191,7 @@ class Guide:
         followed: threading.Event | None = None,
     ) -> Ended:
         """`allow` for rows with the tokens that each has yet to follow.  Of `masks` these rows are written."""
-        going, forced, over = self._follow(rows)
-        for row, token in forced.items():
-            masks[row] = 0
-            if token < 32 * self.words:
-                masks[row, token // 32] = BITS[token % 32]
+        going, over = self._follow(rows)
         if followed is not None:
             followed.set()
         over += self._fill(going, masks)
@@ -235,11 +231,10 @@ class Guide:
     def _follow(self, rows: Sequence[tuple[int, Request, list[int]]]):
         """Tells matchers the tokens that have come since.
 
-        Returns (row, request) of those that need a mask, {row: token} of those where only that may come, and (row,
-        request, why) of those that end.  2 to 5 us a row, all of which hold the interpreter: by many threads it took
-        no less, for they have to be woken.
+        Returns (row, request) of those that need a mask, and (row, request, why) of those that end.  By many threads
+        it took no less, for they have to be woken.
         """
-        going, forced, over = [], {}, []
+        going, over = [], []
         for row, request, tokens in rows:
             state = request.matcher
             try:
@@ -248,28 +243,21 @@ class Guide:
                 why = short(str(error)) or type(error).__name__
             if why is not None:
                 over.append((row, request, why))
-            elif state.forced:
-                forced[row] = state.forced[0]
             else:
                 going.append((row, request))
-        return going, forced, over
+        return going, over
 
     def _told(self, request: Request, tokens: list[int]) -> str | None:
         """Tells a matcher what has come.  "" when the answer is complete, a message on errors, else None."""
         state = request.matcher
         state.follow(tokens)
-        if state.forced:
-            return None
         for token in state.followed[state.told :]:
             if not (
                 state.matcher.consume_token(token) or (self._again(request) and state.matcher.consume_token(token))
             ):
                 return state.trouble() or f"token {token} does not match the grammar"
             state.told += 1
-        if state.matcher.is_stopped():
-            return state.trouble()
-        state.ahead()
-        return None
+        return state.trouble() if state.matcher.is_stopped() else None
 
     def _fill(self, rows: Sequence[tuple[int, Request]], masks: np.ndarray) -> list[tuple[int, Request, str]]:
         """Fills the masks of `allow`, before ends of answers are looked at.

@@ -3,7 +3,6 @@
 A grammar is llguidance's JSON text, checked before it comes here.
 """
 
-import logging
 import threading
 import time
 import weakref
@@ -14,7 +13,6 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from jaxserve.engine.request import Request
 
-log = logging.getLogger("jaxserve")
 # A grammar that was checked before with the same or tighter limits stays within these; a step takes 8 ms at most.
 LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=20_000, verbose_errors=False)
 DEAR = 0.003  # seconds of a processor to compile a grammar, from which on few lexers must do for many answers
@@ -53,7 +51,6 @@ class Matcher:
         self.prompt_len, self.ends = request.prompt_len, tuple(ends)
         self.followed: list[int] = []  # tokens of the answer; its request may have yet to get the newest
         self.told = 0  # how many of these llguidance's matcher has been told
-        self.forced: list[int] = []  # tokens that must come next; until the last has, nothing is told
         self.alone = False  # whether no other answer ever used its lexer
         self.over: str | None = None  # why nothing more may come: "" where the answer is complete, or what is wrong
 
@@ -63,21 +60,9 @@ class Matcher:
         return self.prompt_len + len(self.followed)
 
     def follow(self, tokens: Sequence[int]) -> None:
-        """Notes tokens that have come.  llguidance's matcher is to be told them unless more are forced."""
-        if self.forced:
-            for token in tokens:
-                self.forced = self.forced[1:] if self.forced and self.forced[0] == token else []
+        """Notes tokens that have come, which llguidance's matcher is to be told."""
         self.followed += tokens
         self.source.tokens += len(tokens)
-
-    def ahead(self) -> list[int]:
-        """Tokens that must come next, where the grammar leaves no choice; its matcher has been told what was due."""
-        if not self.forced:
-            try:
-                self.forced = self.matcher.compute_ff_tokens()  # an empty answer is kept, for the mask
-            except BaseException as error:  # a panic of Rust code; the mask will meet it, too
-                log.debug("forced tokens are not known: %s", short(str(error)))
-        return self.forced
 
     def trouble(self) -> str:
         """What went wrong in it, or ""."""
@@ -87,7 +72,7 @@ class Matcher:
         """Goes on with another of llguidance's, with a lexer of its own, from where the answer has `tokens`."""
         self.matcher, self.alone = matcher, True
         matcher.consume_tokens(tokens)
-        self.followed, self.told, self.forced, self.over = list(tokens), len(tokens), [], None
+        self.followed, self.told, self.over = list(tokens), len(tokens), None
 
 
 class Sources:

@@ -7,6 +7,7 @@ long their text is, how deep they nest, and the work that llguidance may put int
 
 import hashlib
 import json
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from jaxserve.text import schema as schemas
 from jaxserve.text.tokenizer import Tokenizer
 
+log = logging.getLogger("jaxserve")
 LONGEST = 1 << 18  # characters of a grammar as JSON text
 LONGEST_REGEX = 1 << 14  # characters
 LONGEST_GRAMMAR = 1 << 14  # characters of Lark or GBNF
@@ -51,9 +53,31 @@ def token_table(tokenizer: Tokenizer, vocab: int | None = None, stop_ids: Iterab
     ends = sorted({*tokenizer.eos_ids, *stop_ids})
     if not ends:
         raise ValueError("the tokenizer names no token that ends an answer, so grammars cannot be followed")
-    spelling = _Spelling(tokenizer, max(vocab or 0, tokenizer.vocab_size), ends)
-    table = LLTokenizer(TokenizerWrapper(spelling), eos_token=ends)
-    spelling.table = table
+    width = max(vocab or 0, tokenizer.vocab_size)
+    table = _native(tokenizer, width, ends)
+    if table is None:
+        spelling = _Spelling(tokenizer, width, ends)
+        table = spelling.table = LLTokenizer(TokenizerWrapper(spelling), eos_token=ends)
+    return table
+
+
+def _native(tokenizer: Tokenizer, vocab: int, ends: list[int]) -> LLTokenizer | None:
+    """The table as llguidance makes it from the tokenizer's file; None where it reads that otherwise than we do.
+
+    It spells texts without the interpreter, for which the threads that fill masks would wait.
+    """
+    try:
+        table = LLTokenizer(tokenizer.core.to_str(), n_vocab=vocab, eos_token=ends)
+    except BaseException as error:  # a panic of Rust code is no Exception
+        log.debug("llguidance does not read the tokenizer: %s", error)
+        return None
+    special = tokenizer.special_ids.union(ends)
+    for id, text in enumerate(tokenizer.token_bytes):
+        if text == b"\xff":  # in no text; llguidance marks special tokens with it
+            continue
+        if table.is_special_token(id) != (id in special) or (id not in special and table.decode_bytes([id]) != text):
+            log.debug("llguidance takes token %d, %r, for another", id, text)
+            return None
     return table
 
 

@@ -49,6 +49,31 @@ def test_table(model):
     assert written - tokenizer.special_ids <= free
 
 
+def test_llguidance_reads_tokenizers_itself(model, monkeypatch):
+    """Its table allows what one allows that asks us how texts are spelled, along answers with much that is forced."""
+    tokenizer, table = model
+    ends = sorted(tokenizer.eos_ids)
+    assert grammar._native(tokenizer, table.vocab_size, ends) is not None
+    monkeypatch.setattr(grammar, "_native", lambda *of: None)
+    ours = grammar.token_table(tokenizer, table.vocab_size)
+    for shape, text in (
+        (grammar.from_schema(POINT | {"additionalProperties": False}), SPACED),
+        (grammar.from_choice(["seventeen", "seventy seas"]), "seventy seas"),
+        (grammar.from_regex("(the sea is deep and blue|a sea)\\.[0-9]{2}"), "the sea is deep and blue.17"),
+    ):
+        one, other = grammar.matcher(shape, table), grammar.matcher(shape, ours)
+        for token in tokenizer.spell(text):
+            assert allowed(one) == allowed(other)
+            assert one.consume_token(token) == other.consume_token(token)
+        assert allowed(one) == allowed(other)
+
+
+def test_what_llguidance_reads_otherwise_is_spelled_by_us(spm):
+    """A token of text that ends answers is no text for a grammar: llguidance does not know that from the file."""
+    word = spm.encode("sea", bos=False)[-1]
+    assert grammar._native(spm, spm.vocab_size, sorted({*spm.eos_ids, word})) is None
+
+
 def test_all_that_end_an_answer_may(spm):
     other = spm.encode("sea", bos=False)[-1]
     table = grammar.token_table(spm, stop_ids=[other])
