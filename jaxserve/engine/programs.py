@@ -79,7 +79,8 @@ def compile_all(jobs, devices, folder, progress=None, workers=None, tunes=None):
         for future in as_completed(running):
             future.result()
     finally:  # after an error, what has not begun will not
-        collects and gc.enable()
+        if collects:
+            gc.enable()
         pool.shutdown(wait=False, cancel_futures=True)
     store.trim()
     return out
