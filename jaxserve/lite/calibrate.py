@@ -62,17 +62,17 @@ class Block:
 
         layer: one with other weights (the block's own unless given); exact: from the unquantized model's hidden states.
         """
+        of = self.factors(layer or self.layer)
         for x in self.exact if exact else self.hidden:
             with meshes.on(self.mesh), jax.default_matmul_precision(self.precision):
-                of = self.factors(layer or self.layer)
                 _, taken = forward(self.cfg, self.cfg.window_at(self.index), paths, of, jnp.asarray(x))
             yield taken
 
     def outputs(self, layer: Layer | None = None, exact: bool = False) -> Iterator[jax.Array]:
         """What the layer makes of each batch of its inputs, float32[B, T, D]."""
+        of = self.factors(layer or self.layer)
         for x in self.exact if exact else self.hidden:
             with meshes.on(self.mesh), jax.default_matmul_precision(self.precision):
-                of = self.factors(layer or self.layer)
                 out, _ = forward(self.cfg, self.cfg.window_at(self.index), (), of, jnp.asarray(x))
             yield out  # outside: whoever stops asking would leave the mesh on
 
