@@ -1,5 +1,6 @@
 """Requests from any thread, and the thread that owns the device: turns, as long as there is something to do."""
 
+import gc
 import itertools
 import logging
 import threading
@@ -127,6 +128,7 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
             self.runner.release()
+            gc.unfreeze()  # see loading.load
 
     def __enter__(self):
         return self

@@ -1,5 +1,6 @@
 """From a folder to an engine: what is read when, and what is said of damaged weights."""
 
+import gc
 import os
 import threading
 
@@ -43,6 +44,12 @@ def test_files_are_read_ahead_while_programs_compile(folder, monkeypatch):
     pieces = range(0, large.st_size, large.st_size // 2)
     assert asked == [(large.st_ino, offset, os.POSIX_FADV_WILLNEED) for offset in pieces]
     assert [line.split(" ")[1] for line in told if "ready in" in line or "loaded in" in line] == ["programs", "loaded"]
+
+
+def test_what_starting_leaves_is_not_looked_through_again(folder):
+    with build.engine(folder):
+        assert gc.get_freeze_count() > 50_000
+    assert not gc.get_freeze_count()
 
 
 def test_damaged_weights_are_named(folder):
