@@ -33,11 +33,11 @@ PROJECT = Path(__file__).parents[1]
 TOOLS = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
 DTYPES = ("bfloat16", "float16", "float32")
 CODES = tuple((f"{kind}-{dtype}", kind, dtype) for kind in ("int8", "int4", "fp8") for dtype in DTYPES[:2])
-CONTROLS, GROUPS = ("near", "far"), ("hopper", "triton", "int4", *(name for name, *_ in CODES))
+CONTROLS, GROUPS = ("near", "far"), ("hopper", "triton", "int4", "others", *(name for name, *_ in CODES))
 ALLOCATORS = ("cuda_async", "address")  # of JAX, the one that shows most first
 SETTINGS = ("XLA_", "JAX_", "TF_GPU_", "TRITON_", "CUDA_LAUNCH", "CUDA_MODULE")  # of the caller, which do not matter
 OURS = ("_attend", "attend_", "_cut", "_tiles", "_order", "_write", "_rope_write", "_skinny", "_few", "_grouped",
-        "mosaic", "prefill")  # fmt: skip
+        "_spread", "_descend", "mosaic", "prefill")  # fmt: skip
 LIMIT = 105  # seconds of it all
 LENGTHS, NEW = [5, 700, 0, 128, 1, 300, 65], [5, 200, 0, 1, 1, 1, 65]
 
@@ -107,6 +107,22 @@ def launch(group):
             out.append(product(x, tiles.reshape(3, 8, 3, 128), *experts, sizes))
         return out
 
+    def few(dtype):
+        from pallas_kernels.skinny_matmul import skinny_matmul
+
+        x, weight, both = (jnp.ones(shape, dtype) for shape in ((5, 192), (192, 320), (192, 2, 320)))
+        norm, residual = jnp.ones(192, dtype), jnp.ones((5, 320), dtype)
+        out = [skinny_matmul(x[:T], weight, norm=norm, eps=1e-3, residual=residual[:T]) for T in (1, 3)]
+        return [*out, *(skinny_matmul(x[:T], both, norm=norm, eps=1e-3, gated=True) for T in (1, 5))]
+
+    def rounded():
+        from pallas_kernels import rounding
+
+        rows, square, ends = jnp.ones((32, 75)), jnp.eye(32), jnp.ones((4, 2))
+        scale, zero = rounding.cut(rows, rows[:, 0], ends, symmetric=False, most=15)
+        q, _ = rounding.spread(rows, square, scale, zero, most=15)
+        return rounding.descend(q, rows, square, scale, zero, most=15)
+
     def told(dtype, what):
         print(f"launched: {dtype}, {what}: {', '.join(sorted(names))}", flush=True)
         names.clear()
@@ -125,6 +141,9 @@ def launch(group):
     for dtype in DTYPES[:2] if group == "int4" else ():
         jax.block_until_ready(int4(dtype))
         told(dtype, "kernels for int4 weights")
+    for dtype in DTYPES[:2] if group == "others" else ():
+        jax.block_until_ready((few(dtype), rounded()))
+        told(dtype, "kernels for few rows, and for rounding")
     for dtype in DTYPES[:2] if group == "hopper" else ():
         pk.tuning.lookup("hopper_prefill", dtype, 128)["tokens"] = 0  # for the smallest steps, too
         (out,) = jax.block_until_ready(attention(dtype))
