@@ -48,7 +48,7 @@ CALIBRATION = (
            ".jsonl or .parquet file; wikitext2, ptb, c4 or pileval (needs the extra `calib`); self: the model writes "
            "its own"),
     option("Calibration", "--calib-samples", type=click.IntRange(1), help="windows of text (default: 128, on a "
-           "CPU 16)"),
+           "CPU 32)"),
     option("Calibration", "--calib-seqlen", type=click.IntRange(2), help="tokens of a window (default: 2048, on a CPU "
            "512)"),
     option("Calibration", "--batch-size", type=click.IntRange(1), help="windows that are computed at once (default: 4, "

@@ -25,7 +25,7 @@ from jaxserve.progress import Clock, Lines, bar, stages
 
 HELD_OUT = 8  # windows at most that are measured with, and not calibrated with
 SAFE = 30000.0  # half of the largest number of float16
-SMALL = (16, 512)  # windows, and their tokens, on a CPU where nobody says how many
+SMALL = (32, 512)  # windows, and their tokens, on a CPU where nobody says how many
 
 log = logging.getLogger("jaxserve")
 
