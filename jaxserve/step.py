@@ -135,6 +135,12 @@ def _told(drawn):
     return jax.tree.map(lambda x: x[None], told)
 
 
+@partial(jax.jit, static_argnames="shape")
+def empty(shape):
+    """A state in which nobody sits.  shape: State of ShapeDtypeStructs."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(jnp.zeros(x.shape, x.dtype), x.sharding), shape)
+
+
 @partial(jax.jit, static_argnames=("cfg", "shape", "tree"), donate_argnames="state", compiler_options=OPTIONS)
 def step(cfg, shape, tree, leaves, state, words):
     """Does shape.steps steps with one token a row, each of which takes what the step before drew.

@@ -95,6 +95,9 @@ class PagePool:
                     self.blank.append(page)
 
 
-def _packed(tokens: Sequence[int]) -> bytes:
+def _packed(tokens: Sequence[int]) -> Hashable:
     """Tokens as a key: a tenth of the memory of a tuple, whose numbers are an object each."""
-    return array("i", tokens).tobytes()
+    try:
+        return array("i", tokens).tobytes()
+    except (TypeError, OverflowError):  # no tokens: their request fails when it is packed, and no other
+        return tuple(tokens)

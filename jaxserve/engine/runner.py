@@ -132,6 +132,7 @@ class Runner:
             jobs["score", tokens] = jitted.score, (self.cfg, head, *known), self._options(BLOCK)
         jobs["logits"] = jitted.logits, (self.cfg, head, self._hidden(self.sizes.scored[0]), self._struct(())), None
         jobs["seat"] = jitted.seat, (state, *self._structs(table_rows(None, self.vocab, self.plan.session_len))), None
+        jobs["empty"] = jitted.empty, (state,), None
         return jobs
 
     def _options(self, tokens):
@@ -189,7 +190,7 @@ class Runner:
 
     def workspace(self):
         """Bytes on a device that the largest program, as compiled, and the sampler's tables take."""
-        found = (program.memory_analysis() for program in self.programs.values())
+        found = (program.memory_analysis() for key, program in self.programs.items() if key != "empty")
         sizes = [m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in found if m is not None]
         tables = jax.tree.leaves(self.state_shape.tables)
         return max(sizes, default=0) + sum(math.prod(x.shape) * x.dtype.itemsize for x in tables)
@@ -197,11 +198,7 @@ class Runner:
     def reset(self):
         """A fresh, empty state: at start, and after a step that failed with its state donated."""
         self.state = None  # the old pool goes before the new one is allocated
-        make = jax.jit(
-            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.state_shape),
-            out_shardings=jax.tree.map(lambda s: s.sharding, self.state_shape),
-        )
-        self.state = make()
+        self.state = self.programs["empty"]()
         self.seated = [None] * self.plan.lanes
         self.unmasked = {}
 
