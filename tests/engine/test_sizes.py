@@ -32,10 +32,10 @@ def test_short_steps_share_launches():
     assert choose().bursts == ()  # 16 GiB of weights: a step takes 5 ms
     assert choose("cpu", weights=1 << 28).bursts == ()
     small = choose(weights=1_200_000_000)
-    assert dict(small.bursts) == {2: 4, 8: 4, 16: 4, 32: 2, 64: 2}
-    assert [small.steps(rows) for rows in (0, 1, 2, 9, 17, 64, 65, 256)] == [4, 4, 4, 4, 2, 2, 1, 1]
+    assert dict(small.bursts) == {2: 8, 8: 4, 16: 4, 32: 4, 64: 2}
+    assert [small.steps(rows) for rows in (0, 1, 2, 9, 33, 64, 65, 256)] == [8, 8, 8, 4, 2, 2, 1, 1]
     assert dict(choose(weights=270_000_000, lanes=3).bursts) == {2: 8, 3: 8}
     alone = Sizes.choose("gpu", dataclasses.replace(PLAN, weights=1_200_000_000, lanes=8), 1)
-    assert (dict(alone.bursts), alone.whole) == ({1: 4, 2: 4, 8: 4}, (1, 2, 4, 8))
+    assert (dict(alone.bursts), alone.whole) == ({1: 8, 2: 8, 8: 4}, (1, 2, 4, 8))
     long = choose(weights=1_200_000_000, cache=PLAN.cache * 8)  # the same with eight times the keys and values
     assert dict(long.bursts) == {2: 4, 8: 2}
