@@ -96,7 +96,7 @@ class PagePool:
 
 
 def _packed(tokens: Sequence[int]) -> Hashable:
-    """Tokens as a key: a tenth of the memory of a tuple, whose numbers are an object each."""
+    """Tokens as a key: an eighth of the memory of a tuple, whose numbers are an object each."""
     try:
         return array("i", tokens).tobytes()
     except (TypeError, OverflowError):  # no tokens: their request fails when it is packed, and no other

@@ -2,7 +2,7 @@
 
 Beside the folder that will be, `.NAME.partial` collects one file for each finished layer; `finish` puts them together
 with what was not quantized, the configs and the tokenizer, and renames.  Whoever looks at the folder sees all or
-nothing, and the same bytes whether a run was interrupted or not.  Knows no quantization format.
+nothing, and on a CPU the same bytes whether a run was interrupted or not.  Knows no quantization format.
 """
 
 import json
