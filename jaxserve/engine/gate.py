@@ -29,10 +29,10 @@ class Gate:
         The memory is of `device`, and others of its process read it as well.
         """
         begin = -(-(HEAD + rows) // HEAD) * HEAD
-        end = begin + rows * words
+        end = begin + -(-rows * words // HEAD) * HEAD  # masks are read by whole lines
         memory, owner = _shared(device, end + rows)
         self.bound = memory[HEAD : HEAD + rows]  # int32[rows]  0: a row may draw everything, and has no mask
-        self.masks = memory[begin:end].reshape(rows, words)
+        self.masks = memory[begin : begin + rows * words].reshape(rows, words)
         self.tokens = memory[end:]  # int32[rows]  of the step whose number is `told`
         self._flag, self._told, self._newest = memory[:1], memory[waiting.TOLD : waiting.TOLD + 1], 0
         address = memory.ctypes.data

@@ -20,12 +20,13 @@ interpreted = pytest.mark.skipif(
 R, W, AT = 6, 1100, 128
 
 
-def shared(seed=0):
+def shared(seed=0, words=W):
     """The shared memory, and views of its flag, of which rows are bound, and of the masks."""
-    memory = np.zeros(AT + R * W, np.int32)
-    flag, bound, masks = memory[:1], memory[module.HEAD : module.HEAD + R], memory[AT:].reshape(R, W)
+    memory = np.zeros(AT + -(-R * words // module.LINE) * module.LINE, np.int32)
+    flag, bound = memory[:1], memory[module.HEAD : module.HEAD + R]
+    masks = memory[AT : AT + R * words].reshape(R, words)
     draw = np.random.default_rng(seed)
-    masks[:], bound[:] = draw.integers(-(1 << 31), 1 << 31, (R, W)), [1, 0, 1, 1, 0, 1]
+    masks[:], bound[:] = draw.integers(-(1 << 31), 1 << 31, (R, words)), [1, 0, 1, 1, 0, 1]
     return memory, flag, bound, masks
 
 
@@ -52,6 +53,9 @@ def test_ticket():
     for address in (0x7FFF_FFFF_F000, 0x5555_8000_0040, 64):
         words = module.ticket(address, 3, AT, 0.25).tolist()
         assert words[1] << 31 | words[0] == address and words[2:5] == [3, AT, 250]
+    for address, masks in ((68, AT), (64, AT + 4)):
+        with pytest.raises(ValueError, match=f"begin {masks} words behind address {address:#x}"):
+            module.ticket(address, 3, masks, 0.25)
 
 
 @pytest.fixture
@@ -82,7 +86,7 @@ def run(monkeypatch):
 
     monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", assembly)
     monkeypatch.setattr(module, "triton_call", call)
-    return lambda ticket, rows: module.await_masks(ticket, np.zeros(1, np.float32), rows=rows, words=W)
+    return lambda ticket, rows, words=W: module.await_masks(ticket, np.zeros(1, np.float32), rows=rows, words=words)
 
 
 @interpreted
@@ -114,6 +118,16 @@ def test_kernels(run, number):
 
 
 @interpreted
+@pytest.mark.parametrize("words", [1, 7, 32, 511, 1001, 1024])
+def test_rows_that_begin_within_a_line(run, words):
+    memory, flag, bound, masks = shared(words, words)
+    ticket = module.ticket(memory.ctypes.data, 2, AT, 60)
+    flag[0] = 2
+    for rows in (1, 5, R):
+        np.testing.assert_array_equal(run(ticket, rows, words), reference(ticket, flag, bound, masks, rows))
+
+
+@interpreted
 def test_tell(run):
     memory, *_, masks = shared()
     before, at = masks.copy(), AT + (R - 1) * W  # in the place of the last masks
@@ -135,19 +149,20 @@ def test_patience_ends(run):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu():
+@pytest.mark.parametrize("words", [W, 1001])
+def test_on_a_gpu(words):
     """A program that waits while another thread opens, beside transfers that must not wait for it."""
     from jaxserve.engine.gate import Gate
 
-    gate = Gate(jax.devices()[0], jax.device_put, R, W)
-    program = jax.jit(lambda ticket: module.await_masks(ticket, jnp.zeros(1), rows=R, words=W))
+    gate = Gate(jax.devices()[0], jax.device_put, R, words)
+    program = jax.jit(lambda ticket: module.await_masks(ticket, jnp.zeros(1), rows=R, words=words))
     told = jax.jit(module.tell)
     assert (np.asarray(program(gate.free)) == -1).all()
     draw = np.random.default_rng(0)
     for _ in range(2 * module.CYCLE):
         number, ticket = gate.next()
         waits, other = program(ticket), jax.device_put(np.arange(9))
-        wanted, bound = draw.integers(-(1 << 31), 1 << 31, (R, W)), draw.integers(0, 2, R)
+        wanted, bound = draw.integers(-(1 << 31), 1 << 31, (R, words)), draw.integers(0, 2, R)
 
         def opens(number=number, wanted=wanted, bound=bound):
             gate.masks[:], gate.bound[:] = wanted, bound
