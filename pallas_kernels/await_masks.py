@@ -40,7 +40,9 @@ def ticket(address: int, number: int, masks: int, patience: float, tokens: int =
     they begin within one, or the address is not a multiple of 16; a multiple of a line's bytes is better.
     """
     if address % 16 or masks % LINE:
-        raise ValueError(f"masks are read by lines of 128 bytes: they cannot begin {masks} words behind address {address:#x}")
+        raise ValueError(
+            f"masks are read by lines of 128 bytes: they cannot begin {masks} words behind address {address:#x}"
+        )
     words = np.zeros(TICKET, np.int32)
     words[:6] = address & 0x7FFFFFFF, address >> 31, number, masks, round(patience * 1e3), tokens
     return words
