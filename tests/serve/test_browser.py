@@ -69,6 +69,14 @@ def test_a_conversation_goes_on(site):
     assert last(page) == "4 turns"
 
 
+def test_a_question_before_the_models_are_known(site):
+    page = site()
+    page.js("document.querySelector('#model').replaceChildren()")
+    page.js("document.querySelector('#model-name').textContent = 'connecting…'")
+    ask(page, "soon")
+    assert last(page) == "Echo: soon"
+
+
 def test_a_question_without_an_answer_is_not_sent_again(site):
     page = site(lambda text: f"{text.count(USER)} turns")
     ask(page, "z" * 5000, until="document.querySelector('.failure')?.textContent")

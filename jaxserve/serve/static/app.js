@@ -163,7 +163,7 @@ async function stream(conversation, message, signal) {
   const answered = (index) => messages[index].content && (messages[index + 1]?.content ?? true);
   const sent = messages.filter((_, index) => answered(index)).map(({ role, content }) => ({ role, content }));
   if (conversation.system.trim()) sent.unshift({ role: "system", content: conversation.system });
-  const body = { model: modelName(), messages: sent, ...chosen() };
+  const body = { model: await modelName(), messages: sent, ...chosen() };
   const pace = { began: performance.now() };
   let pieces = 0;
   for await (const chunk of chat(body, store.key.get(), signal)) {
@@ -233,7 +233,8 @@ function showState() {
 
 // The server.
 
-const modelName = () => ($("model").hidden ? $("model-name").textContent : $("model").value);
+/** The list is empty until the server has answered, which may take longer than a first question. */
+const modelName = async () => $("model").value || (await models(store.key.get()))[0].id;
 
 async function connect() {
   try {
