@@ -193,9 +193,10 @@ def read_layer(model, found, index) -> Layer:
     for (path, part), leaf in found.items():
         if not path.startswith(prefix := f"layers.{index}."):
             continue
-        array, sound = leaf.finish(leaf.load(model.source), np.float32)
-        if not sound:
-            raise ValueError(f"layer {index}: tensor {leaf.sources[0]}.{part} has values that are no numbers")
+        array, _ = leaf.finish(leaf.load(model.source), np.float32)
+        if not _finite(array):
+            names = " or ".join(f"{source.format('*')}.{part}" for source in leaf.sources)
+            raise ValueError(f"layer {index}: tensor {names} has values that are no numbers; get the model again")
         node = tree
         for name in path.removeprefix(prefix).split("."):
             node = node.setdefault(name, {})

@@ -25,6 +25,7 @@ SPELLINGS = {"fp8": "float8_e4m3fn"} | {name: name for name in DTYPES}
 MOST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 NORMS = {"mixer.qkv": "norm1", "ffn.gate_up": "norm2"}  # what comes from a norm
 LEAST = 1e-5
+LARGEST = 65504  # of float16
 
 
 def in_config(cfg: ModelConfig, dtype: str) -> dict:
@@ -46,15 +47,18 @@ def quantize(
     """Writes all layers of a model into `folder`; the caller finishes it.
 
     model, windows, batch, progress: as for `gptq_folder.quantize`.  dtype: a key of DTYPES.  Inputs are those of the
-    unquantized model.  Layers that `folder` has already are left as they are.
+    unquantized model.  Layers that `folder` has already are left as they are.  ValueError names what is too large.
     """
     for block in calibrate.layers(model, windows, progress, batch):
         if folder.done(block.index):
             continue
-        layer = smoothed(block, largest(block), alpha)
+        with np.errstate(over="ignore"):
+            layer = smoothed(block, largest(block), alpha)
         tensors, errors = {}, {}
         for path in calibrate.MAPS:
             weight = np.asarray(calibrate.at(layer, path).weight)
+            if (size := float(np.abs(weight).max())) > MOST[dtype] * LARGEST:
+                raise ValueError(f"layer {block.index}, {path}: weights of {size:.3g} are too large for float16 scales")
             q, scale = rounded(weight, dtype)
             value = q.astype(np.float32) * scale
             errors[path] = float(np.sum((value - weight) ** 2) / max(float(np.sum(weight**2)), 1e-30))
@@ -141,7 +145,6 @@ def factors(most, weight, alpha: float = ALPHA) -> np.ndarray:
 def rounded(weight: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """(q [inputs, *outputs] of `dtype`, scale float32[*outputs]) of a weight; float16 holds the scale."""
     most = MOST[dtype]
-    scale = np.maximum(np.abs(weight).max(0) / most, 2.0**-24).astype(np.float16)
-    scale = np.where(np.isfinite(scale), scale, np.float16(65504)).astype(np.float32)
+    scale = np.maximum(np.abs(weight).max(0) / most, 2.0**-24).astype(np.float16).astype(np.float32)
     steps = np.clip(weight / scale, -most, most)
     return (np.rint(steps) if dtype == "int8" else steps).astype(DTYPES[dtype]), scale

@@ -82,11 +82,20 @@ def test_maps_have_their_names_in_the_checkpoint(tmp_path, architecture):
         np.testing.assert_array_equal(calibrate.join(model.cfg, block.rows[path], list(parts.values())), weight)
 
 
-def test_values_that_are_no_numbers_are_named(tmp_path):
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (np.nan, "layer 1: tensor model.layers.1.mlp.gate_proj.weight or model.layers.1.mlp.up_proj.weight has"),
+        (np.inf, "layer 1: tensor .*up_proj.weight has values that are no numbers"),
+        (3e38, "layer 1: its output has values that are no numbers, or too large"),
+    ],
+    ids=str,
+)
+def test_values_that_are_no_numbers_are_named(tmp_path, value, words):
     model, _ = opened(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = np.inf
+    tensors["model.layers.1.mlp.up_proj.weight"][3] = value
     save_file(tensors, tmp_path / "model.safetensors")
     model = loading.open_model(str(tmp_path), EngineConfig(dtype="float32"))
-    with pytest.raises(ValueError, match="layer 1: its output has values that are no numbers, or too large"):
+    with pytest.raises(ValueError, match=words):
         list(calibrate.layers(model, WINDOWS))

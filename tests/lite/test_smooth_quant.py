@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxserve import checkpoint
 from jaxserve.config import EngineConfig
@@ -70,6 +71,18 @@ def test_rounding():
     q, scale = smooth_quant.rounded(weight, "float8_e4m3fn")
     assert q.dtype == ml_dtypes.float8_e4m3fn and np.isfinite(q.astype(np.float32)).all()
     np.testing.assert_allclose(q.astype(np.float32) * scale, weight, rtol=0.07)
+
+
+def test_weights_that_are_too_large_are_named(tmp_path, windows):
+    (plain := tmp_path / "plain").mkdir()
+    tiny.write(plain)
+    tensors = load_file(plain / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e37
+    save_file(tensors, plain / "model.safetensors")
+    model = open_model(str(plain), EngineConfig())
+    folder = Folder(tmp_path / "out", model.source, smooth_quant.in_config(model.cfg, "int8"))
+    with pytest.raises(ValueError, match=r"layer 1, ffn\.gate_up: weights of .*e\+\d\d are too large"):
+        smooth_quant.quantize(model, windows, folder, "int8")
 
 
 def test_factors():
