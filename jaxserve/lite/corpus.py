@@ -72,7 +72,7 @@ def texts(
 
     A named set that cannot be loaded gives a warning of one line, and None.  ValueError says what is wrong with a file.
     """
-    if str(source) in NAMED and not Path(source).exists():
+    if str(source) in NAMED and not Path(source).is_file():
         attempts = logging.getLogger("huggingface_hub")  # of which it tells; what became of them is one line here
         before = attempts.level
         try:
@@ -83,6 +83,8 @@ def texts(
             found = _named(datasets, NAMED[str(source)], test)
         except Exception as error:  # the library's and the network's, of any kind
             reason = " ".join(str(error).split())[:200] or type(error).__name__
+            if getattr(error, "name", "") == "datasets":
+                reason = "the package datasets is not there (pip install 'jaxserve[calib]')"
             log.warning("the data set %s cannot be loaded: %s", source, reason)
             return None
         finally:

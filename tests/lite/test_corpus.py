@@ -106,6 +106,15 @@ def test_a_named_set_that_cannot_be_loaded(monkeypatch, caplog):
     assert "the data set wikitext2 cannot be loaded: " in record.message and "\n" not in record.message
 
 
+def test_a_named_set_without_its_package(tmp_path, monkeypatch, caplog):
+    """A folder of that name is no text, and does not hide the set."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ptb").mkdir()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert corpus.texts("ptb") is None
+    assert "ptb cannot be loaded: the package datasets is not there (pip install 'jaxserve[calib]')" in caplog.text
+
+
 def test_a_named_set_without_a_network(monkeypatch, caplog):
     class Datasets:
         load_dataset = None
