@@ -35,7 +35,8 @@ class Folder:
     """A quantized model on its way to `path`.
 
     source: the unquantized Checkpoint.  quantization_config: what config.json will say.  settings: what else the result
-    depends on (a dict that JSON holds); an unfinished run with other settings is thrown away, and done again.
+    depends on (a dict that JSON holds).  An unfinished run with other settings, or of files that have changed since, is
+    thrown away (`discarded`), and done again.
     """
 
     def __init__(self, path, source, quantization_config: dict, settings: dict | None = None):
@@ -48,10 +49,12 @@ class Folder:
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"{self.path} exists already; give another --work-dir, or remove it first")
         self.partial = self.path.parent / f".{self.path.name}.partial"
-        known = {"source": str(source.path), "quantization_config": quantization_config, "settings": settings or {}}
+        known = {"source": str(source.path), "files": stamp(source.path), "settings": settings or {}}
+        known["quantization_config"] = quantization_config
         text = json.dumps(known, indent=1, sort_keys=True)
         note = self.partial / "settings.json"
-        if self.partial.exists() and (not note.exists() or note.read_text("utf-8") != text):
+        self.discarded = self.partial.exists() and (not note.exists() or note.read_text("utf-8") != text)
+        if self.discarded:
             shutil.rmtree(self.partial)
         self.resumed = self.partial.exists()
         self.partial.mkdir(parents=True, exist_ok=True)
@@ -157,6 +160,13 @@ class Folder:
             yield name, lambda name=name: _cast(self.source.read(name), dtype, name), size
 
 
+def stamp(path) -> list:
+    """[name, bytes, time of the last change] of a file, or of each in a folder: what tells that one is another."""
+    path = Path(path)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+
+
 def _bytes(kind: str) -> int:
     return int("".join(filter(str.isdigit, kind.partition("_")[0]))) // 8 if kind != "BOOL" else 1
 
@@ -215,7 +225,10 @@ def _tokenizer(source, new: Path) -> dict[str, dict]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, "utf-8")
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:  # a full disk's does not say of what
+        raise OSError(f"{path} could not be written: {error.strerror}") from None
     _sync(path)
 
 

@@ -14,17 +14,19 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import safe_open
 
 from jaxserve.checkpoint.safetensors import save
 from jaxserve.config import EngineConfig
 from jaxserve.engine.loading import open_model
 from jaxserve.lite import calibrate, report, writing
 from jaxserve.lite.evaluate import resolve
-from jaxserve.lite.folder import Folder
+from jaxserve.lite.folder import Folder, stamp
 from jaxserve.progress import Clock, Lines, bar, stages
 
 HELD_OUT = 8  # windows at most that are measured with, and not calibrated with
 SAFE = 30000.0  # half of the largest number of float16
+SCORES = ("nll", "top", "weights")  # what `writing.written` says of windows
 SMALL = (32, 512)  # windows, and their tokens, on a CPU where nobody says how many
 
 log = logging.getLogger("jaxserve")
@@ -49,8 +51,8 @@ class Scheme(NamedTuple):
     """How a model is quantized.
 
     in_config(held): the quantization_config for an `engine.loading.Model`, ValueError where it cannot be done;
-    run(held, windows, folder, batch, progress): writes the layers into a `Folder`; settings: what else the result
-    depends on, for a run that goes on.
+    run(held, windows, folder, batch, progress): writes the layers into a `Folder`, and returns what is to be told of
+    that, or None; settings: what else the result depends on, for a run that goes on.
     """
 
     in_config: Callable
@@ -78,10 +80,14 @@ def make(
         folder, calibration = begun(held, calibration, scheme)
         if folder.resumed:
             tell(f"{calibration.work_dir}: an unfinished run goes on")
+        elif folder.discarded:
+            tell(f"{calibration.work_dir}: begun anew; an unfinished run had other settings, or other files")
         with clock.stage("text"):
             windows, kept, before = texts(path, config, calibration, folder, tell, show, measured)
         with clock.stage("layers"), bar(held.cfg.layers, show, desc="layers", unit=" layers") as shown:
-            scheme.run(held, windows, folder, calibration.batch, lambda done, _: shown.update(done - shown.n))
+            told = scheme.run(held, windows, folder, calibration.batch, lambda done, _: shown.update(done - shown.n))
+        if told:
+            tell(f"layers, {told}")
         errors = [folder.about(layer).get("errors", {}) for layer in range(held.cfg.layers)]
         with clock.stage("saving"), stages(show) as progress:
             dtype = choose_dtype(held, folder) if config.dtype == "auto" else config.dtype
@@ -108,6 +114,8 @@ def begun(held, calibration: Calibration, scheme: Scheme) -> tuple[Folder, Calib
         raise ValueError(f"--calib-seqlen {calibration.length} is more than the model's {held.cfg.max_position}")
     known = calibration._asdict() | scheme.settings
     known.pop("work_dir")
+    if (file := Path(calibration.dataset).expanduser()).is_file():
+        known["text"] = stamp(file)
     return Folder(calibration.work_dir, held.source, scheme.in_config(held), known), calibration
 
 
@@ -124,7 +132,7 @@ def texts(path, config, calibration, folder, tell, show, measured=True) -> tuple
 
     Those of an unfinished run are kept in its folder.
     """
-    stored, scores = folder.partial / "windows.npy", folder.partial / "before.npz"
+    stored = folder.partial / "windows.safetensors"
     if not stored.exists():
         count = calibration.samples + held_out(calibration.samples)
         scored = held_out(count) if measured else 0
@@ -132,23 +140,21 @@ def texts(path, config, calibration, folder, tell, show, measured=True) -> tuple
             found, before = writing.windows(
                 path, config, calibration.dataset, count, calibration.length, tell, show, scored
             )
+            if len(found) < 2:
+                raise ValueError(
+                    f"{calibration.dataset}: fills one window of {calibration.length} tokens; one more is needed to "
+                    "measure with; give more text, or a smaller --calib-seqlen"
+                )
         except BaseException:  # nothing has been done that could be gone on with
             shutil.rmtree(folder.partial, ignore_errors=True)
             raise
-        if before is not None:
-            np.savez(scores, *before)
-        new = stored.with_suffix(".new.npy")
-        np.save(new, found)
+        scores = {} if before is None else dict(zip(SCORES, map(np.asarray, before), strict=True))
+        new = stored.with_suffix(".new")
+        save({"windows": found} | scores, new)
         os.replace(new, stored)
-    windows, known = np.load(stored), None
-    if len(windows) < 2:
-        raise ValueError(
-            f"{calibration.dataset}: fills one window of {calibration.length} tokens; one more is needed to measure "
-            "with; give more text, or a smaller --calib-seqlen"
-        )
-    if scores.exists():
-        with np.load(scores) as file:
-            known = [file[name] for name in file.files]
+    with safe_open(stored, framework="np") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    windows, known = kept["windows"], [kept[name] for name in SCORES if name in kept] or None
     calibrated = len(windows) - held_out(len(windows))
     return windows[:calibrated], windows[calibrated:], known
 

@@ -1,7 +1,11 @@
 """The folder of a quantized model: all or nothing, in shards or not, with what other engines need beside weights."""
 
+import errno
 import json
+import os
 import resource
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +112,28 @@ def test_a_run_goes_on_only_with_the_same_settings(tmp_path, source):
     np.testing.assert_array_equal(again.read(1)[f"{NAME.format(1)}.qweight"], packed(1)[f"{NAME.format(1)}.qweight"])
     other = Folder(tmp_path / "out", source, CONFIG, {"seed": 2})
     assert not other.resumed and not other.done(0)
+
+
+def test_a_run_goes_on_only_with_the_same_files(model, tmp_path):
+    """Not with half of it made of a model that was at this path before."""
+    shutil.copytree(model, tmp_path / "model")
+    with SafetensorsFolder(tmp_path / "model") as source:
+        filled(tmp_path / "out", source)
+        assert Folder(tmp_path / "out", source, CONFIG).resumed
+    file = tmp_path / "model" / "model.safetensors"
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    with SafetensorsFolder(tmp_path / "model") as source:
+        again = Folder(tmp_path / "out", source, CONFIG)
+    assert again.discarded and not again.resumed and not again.done(0)
+
+
+def test_a_text_that_does_not_fit_on_the_disk_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"config\.json could not be written: No space left"):
+        folders._write_text(tmp_path / "config.json", "{}")
 
 
 def test_a_full_disk_leaves_nothing_half_done(tmp_path, source):
