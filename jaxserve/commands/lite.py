@@ -39,6 +39,7 @@ def option(section: str, *names: str, **settings) -> Callable:
 ENGINE = (
     *(from_field(EngineConfig, name, section="Engine") for name in ("tp", "dtype", "revision", "download_dir")),
     click.option("--device", default=None, hidden=True),
+    click.option("--trust-remote-code/--no-trust-remote-code", default=None, hidden=True),
 )
 
 # What the commands share that look at a model's activations; LMDeploy's names and defaults.
@@ -92,6 +93,8 @@ def evaluate(models, quant_policy, json_file, **given):
     with mistakes(), interruptible():
         from jaxserve.lite.evaluate import compare, protocol, table
 
+        if json_file not in (None, "-"):
+            Path(json_file).touch()  # said now if it cannot be written, not after an hour
         rows = compare(models or (None,), config, quant_policy, report=lambda line: click.echo(line, err=True), **text)
         if json_file == "-":
             click.echo(json.dumps({"protocol": protocol(**text), "rows": rows}))
@@ -119,10 +122,29 @@ GPTQ = (
 )  # fmt: skip
 
 
-@lite.command("auto-gptq")
+class Searching(Command):
+    """A command whose --search-scale may stand alone, as a flag, or have a value after it."""
+
+    def parse_args(self, ctx, args):
+        spelled = []
+        for number, word in enumerate(args):
+            spelled.append(word)
+            after = args[number + 1] if number + 1 < len(args) else ""
+            if word.replace("_", "-") == "--search-scale" and after.lower() not in BOOLEANS:
+                spelled.append("true")
+        return super().parse_args(ctx, spelled)
+
+
+BOOLEANS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "1", "0")
+# LMDeploy's calibrate, auto_gptq and smooth_quant have it, too.
+UNUSED_SEARCH = (click.option("--search-scale", type=click.BOOL, hidden=True),)
+
+
+@lite.command("auto-gptq", cls=Searching)
 @click.argument("model", required=False)
 @together(CALIBRATION)
 @together(GPTQ)
+@together(UNUSED_SEARCH)
 @together(ENGINE)
 def auto_gptq(model, w_bits, w_sym, w_group_size, act_order, desc_act, damping, **given):
     """Write MODEL with weights of 4 or 8 bits: a GPTQ folder.
@@ -143,7 +165,7 @@ def auto_gptq(model, w_bits, w_sym, w_group_size, act_order, desc_act, damping, 
         make(model, given, lambda held: settings(held).in_config(), run)
 
 
-@lite.command("smooth-quant")
+@lite.command("smooth-quant", cls=Searching)
 @click.argument("model", required=False)
 @together(CALIBRATION)
 @together((
@@ -152,6 +174,7 @@ def auto_gptq(model, w_bits, w_sym, w_group_size, act_order, desc_act, damping, 
     option("Weights", "--alpha", type=click.FloatRange(0, 1), default=0.5, help="how much of the activations' outliers "
            "goes into the weights"),
 ))  # fmt: skip
+@together(UNUSED_SEARCH)
 @together(ENGINE)
 def smooth_quant(model, quant_dtype, alpha, **given):
     """Write MODEL with weights of 8 bits: a smooth_quant folder.
@@ -171,23 +194,7 @@ def smooth_quant(model, quant_dtype, alpha, **given):
         make(model, given, lambda held: smooth.in_config(held.cfg, dtype), run, {"alpha": alpha})
 
 
-class Awq(Command):
-    """A command whose --search-scale may stand alone, as a flag, or have a value after it."""
-
-    def parse_args(self, ctx, args):
-        spelled = []
-        for number, word in enumerate(args):
-            spelled.append(word)
-            after = args[number + 1] if number + 1 < len(args) else ""
-            if word.replace("_", "-") == "--search-scale" and after.lower() not in BOOLEANS:
-                spelled.append("true")
-        return super().parse_args(ctx, spelled)
-
-
-BOOLEANS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "1", "0")
-
-
-@lite.command("auto-awq", cls=Awq)
+@lite.command("auto-awq", cls=Searching)
 @click.argument("model", required=False)
 @together(CALIBRATION)
 @together((
@@ -214,10 +221,9 @@ def auto_awq(model, w_bits, w_sym, w_group_size, search_scale, **given):
             return awq.Settings(awq.choose_group(held.cfg, w_group_size), w_sym, search)
 
         def run(held, windows, folder, batch, progress):
-            awq.quantize(
-                held, windows, folder, settings(held), batch=batch, progress=progress, clock=(clock := Clock())
-            )
-            tell(f"layers, {clock}")
+            clock = Clock()
+            awq.quantize(held, windows, folder, settings(held), batch=batch, progress=progress, clock=clock)
+            return clock
 
         make(
             model,
@@ -228,9 +234,10 @@ def auto_awq(model, w_bits, w_sym, w_group_size, search_scale, **given):
         )
 
 
-@lite.command("calibrate")
+@lite.command("calibrate", cls=Searching)
 @click.argument("model", required=False)
 @together(CALIBRATION)
+@together(UNUSED_SEARCH)
 @together(ENGINE)
 def calibrate(model, **given):
     """Write how large the inputs of MODEL's linear maps are.
@@ -271,6 +278,8 @@ def shown() -> Lines | None:
 def calibration_of(given: dict):
     """The EngineConfig and the `making.Calibration` of the options of CALIBRATION and ENGINE."""
     names = {"calib_dataset": "dataset", "calib_samples": "samples", "calib_seqlen": "length", "batch_size": "batch"}
+    if given.pop("search_scale", None):
+        tell("warning: --search-scale is ignored: auto_awq alone searches for scales")
     device, known = given.pop("device", None), {field: given.pop(name) for name, field in names.items()}
     known["work_dir"] = given.pop("work_dir")
     if device not in (None, "cuda", "cpu"):

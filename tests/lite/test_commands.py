@@ -85,6 +85,23 @@ def test_mistakes_are_told_in_a_line(run, command, options, words):
     assert len(result.output.strip().splitlines()) == 1
 
 
+def test_lmdeploys_other_options(run, tmp_path):
+    """Where they are of no use they are said to be ignored, and not refused."""
+    result = run("smooth_quant", "--search-scale", "False", "--device", "cpu")
+    assert result.exit_code == 0 and "ignored" not in result.output, result.output
+    more = ("--search-scale", "--trust-remote-code", "--work-dir", tmp_path / "other", "--calib-seqlen", "2000")
+    result = run("calibrate", *more)
+    for words in ("--search-scale is ignored: auto_awq alone", "--trust-remote-code is ignored", "give more text"):
+        assert words in result.output
+
+
+def test_one_window_is_too_few(run, tmp_path):
+    """Nothing of such a run is kept, for it could not go on."""
+    result = run("auto_awq", "--calib-seqlen", "600")
+    assert result.exit_code == 2 and "fills one window of 600 tokens; one more is needed" in result.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_such_model(run):
     result = run("auto_gptq", model="nowhere")
     assert result.exit_code == 2 and "nothing exists at this path" in result.output

@@ -111,6 +111,7 @@ def test_the_command(run, models, text, tmp_path):
         (("--text", "{text}", "--skip", "99"), "nothing is left"),
         (("--text", "{text}", "--quant-policy", "0,7"), "not '7'"),
         (("--text", "{text}", "nowhere"), "nothing exists at this path"),
+        (("--text", "{text}", "--json", "no/where.json"), "No such file or directory: 'no/where.json'"),
         ((), "Missing option '--text'"),
     ],
 )
