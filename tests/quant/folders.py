@@ -67,22 +67,22 @@ def awq(name, q, scale, zero, **_):
     }
 
 
-def gptq(name, q, scale, zero, bits=4, groups=None):
+def gptq(name, q, scale, zero, bits=4, groups=None, offset=1):
     return {
         f"{name}.qweight": pack(q.T, 0, bits),
-        f"{name}.qzeros": pack((zero.T - 1) % 2**bits, 1, bits),
+        f"{name}.qzeros": pack((zero.T - offset) % 2**bits, 1, bits),
         f"{name}.scales": scale.T,
         f"{name}.g_idx": groups.astype(np.int32),
     }
 
 
-def compressed(name, q, scale, zero, symmetric=False, **_):
+def compressed(name, q, scale, zero, bits=4, symmetric=False, **_):
     out = {
-        f"{name}.weight_packed": pack(q, 1),
+        f"{name}.weight_packed": pack(q, 1, bits),
         f"{name}.weight_scale": scale,
         f"{name}.weight_shape": np.array(q.shape, np.int64),
     }
-    return out if symmetric else out | {f"{name}.weight_zero_point": pack(zero, 0)}
+    return out if symmetric else out | {f"{name}.weight_zero_point": pack(zero, 0, bits)}
 
 
 def group_of_layers(format_, weights, activations=None):
@@ -152,13 +152,19 @@ def eight_bit(name, weight, element, block, scale_name, static):
 CONFIGS = {
     "awq": {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "zero_point": True},
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False},
+    "gptq-sym": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False},
+    "gptq-v2": {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "bits": 4, "group_size": 32, "sym": False},
     "gptq8": {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": True, "desc_act": False},
     "gptq8-asym": {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": False, "desc_act": False},
     "act-order": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": True},
     "act-order8": {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": False, "desc_act": True},
-    "compressed": group_of_layers(
-        "pack-quantized", {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
-    ),
+    **{
+        kind: group_of_layers(
+            "pack-quantized",
+            {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": 32},
+        )
+        for kind, bits, symmetric in (("compressed", 4, True), ("compressed-asym", 4, False), ("compressed8", 8, True))
+    },
     **{kind: config for kind, (*_, config) in EIGHT.items()},
 }
 
@@ -170,13 +176,14 @@ def write(folder, hf, kind, group=32):
     config = json.loads(json.dumps(CONFIGS[kind]))
     if kind in EIGHT:
         pass
-    elif kind == "compressed":
-        config["config_groups"]["group_0"]["weights"] |= {"group_size": group} if group != -1 else {
+    elif kind.startswith("compressed"):
+        of = config["config_groups"]["group_0"]["weights"]
+        symmetric, bits, make = of["symmetric"], of["num_bits"], compressed
+        of |= {"group_size": group} if group != -1 else {
             "strategy": "channel", "group_size": None}  # fmt: skip
     else:
         config["group_size"] = group
-    symmetric = config.get("sym", kind == "compressed")
-    bits, make = config.get("bits", 4), {"awq": awq, "compressed": compressed}.get(kind, gptq)
+        symmetric, bits, make = config.get("sym", False), config["bits"], awq if kind == "awq" else gptq
     for name, weight in tensors.items():
         packed = ".layers." in name and name.endswith(".weight") and weight.ndim == 2 and "gate.weight" not in name
         if not packed:
@@ -192,8 +199,10 @@ def write(folder, hf, kind, group=32):
         if kind.startswith("act-order"):
             np.random.default_rng(size * len(groups)).shuffle(groups)
         q, scale, zero = quantize(weight, size, bits, symmetric, groups)
-        extra = {"symmetric": symmetric} if kind == "compressed" else {"bits": bits, "groups": groups}
-        out |= make(name.removesuffix(".weight"), q, scale, zero, **extra)
+        extra = {"symmetric": symmetric} if make is compressed else {"groups": groups}
+        if kind == "gptq-v2":
+            extra["offset"] = 0
+        out |= make(name.removesuffix(".weight"), q, scale, zero, bits=bits, **extra)
         values[name] = dequantize(q, scale, zero, groups)
     save_file(
         {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in out.items()},

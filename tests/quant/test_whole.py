@@ -18,8 +18,8 @@ from tests.engine import build
 from tests.models.test_families import engine_logits
 from tests.quant import folders
 
-NODES = {"awq": Int4, "gptq": Int4, "compressed": Int4, "act-order": Int4}
-NODES |= dict.fromkeys(("act-order8", "gptq8", "gptq8-asym", "w8", "smooth", "w8a8"), Int8)
+NODES = dict.fromkeys(("awq", "gptq", "gptq-sym", "gptq-v2", "compressed", "compressed-asym", "act-order"), Int4)
+NODES |= dict.fromkeys(("act-order8", "gptq8", "gptq8-asym", "compressed8", "w8", "smooth", "w8a8"), Int8)
 NODES |= {kind: Fp8 for kind in folders.EIGHT if kind.startswith("fp8")}
 # Where activations are rounded too: how far results may be off, in parts of what they are.
 ROUGH = {"smooth": 0.02, "w8a8": 0.02} | {kind: 0.06 for kind in NODES if kind.startswith("fp8")}
