@@ -103,9 +103,10 @@ class Service:
 
     def submit(self, ask: Ask, prompts: list[list[int]]) -> Answer:
         """Starts answers to prompts that are tokens already; raises as `start` does."""
-        for token in ask.config.logit_bias or ():
-            if int(token) >= self.vocab:
-                raise ParamError("logit_bias", f"logit_bias: {self._ids()}, not {token}")
+        for name in ("logit_bias", "stop_token_ids", "bad_token_ids"):
+            for token in getattr(ask.config, name) or ():
+                if int(token) >= self.vocab:
+                    raise ParamError(name, f"{name}: {self._ids()}, not {token}")
         work = offload if ask.grammar or ask.tools else _here  # a grammar is checked by compiling it
         voices = work(self.formats.voices, self.author, ask, prompts, ask.stream)
         return Answer(self.engine, ask, prompts, voices, window=self.window, heartbeat=self.limits.heartbeat)

@@ -214,6 +214,8 @@ def from_guided(**fields) -> str | None:
         given |= {name: outputs[name] for name in known if outputs.get(name) not in (None, False)}
         if outputs.get("structural_tag") is not None:
             raise ValueError("structured_outputs: structural_tag is not supported; json, regex, choice, grammar are")
+        if not any(name in outputs for name in known):
+            raise ValueError(f"structured_outputs holds one of {', '.join(known)}, not {_short(list(outputs))}")
     if len(given) > 1:
         raise ValueError(f"only one of {', '.join(sorted(given))} can shape an answer")
     for name, value in given.items():

@@ -373,6 +373,13 @@ def test_silence_is_filled_with_comments():
         assert ": keep-alive" in events and events[-1] == "data: [DONE]"
 
 
+@pytest.mark.parametrize("param, value", [("stop_token_ids", [10**6]), ("logit_bias", {"1000000": 1})], ids=str)
+def test_tokens_that_the_model_has_not(server, param, value):
+    for path, body in ((CHAT, messages()), (COMPLETION, {"prompt": "a"})):
+        status, named, message = server.refused(path, body | {param: value})
+        assert (status, named) == (400, param) and "token ids of this model are 0 to" in message
+
+
 # The shape of answers. ------------------------------------------------------------------------------------------------
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

@@ -213,6 +213,7 @@ def test_formats_that_cannot_be_used(format, reason):
         ({"guided_regex": "a", "guided_choice": ["a"]}, "only one of choice, regex"),
         ({"structured_outputs": {"regex": "a", "json_object": True}}, "only one of json_object, regex"),
         ({"structured_outputs": []}, "structured_outputs is an object"),
+        ({"structured_outputs": {"what": 1}}, "holds one of json, regex, choice, grammar, json_object, not"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "structural_tag is not supported"),
         ({"guided_grammar": "root ::= ("}, "no GBNF"),
     ],
