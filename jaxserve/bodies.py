@@ -90,6 +90,8 @@ class Sampling(Struct):
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: Flag | None = None
+    request_id: Annotated[str, Meta(description="a text, the client's name for the request")] | None = None
+    rid: Annotated[str, Meta(description="a text, as request_id")] | None = None
     response_format: Object | None = None
     structured_outputs: Object | None = None
     guided_json: Any = None

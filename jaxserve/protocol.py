@@ -70,6 +70,7 @@ class Ask:
     include_usage: bool = False
     continuous_usage: bool = False
     return_token_ids: bool = False
+    request_id: str | None = None  # the client's name for it
 
     @classmethod
     def parse(cls, url, body, advice: dict | None = None, **defaults) -> Ask:
@@ -97,6 +98,7 @@ class Ask:
             "include_usage": options.include_usage is True,
             "continuous_usage": options.continuous_usage_stats is True,
             "return_token_ids": given.return_token_ids is True,
+            "request_id": given.request_id or given.rid,
         }
         ask = cls(**(_chat(given) if chat else _completion(given)), **common)
         if len(ask.prompts) * (ask.best_of or ask.config.n) > MOST_ANSWERS:
@@ -183,10 +185,12 @@ def _tools(given: ChatBody) -> tuple[list[dict] | None, str]:
     for number, name in enumerate(names):
         if not 1 <= len(name) <= 128 or not all(letter.isalnum() or letter in "_-.:/" for letter in name):
             raise ParamError("tools", f"tool {number}: a name is letters, digits, _ and -, not {shown(name)}")
+        if (kind := tools[number].get("type", "function")) != "function":
+            raise ParamError("tools", f"tool {number}: the type is 'function', not {shown(kind)}")
         parameters = tools[number]["function"].get("parameters")
         if not isinstance(parameters, dict | None):
             raise ParamError("tools", f"tool {number}: parameters is a JSON schema, not {shown(parameters)}")
-    choice: Any = given.tool_choice or ("auto" if tools else "none")
+    choice: Any = ("auto" if tools else "none") if given.tool_choice is None else given.tool_choice
     if isinstance(choice, dict):
         function = choice.get("function", choice)
         choice = function.get("name") if isinstance(function, dict) else None

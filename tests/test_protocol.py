@@ -93,11 +93,13 @@ BAD = [
     ("tools", [{"type": "function", "function": {"name": "a b"}}], "tool 0: a name"),
     ("tools", [{"type": "function", "function": {"name": '"'}}], "tool 0: a name"),
     ("tools", [{"type": "function", "function": {"name": "f", "parameters": 5}}], "tool 0: parameters"),
+    ("tools", [{"type": "code", "function": {"name": "f"}}], "tool 0: the type is 'function', not 'code'"),
     ("tools", [TOOL] * 1025, "1024"),
     ("tool_choice", "required", "no tools"),
     ("tool_choice", "maybe", "'maybe'"),
     ("tool_choice", {"type": "function", "function": {"name": "nope"}}, "'nope'"),
     ("tool_choice", {"type": "function"}, "tool_choice names a function"),
+    ("tool_choice", {}, "tool_choice names a function"),
     ("parallel_tool_calls", "x", "true or false"),
     ("functions", [{"name": "f"}], "tools"),
     ("adapter_name", "lora", "LoRA"),
@@ -109,6 +111,7 @@ BAD = [
     ("reasoning_effort", "extreme", "'extreme'"),
     ("modalities", ["audio"], "text"),
     ("model", 5, "the name of a model"),
+    ("request_id", 5, "a text"),
 ]
 
 

@@ -3,13 +3,12 @@
 import hashlib
 import hmac
 import logging
-import secrets
 import time
 from typing import Any
 
 from flask import Flask, Response, g, request
 
-from jaxserve.serve import anthropic, errors, native, openai, openapi, pages, responses
+from jaxserve.serve import anthropic, body, errors, native, openai, openapi, pages, responses
 from jaxserve.serve.errors import MISSING, ApiError
 from jaxserve.serve.options import ServerOptions
 from jaxserve.serve.service import Service
@@ -37,7 +36,7 @@ def create_app(service: Service, options: ServerOptions | None = None) -> Flask:
 
     @app.before_request
     def admit() -> Response | None:
-        g.began, g.request_id = time.perf_counter(), _request_id()
+        g.began, g.request_id = time.perf_counter(), body.request_id(request.headers.get("X-Request-Id"))
         rule = request.url_rule.rule if request.url_rule else None
         if hosts and not _host_is_known(hosts):
             raise ApiError(403, "this server does not answer under that host name; see --allowed-hosts", param="Host")
@@ -51,7 +50,7 @@ def create_app(service: Service, options: ServerOptions | None = None) -> Flask:
 
     @app.after_request
     def label(response: Response) -> Response:
-        response.headers["X-Request-Id"] = g.get("request_id") or _request_id()
+        response.headers["X-Request-Id"] = g.get("request_id") or body.request_id(None)
         if origin := _allowed_origin(options):
             _share(response, origin, options)
         response.call_on_close(_Access(response))
@@ -89,14 +88,6 @@ class _Access:
         told = {"client": client, "method": method, "path": ascii(path)[1:-1], "status": status}
         told |= {"milliseconds": round(took, 1), "request_id": self.id}
         access.info("%s %s %s %d %.0f ms %s", *told.values(), extra=told)
-
-
-def _request_id() -> str:
-    """The client's, as far as it can stand in a header and a log."""
-    given = request.headers.get("X-Request-Id", "")
-    if 0 < len(given) <= 128 and all(letter.isascii() and (letter.isalnum() or letter in "-_.:") for letter in given):
-        return given
-    return secrets.token_hex(16)
 
 
 def _host_is_known(hosts: set[str]) -> bool:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,6 +73,14 @@ def _bad(data: bytes, error: orjson.JSONDecodeError) -> Exception:
 
 def _finite(value) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def request_id(given: str | None) -> str:
+    """A request's id: the client's, as far as it can stand in a header and a log, else a new one."""
+    letters = given or ""
+    if 0 < len(letters) <= 128 and all(one.isascii() and (one.isalnum() or one in "-_.:") for one in letters):
+        return letters
+    return secrets.token_hex(16)
 
 
 def send(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

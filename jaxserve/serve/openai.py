@@ -1,14 +1,13 @@
 """OpenAI's routes: chat completions, completions, models."""
 
-import secrets
 import time
 from collections.abc import Generator
 
-from flask import Blueprint
+from flask import Blueprint, g, request
 
 from jaxserve import __version__, answers
 from jaxserve.bodies import ChatRequest, ParamError
-from jaxserve.protocol import CHAT, COMPLETION, CompletionBody
+from jaxserve.protocol import CHAT, COMPLETION, Ask, CompletionBody
 from jaxserve.serve import body, schemas, stream
 from jaxserve.serve.answer import Answer, failure
 from jaxserve.serve.openapi import Operation, path_parameter
@@ -56,7 +55,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @routes.post(CHAT)
     def chat_completions():
-        ask = service.parse(CHAT, body.read())
+        ask = _named(service.parse(CHAT, body.read()))
         if ask.model is None:
             raise ParamError("model", f"model is missing; this server has {', '.join(service.model_names)}")
         answer = service.start(ask)
@@ -68,7 +67,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @routes.post(COMPLETION)
     def completions():
-        ask = service.parse(COMPLETION, body.read())
+        ask = _named(service.parse(COMPLETION, body.read()))
         answer = service.start(ask)
         form = answers.Completion(ask, answer.prompts, service.tokenizer)
         frame = Frame(service, answer, form)
@@ -90,6 +89,13 @@ def blueprint(service: Service) -> Blueprint:
     return routes
 
 
+def _named(ask: Ask) -> Ask:
+    """Takes over the client's name for the request, if its header gave none."""
+    if ask.request_id and "X-Request-Id" not in request.headers:
+        g.request_id = body.request_id(ask.request_id)
+    return ask
+
+
 def _model(service: Service, name: str) -> dict:
     return {
         "id": name,
@@ -104,11 +110,14 @@ def _model(service: Service, name: str) -> dict:
 
 
 class Frame:
-    """The answer to one body, put into OpenAI's envelope: one object, or chunks with the same id."""
+    """The answer to one body, put into OpenAI's envelope: one object, or chunks with the same id.
+
+    The id ends in that of the request, which the log has, and which the client may have given.
+    """
 
     def __init__(self, service: Service, answer: Answer, form: answers.Chat | answers.Completion):
         self.service, self.answer, self.ask, self.form = service, answer, answer.ask, form
-        self.id, self.created = f"{form.prefix}-{secrets.token_hex(12)}", int(time.time())
+        self.id, self.created = f"{form.prefix}-{g.request_id}", int(time.time())
 
     def _head(self, kind: str) -> dict:
         return {

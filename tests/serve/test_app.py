@@ -144,6 +144,20 @@ def test_request_ids(server):
     assert server.client.get("/nope").headers["X-Request-Id"]
 
 
+@pytest.mark.parametrize("field", ["request_id", "rid"])  # vLLM's, SGLang's
+def test_request_ids_in_a_body(server, field):
+    def ask(name, **headers):
+        response = server.client.post(COMPLETION, json={"prompt": "a", "max_tokens": 1, field: name}, headers=headers)
+        return response.headers["X-Request-Id"], response.json["id"]
+
+    assert ask("mine") == ("mine", "cmpl-mine")
+    assert ask("mine", **{"X-Request-Id": "theirs"}) == ("theirs", "cmpl-theirs")
+    found, told = ask("not for\na header")
+    assert len(found) == 32 and told == f"cmpl-{found}"
+    response = server.client.post(COMPLETION, json={"prompt": "", field: "bad"})
+    assert (response.status_code, response.headers["X-Request-Id"]) == (400, "bad")
+
+
 def test_access_is_logged(server, caplog):
     with caplog.at_level(logging.INFO, "jaxserve.access"):
         server.client.get("/v1/models?key=secret", headers={"X-Request-Id": "abc"}).close()
