@@ -215,7 +215,11 @@ def _pages(config, cpu, free, left, workspace, page, notes):
     wanted = min(CPU_CACHE, free // 4) if cpu and count is None else left * (count or DEFAULT_SHARE)
     if wanted > room:
         notes.append(f"KV cache cut from {wanted / GIB:.2f} to {room / GIB:.2f} GiB to leave room for the workspace")
-    return max(int(min(wanted, room) // page), 1)
+    size = min(wanted, room)
+    pages = max(int(size // page), 1)
+    if cpu and size != CPU_CACHE:  # a host's free memory is another at each start, and programs are kept for a number
+        pages -= pages % (1 << max(pages.bit_length() - 4, 0))
+    return pages
 
 
 def _remedies(config, devices, dtype, *first):

@@ -68,8 +68,8 @@ def test_the_cpu_takes_the_smaller_of_two_gib_and_a_quarter(plan):
     made = plan(64 * GIB, platform="cpu", dtype=jnp.float32)
     assert (made.lanes, made.budget) == (16, 256)
     assert made.cache == pytest.approx(2 * GIB, rel=0.01)
-    made = plan(6 * GIB, weights=GIB, platform="cpu", dtype=jnp.float32, session_len=4096)
-    assert made.cache == pytest.approx(1.5 * GIB, rel=0.01)
+    made = plan(6.2 * GIB, weights=GIB, platform="cpu", dtype=jnp.float32, session_len=4096)
+    assert 1.55 * GIB * 7 / 8 < made.cache <= 1.55 * GIB
 
 
 def test_a_share_and_a_number_of_pages(plan):
@@ -78,7 +78,12 @@ def test_a_share_and_a_number_of_pages(plan):
     assert made.pages == 1001 and made.tokens == 64000 and made.notes == ()  # page 0 holds no tokens
     made = plan(24 * GIB, cache_max_entry_count=1000, cache_block_seq_len=16, session_len=4096)
     assert made.tokens == 16000
-    assert plan(24 * GIB, platform="cpu", cache_max_entry_count=0.5).cache == pytest.approx(10 * GIB, rel=1e-3)
+
+
+def test_a_share_of_a_host_is_the_same_at_the_next_start(plan):
+    """Programs are compiled for a number of pages, and free memory is never twice the same."""
+    made = {plan(free * GIB, platform="cpu", cache_max_entry_count=0.5).cache for free in (23.7, 24, 24.4, 24.9)}
+    assert len(made) == 1 and 9 * GIB < made.pop() < 9.9 * GIB
 
 
 def test_a_share_leaves_room_for_the_workspace(plan):
