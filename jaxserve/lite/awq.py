@@ -9,10 +9,11 @@ A mixture's experts have scales too, and the rest of it is simpler: `experts`.
 The result has no more in it than any AWQ folder: integers, scales, zeros and norms.
 
 Measured (2026-11-21): SmolLM2-135M-Instruct in groups of 64, perplexity on 64 windows of the second half of 1000
-ShareGPT chats; rounded to nearest it has 27.0 % more.  On 2 CPU cores, with 16 windows of 512 tokens that the model
-wrote, 8.3, 9.1 and 9.7 % more (10.60, 10.67 and 10.73, not 9.78): runs that differ in the last bits, which one integer
-after the other makes more of.  On an H200, with 128 windows of 2048, 7.5 % (10.51) after 54 s, of which the layers took
-18.  An 8B's shapes took 148 s there with nothing compiled yet: text 39 s, layers 85, saving 10, report 14.
+ShareGPT chats; rounded to nearest it has 27.0 % more.  On 2 CPU cores, with 32 windows of 512 tokens that the model
+wrote, 8.6 % more (10.63, not 9.78) after 11 minutes; with 16 windows 8.3, 9.1 and 9.7 % in three runs whose last bits
+differed, which one integer after the other makes more of.  The same program makes the same bytes again there.  On an
+H200, with 128 windows of 2048, 7.5 % (10.51) after 54 s, of which the layers took 18.  An 8B's shapes took 148 s there
+with nothing compiled yet: text 39 s, layers 85, saving 10, report 14.
 
 D width, K kv heads, G queries a kv head, H head dim, F ffn.
 """
