@@ -114,6 +114,8 @@ def selected(records: Sequence, part: str, skip: int, take: int | None, name: st
     """What part, skip and take leave of the records.  The halves of an odd number: the second has one more."""
     if part not in PARTS:
         raise ValueError(f"part is {', '.join(PARTS)}, not {part!r}")
+    if not records:
+        raise ValueError(f"{name} is empty")
     half = len(records) // 2
     of = {"all": records, "first-half": records[:half], "second-half": records[half:]}[part]
     chosen = of[skip : None if take is None else skip + take]

@@ -175,7 +175,9 @@ def figures(nll, top, first_nll, first_top) -> dict:
 def file_bytes(path) -> int:
     """Bytes of a model's weights on the disk."""
     path = Path(path)
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix not in (".json", ".jinja")]
+    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+    if not files:  # of `jaxserve convert`
+        files = [file for file in path.rglob("*") if file.suffix not in (".json", ".jinja")]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 

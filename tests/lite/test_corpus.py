@@ -88,6 +88,12 @@ def test_a_file_that_cannot_be_used(tmp_path, content, words):
         corpus.texts(tmp_path / "a.jsonl")
 
 
+def test_an_empty_text(tmp_path):
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(ValueError, match=r"a\.txt is empty"):
+        corpus.texts(tmp_path / "a.txt")
+
+
 def test_no_such_file(tmp_path):
     with pytest.raises(ValueError, match="is no file, and none of the named sets wikitext2, ptb, c4, pileval"):
         corpus.texts(tmp_path / "none.txt")

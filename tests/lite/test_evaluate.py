@@ -87,6 +87,15 @@ def test_a_change_and_its_error():
     assert evaluate.figures(nll[:1], top[:1], first[:1], top[:1])["change_error"] is None
 
 
+def test_bytes_of_a_folder_are_its_weights(tmp_path):
+    """Not what stands beside them: a plot, or the same weights in another format."""
+    for name, size in (("model.safetensors", 5), ("original.pth", 70), ("plot.png", 300), ("config.json", 9)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    assert evaluate.file_bytes(tmp_path) == 5
+    (tmp_path / "model.safetensors").unlink()
+    assert evaluate.file_bytes(tmp_path) == 370 and evaluate.file_bytes(tmp_path / "plot.png") == 300
+
+
 @pytest.fixture
 def run():
     return lambda *arguments: CliRunner().invoke(main, ["lite", *map(str, arguments)], prog_name="jaxserve")
