@@ -62,7 +62,7 @@ TEMPLATE_OPTIONS = (
         "capability",
         cls=Option,
         section="Prompt",
-        type=click.Choice(["completion", "infilling", "chat", "python"]),
+        type=click.Choice(["completion", "chat"]),
         default="chat",
         show_default=True,
         help="chat; completion goes on with the text as it stands",

@@ -109,7 +109,7 @@ class ServerOptions:
         "Answers",
         "chat",
         "chat; completion goes on with the text as it stands",
-        one_of("completion", "infilling", "chat", "python"),
+        one_of("completion", "chat", later=("infilling", "python")),
     )
     generation_config: str = _in(
         "Answers",

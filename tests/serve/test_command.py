@@ -129,6 +129,7 @@ def test_lists_with_blanks_between(given, gathered):
         ("--max-body-size 0", "'--max-body-size'"),
         ("--root-path llm/", "'--root-path'"),
         ("--log-format xml", "'--log-format'"),
+        ("--cap infilling", "infilling is not there yet; it is 'completion' or 'chat'"),
         ("--allow-origins * --allow-credentials", "allow_credentials needs the origins by name"),
         ("M N", "unexpected extra argument"),
         ("M --api-keys", "requires an argument"),
