@@ -18,6 +18,7 @@ log = logging.getLogger("jaxserve")
 
 LONGEST = 300  # characters of a message
 RESTARTING = 5  # seconds that a client should wait for an engine that is started again
+GONE = "the engine has stopped; it is being started again"
 STUCK = "the answer cannot follow its grammar"
 NO_MASK = f"{STUCK}: no mask could be made"
 CLIENT_GONE = 499  # nobody reads it; it is for the log
@@ -76,7 +77,8 @@ def of(error: BaseException) -> ApiError:
         case Overloaded():
             return ApiError(503, str(error), code="overloaded", retry_after=error.retry_after)
         case EngineDead():
-            return ApiError(503, "the engine has stopped; it is being started again", FAILED, retry_after=RESTARTING)
+            why = str(error) if str(error).startswith("the engine has not answered") else GONE
+            return ApiError(503, why, FAILED, retry_after=RESTARTING)
         case RecursionError():
             return ApiError(400, "the request is nested too deeply")
         case HTTPException():
@@ -93,7 +95,7 @@ def of_finish(message: str | None, status: int | None = None) -> ApiError:
     if message.startswith("timeout"):
         return ApiError(504, message, "timeout_error")
     if message.startswith("the engine has stopped"):
-        return ApiError(503, "the engine has stopped; it is being started again", FAILED, retry_after=RESTARTING)
+        return ApiError(503, GONE, FAILED, retry_after=RESTARTING)
     if message.startswith("overloaded"):
         return ApiError(503, "the device ran out of memory; try again", retry_after=RESTARTING)
     if message.startswith(("the step failed", "the request could not be computed", NO_MASK)):
