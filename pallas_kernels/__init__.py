@@ -10,6 +10,7 @@ from pallas_kernels.eight_bit_matmul import (
     grouped_eight_bit,
     grouped_eight_bit_reference,
 )
+from pallas_kernels.gated_matmul import gated_matmul, gates
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_matmul_reference
 from pallas_kernels.int4_few import int4_few
 from pallas_kernels.int4_matmul import (
@@ -43,6 +44,8 @@ __all__ = [
     "available",
     "eight_bit_matmul",
     "eight_bit_matmul_reference",
+    "gated_matmul",
+    "gates",
     "grouped_eight_bit",
     "grouped_eight_bit_reference",
     "grouped_matmul",

@@ -23,14 +23,17 @@ def pages_of(pages_ptr, at, end, S: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @jit
-def first_pages(work, begin, S: tl.constexpr, BLOCK: tl.constexpr):
-    """The pages of a piece's first BLOCK keys, from the list: their address follows from the piece's number alone."""
+def first_pages(work, begin, S: tl.constexpr, BLOCK: tl.constexpr, SPARSE: tl.constexpr):
+    """The pages of a piece's first BLOCK keys, from the list: their address follows from the piece's number alone.
+
+    SPARSE: as for `piece_at`.
+    """
     if S % BLOCK == 0:
-        return tl.load(work + 8)
+        return tl.load(work + 8, volatile=SPARSE)
     elif BLOCK % S == 0:
-        return tl.load(work + 8 + tl.arange(0, BLOCK) // S)
+        return tl.load(work + 8 + tl.arange(0, BLOCK) // S, volatile=SPARSE)
     else:
-        return tl.load(work + 8 + (begin % S + tl.arange(0, BLOCK)) // S)
+        return tl.load(work + 8 + (begin % S + tl.arange(0, BLOCK)) // S, volatile=SPARSE)
 
 
 @jit
@@ -83,11 +86,18 @@ def _combine(
 
 
 @jit
-def piece_at(work):
+def piece_at(work, SPARSE: tl.constexpr):
     """Of a piece: page table's row (-1: none), token, first key, end, oldest visible key, the row's first piece, its
-    number of pieces, number of the row (see _cut)."""
-    return (tl.load(work), tl.load(work + 1), tl.load(work + 2), tl.load(work + 3), tl.load(work + 4),
-            tl.load(work + 5), tl.load(work + 6), tl.load(work + 7))  # fmt: skip
+    number of pieces, number of the row (see _cut).
+
+    SPARSE: the caller returns where there is none.  Volatile then: LLVM would move each load to where its result is
+    used, behind that question, and every piece would wait for memory once more.
+    """
+    return (
+        tl.load(work, volatile=SPARSE), tl.load(work + 1, volatile=SPARSE), tl.load(work + 2, volatile=SPARSE),
+        tl.load(work + 3, volatile=SPARSE), tl.load(work + 4, volatile=SPARSE), tl.load(work + 5, volatile=SPARSE),
+        tl.load(work + 6, volatile=SPARSE), tl.load(work + 7, volatile=SPARSE),
+    )  # fmt: skip
 
 
 @jit

@@ -160,8 +160,8 @@ def attend_codes(
     out_ptr, sums_ptr, tops_ptr, totals_ptr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
     GP: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    GC: tl.constexpr, PARTS: tl.constexpr, LISTED: tl.constexpr, TILE: tl.constexpr,
-    KIND: tl.constexpr, VALUES: tl.constexpr, BOOST: tl.constexpr, ASM: tl.constexpr,
+    GC: tl.constexpr, PARTS: tl.constexpr, LISTED: tl.constexpr, SPARSE: tl.constexpr,
+    TILE: tl.constexpr, KIND: tl.constexpr, VALUES: tl.constexpr, BOOST: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One piece of one row for one kv head, as `_attend` of paged_decode.py: grid (K, pieces).
 
@@ -170,9 +170,12 @@ def attend_codes(
     head = tl.program_id(0)
     piece = tl.program_id(1)
     work = work_ptr + piece * (8 + LISTED)
-    row, token, begin, end, oldest, first, pieces, number = piece_at(work)
-    page = first_pages(work, begin, S, BLOCK)
-    first_page = tl.load(first_page_ptr)
+    row, token, begin, end, oldest, first, pieces, number = piece_at(work, SPARSE)
+    page = first_pages(work, begin, S, BLOCK, SPARSE)
+    first_page = tl.load(first_page_ptr, volatile=SPARSE)
+    if SPARSE:
+        if row < 0:
+            return
     W: tl.constexpr = H // VALUES
     COLUMNS: tl.constexpr = TILE * G if TILE else G
     g = tl.arange(0, GP)
