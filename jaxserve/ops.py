@@ -165,7 +165,7 @@ def gated_matmul(x, weight, *, axes):
     """
     if not kernels() or x.dtype != weight.dtype or _share(axes[0]) > 1:
         return None
-    if not pk.gates(*x.shape, weight.shape[2] // _share(axes[2]), x.dtype):
+    if not pk.gates(x.shape[0], x.shape[1], weight.shape[2] // _share(axes[2]), x.dtype):
         return None
     return _split(pk.gated_matmul, (P(), P(*axes)), P(None, axes[2]))(x, weight)
 

@@ -95,7 +95,7 @@ def _attend(
     row, token, begin, end, oldest, first, pieces, _ = piece_at(work, SPARSE)
     page = first_pages(work, begin, S, BLOCK, SPARSE)
     first_page = tl.load(first_page_ptr, volatile=SPARSE)
-    if SPARSE:
+    if SPARSE:  # noqa: SIM102  # known when it is compiled
         if row < 0:
             return
     g = tl.arange(0, GP)

@@ -173,7 +173,7 @@ def attend_codes(
     row, token, begin, end, oldest, first, pieces, number = piece_at(work, SPARSE)
     page = first_pages(work, begin, S, BLOCK, SPARSE)
     first_page = tl.load(first_page_ptr, volatile=SPARSE)
-    if SPARSE:
+    if SPARSE:  # noqa: SIM102  # known when it is compiled
         if row < 0:
             return
     W: tl.constexpr = H // VALUES
