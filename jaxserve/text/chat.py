@@ -187,6 +187,8 @@ class ChatTemplate:
         names the message (the first is 0) that cannot be used, or gives the template's own reason.
         """
         messages, tools = checked(messages), checked_tools(tools)
+        if "developer" not in self.source:  # OpenAI's name for it since its models think; few templates know it
+            messages = [one | {"role": "system"} if one["role"] == "developer" else one for one in messages]
         number = len(messages) - 1
         if self.completion:
             return "".join(message["content"] or "" for message in messages)

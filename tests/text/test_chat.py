@@ -320,6 +320,14 @@ def test_variables(smollm2):
         template.render("x", chat_template="{{ 1 }}")
 
 
+def test_a_developer_is_the_system_of_a_template_that_knows_none(smollm2):
+    template = ChatTemplate.for_model(LLAMA, smollm2)
+    said = [{"role": "developer", "content": "Be short."}, user("hi")]
+    assert template.render(said) == template.render([system("Be short."), user("hi")])
+    source = "{% for m in messages %}{{ m.role if m.role != 'developer' else 'boss' }} {% endfor %}"
+    assert ChatTemplate.for_model(LLAMA, with_template(smollm2, source)).render(said) == "boss user "
+
+
 def test_the_last_reply_is_continued(smollm2):
     template = ChatTemplate.for_model(LLAMA, smollm2)
     asked = template.render("hi", add_generation_prompt=True)
