@@ -68,6 +68,7 @@ class Sampling(Struct):
     top_k: Annotated[int, _whole(-1, 2**31 - 1, "a whole number; 0 and -1 stand for all tokens")] | None = None
     min_p: Annotated[float, _number(0, 1)] | None = None
     max_tokens: Natural | None = None
+    max_completion_tokens: Count | None = None
     min_tokens: Natural | None = None
     min_new_tokens: Natural | None = None
     n: Annotated[int, _whole(1, 128)] | None = None
@@ -114,7 +115,6 @@ class ChatBody(Sampling, kw_only=True):
             }
         ),
     ]
-    max_completion_tokens: Count | None = None
     logprobs: Flag | None = None
     top_logprobs: Annotated[int, _whole(0, 20)] | None = None
     tools: Annotated[list[Object], Meta(max_length=1024, description="a list of functions, 1024 at most")] | None = None

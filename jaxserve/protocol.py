@@ -247,9 +247,7 @@ def _config(given: Any, chat: bool, advice: dict, defaults: dict) -> GenerationC
         wanted["random_seed"] = given.seed % 2**32
     if given.top_k is not None:
         wanted["top_k"] = max(0, given.top_k)
-    most = given.max_tokens
-    if chat and given.max_completion_tokens is not None:
-        most = given.max_completion_tokens
+    most = given.max_tokens if given.max_completion_tokens is None else given.max_completion_tokens
     if most == 0 and not (not chat and given.echo):
         raise ParamError("max_tokens", "max_tokens is a whole number, 1 or more (0 only for completions with echo)")
     if most is not None:

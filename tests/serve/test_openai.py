@@ -150,6 +150,7 @@ def test_lengths(server):
     choice = server.chat(max_tokens=3)["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("ans", "length")
     assert server.chat(max_tokens=99, max_completion_tokens=2)["choices"][0]["message"]["content"] == "an"
+    assert server.complete(max_completion_tokens=2)["usage"]["completion_tokens"] == 2  # as in LMDeploy
     assert server.chat(max_tokens=2**63 - 1)["choices"][0]["finish_reason"] == "stop"
     ignoring = server.chat(ignore_eos=True)
     assert ignoring["usage"]["total_tokens"] == 256 and ignoring["choices"][0]["finish_reason"] == "length"
