@@ -4,6 +4,7 @@ import gc
 import os
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -165,27 +166,47 @@ def _compile_and_read(runner, held, report, progress):
     """Compiles the programs, then loads the weights, whose files are read ahead meanwhile.
 
     Not both at once: XLA times kernels on arrays as large as the KV cache, and weights that come to lie between these
-    would leave no room in one piece for the cache itself.
+    would leave no room in one piece for the cache itself.  Where all programs are stored it has nothing to time.
     """
-    began, over, found = time.perf_counter(), threading.Event(), 0
+    began, over, found, reading = time.perf_counter(), threading.Event(), 0, None
     folder = hub.cache_dir() / "programs"
+    read = partial(held.read, partial(progress, "loading"), folder)
+
+    def stored():
+        nonlocal reading
+        reading = _begun(read)
 
     def compiled(done, total, loaded):
         nonlocal found
         found = loaded
-        progress("compiling", done, total)
+        if reading is None:
+            progress("compiling", done, total)
 
     ahead = threading.Thread(target=_read_ahead, args=(held.source.path, over), name="jaxserve-read-ahead", daemon=True)
     ahead.start()
     try:
-        runner.compile(folder, compiled)
+        runner.compile(folder, compiled, stored)
     finally:
         over.set()
     compiling = time.perf_counter() - began
     report(f"{len(runner.programs)} programs ready in {compiling:.1f} s ({found} from the cache)")
-    loaded = partial(progress, "loading")
-    runner.params = jax.block_until_ready(held.read(loaded, folder))
-    report(f"weights loaded in {time.perf_counter() - began - compiling:.1f} s")
+    began += 0 if reading else compiling
+    runner.params = jax.block_until_ready(reading.result() if reading else read())
+    report(f"weights loaded in {time.perf_counter() - began:.1f} s")
+
+
+def _begun(function):
+    """A Future of what the function returns, which runs on a thread that nobody waits for who leaves."""
+    future: Future = Future()
+
+    def run():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="jaxserve-read", daemon=True).start()
+    return future
 
 
 def _read_ahead(path, over):

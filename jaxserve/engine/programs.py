@@ -31,15 +31,17 @@ STALE = 3600  # seconds after which nobody will finish it
 SOURCES = ("cache.py", "leaf.py", "ops.py", "sampling.py", "step.py", "models", "quant")
 
 
-def compile_all(jobs, devices, folder, progress=None, workers=None, tunes=None):
+def compile_all(jobs, devices, folder, progress=None, workers=None, tunes=None, stored=None):
     """{key: executable} of {key: (jitted function, arguments, compiler options)}, begun in this order.
 
     Arguments may be ShapeDtypeStructs on `devices`.  `progress(done, total, loaded)` is called after each; `folder`
-    None keeps nothing.  `tunes(key)` names what XLA tries out while it compiles a program: that is done once, if
-    the first program with it is ready before it begins the others.
+    None keeps nothing; `stored()` is called first where all seem to be in it.  `tunes(key)` names what XLA tries out
+    while it compiles a program: that is done once, if the first program with it is ready before it begins the others.
     """
     store, out, loaded = Store(folder, devices), {}, 0
     names = {key: store.name(key, *job) for key, job in jobs.items()}
+    if stored and folder and all((store.folder / name).exists() for name in names.values()):
+        stored()
     one_by_one = threading.Lock()
 
     def ready(key, executable):

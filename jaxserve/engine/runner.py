@@ -87,8 +87,8 @@ class Runner:
     def params(self, params):
         self._params, self.leaves = params, tuple(jax.tree.leaves(params))
 
-    def compile(self, folder, progress=None):
-        """Compiles every program that can be needed; nothing is compiled after it."""
+    def compile(self, folder, progress=None, stored=None):
+        """Compiles every program that can be needed; nothing is compiled after it.  Arguments as of `compile_all`."""
         ops.prepare()
         self._open_gate()
         # What float32 means: a GPU would round the factors of a product to 10 bits (TF32) otherwise.
@@ -96,7 +96,9 @@ class Runner:
         with meshes.on(self.mesh), jax.default_matmul_precision(precision):
             jobs = dict(sorted(self._jobs().items(), key=lambda job: begun(job[0])))
             tunes = None if self.on_cpu else products  # XLA tries nothing out on the CPU
-            self.programs = compile_all(jobs, list(self.mesh.devices.flat), folder, progress, tunes=tunes)
+            self.programs = compile_all(
+                jobs, list(self.mesh.devices.flat), folder, progress, tunes=tunes, stored=stored
+            )
 
     def _open_gate(self):
         """Makes the gate; where the device and the host can share no memory, programs take masks instead."""

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from jaxserve.checkpoint import CheckpointError
 from jaxserve.config import EngineConfig
 from jaxserve.engine import loading
+from jaxserve.engine.programs import Store
 from jaxserve.engine.runner import Runner
 from scripts import tiny_checkpoint
 from tests.engine import build
@@ -44,6 +45,39 @@ def test_files_are_read_ahead_while_programs_compile(folder, monkeypatch):
     pieces = range(0, large.st_size, large.st_size // 2)
     assert asked == [(large.st_ino, offset, os.POSIX_FADV_WILLNEED) for offset in pieces]
     assert [line.split(" ")[1] for line in told if "ready in" in line or "loaded in" in line] == ["programs", "loaded"]
+
+
+def test_weights_are_read_while_stored_programs_load(folder, monkeypatch):
+    config = EngineConfig(max_batch_size=4, num_tokens_per_iter=16, cache_block_seq_len=4, session_len=100)
+    loading.load(str(folder), config).close()
+    read, begun, shown, told, load = loading.Model.read, threading.Event(), [], [], Store.load
+
+    def reads(self, *arguments):
+        begun.set()
+        return read(self, *arguments)
+
+    def loads(self, name):
+        assert begun.wait(60)  # not begun before the programs are there, it would never be
+        return load(self, name)
+
+    monkeypatch.setattr(loading.Model, "read", reads)
+    monkeypatch.setattr(Store, "load", loads)
+    with loading.load(str(folder), config, told.append, lambda what, *_: shown.append(what)) as engine:
+        assert len(build.run(engine, [([1, 2, 3], 4)])[0]) == 4
+    assert set(shown) == {"loading"}  # one bar at a time
+    assert [line.split(" ")[1] for line in told if "ready in" in line or "loaded in" in line] == ["programs", "loaded"]
+
+
+def test_an_error_of_reading_beside_stored_programs_is_told(folder, monkeypatch):
+    config = EngineConfig(max_batch_size=4, num_tokens_per_iter=16, cache_block_seq_len=4, session_len=100)
+    loading.load(str(folder), config).close()
+
+    def reads(self, *arguments):
+        raise ValueError("no weights today")
+
+    monkeypatch.setattr(loading.Model, "read", reads)
+    with pytest.raises(ValueError, match="no weights today"):
+        loading.load(str(folder), config)
 
 
 def test_what_starting_leaves_is_not_looked_through_again(folder):
