@@ -25,12 +25,12 @@ def gates(tokens, inputs, outputs, dtype) -> bool:
         and outputs % 128 == 0
         and dtype in (jnp.bfloat16, jnp.float16)
         and device()[1] == 90
-        and lowers("hopper_matmul", "prompts are", jnp.dtype(dtype).name)
+        and lowers("hopper_gated", "prompts are", jnp.dtype(dtype).name)
     )
 
 
 def gated_matmul(x, weight):
     """silu(first) * second [T, F] of x [T, D] times weight [D, 2, F], where `gates` says so."""
-    from pallas_kernels.hopper_matmul import hopper_matmul  # imports Mosaic, which takes half a second
+    from pallas_kernels.hopper_gated import gated_wgmma  # imports Mosaic, which takes half a second
 
-    return hopper_matmul(x, weight, gated=True)
+    return gated_wgmma(x, weight)

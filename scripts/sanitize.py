@@ -37,7 +37,7 @@ CONTROLS, GROUPS = ("near", "far"), ("hopper", "triton", "int4", "others", *(nam
 ALLOCATORS = ("cuda_async", "address")  # of JAX, the one that shows most first
 SETTINGS = ("XLA_", "JAX_", "TF_GPU_", "TRITON_", "CUDA_LAUNCH", "CUDA_MODULE")  # of the caller, which do not matter
 OURS = ("_attend", "attend_", "_cut", "_tiles", "_order", "_write", "_rope_write", "_skinny", "_few", "_grouped",
-        "_spread", "_descend", "mosaic", "prefill")  # fmt: skip
+        "_spread", "_descend", "_wait", "_fetch", "_tell", "mosaic", "prefill")  # fmt: skip
 LIMIT = 105  # seconds of it all
 LENGTHS, NEW = [5, 700, 0, 128, 1, 300, 65], [5, 200, 0, 1, 1, 1, 65]
 
@@ -123,6 +123,17 @@ def launch(group):
         q, _ = rounding.spread(rows, square, scale, zero, most=15)
         return rounding.descend(q, rows, square, scale, zero, most=15)
 
+    def waited():
+        from jaxserve.engine.gate import Gate
+        from pallas_kernels.await_masks import await_masks, tell
+
+        gate = Gate(jax.devices()[0], jax.device_put, 5, 1001)
+        gate.bound[:], gate.masks[:] = 1, 7
+        number, ticket = gate.next()
+        gate.open(number)
+        tokens = jnp.arange(5, dtype=jnp.int32)
+        return jax.jit(lambda ticket: (await_masks(ticket, tokens, rows=5, words=1001), tell(ticket, tokens)))(ticket)
+
     def told(dtype, what):
         print(f"launched: {dtype}, {what}: {', '.join(sorted(names))}", flush=True)
         names.clear()
@@ -142,13 +153,14 @@ def launch(group):
         jax.block_until_ready(int4(dtype))
         told(dtype, "kernels for int4 weights")
     for dtype in DTYPES[:2] if group == "others" else ():
-        jax.block_until_ready((few(dtype), rounded()))
-        told(dtype, "kernels for few rows, and for rounding")
+        jax.block_until_ready((few(dtype), rounded(), waited()))
+        told(dtype, "kernels for few rows, for rounding, and for masks")
     for dtype in DTYPES[:2] if group == "hopper" else ():
         pk.tuning.lookup("hopper_prefill", dtype, 128)["tokens"] = 0  # for the smallest steps, too
-        (out,) = jax.block_until_ready(attention(dtype))
-        assert np.isfinite(np.asarray(out, np.float32)).all()
-        told(dtype, "Hopper's kernel, and")
+        gated = jax.jit(pk.gated_matmul)(jnp.ones((300, 256), dtype), jnp.ones((256, 2, 384), dtype))
+        for out in jax.block_until_ready((*attention(dtype), gated)):
+            assert np.isfinite(np.asarray(out, np.float32)).all()
+        told(dtype, "Hopper's kernels, and")
 
 
 def _note_names(module):

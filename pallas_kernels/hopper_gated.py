@@ -1,10 +1,8 @@
-"""Products of many tokens with 16-bit weights for Hopper: one warpgroup loads by TMA, two others multiply by wgmma.
+"""`gated_matmul` for Hopper: one warpgroup loads by TMA, two others multiply by wgmma.
 
-For what XLA's products leave to be done around them: SiLU and product of the two halves of a feed-forward layer, which
-would go to memory and come back.  A core takes one block of the result after the other, and loads the next while it
-writes out the last.
-
-T tokens, D inputs, F outputs.
+A warpgroup sums up both halves of its outputs, so that SiLU and product happen in registers; by themselves they would
+take the sums to memory and back.  A core takes one block of the result after the other, and loads the next while it
+writes out the last.  Letters as in gated_matmul.py.
 """
 
 import functools
@@ -18,8 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.triton_call import cdiv, cores
 
 LINES = 64  # tokens of an instruction
-TOKENS = 2 * LINES  # of a block
-COLUMNS = 256  # sums of a token in a block: so many are an instruction's most
+TOKENS, OUTPUTS = 2 * LINES, 128  # of a block
 INPUTS = 64  # of a turn: rows of 128 bytes
 PIECE = 64  # outputs that are written at a time
 STAGES = 4  # turns that are loaded at a time
@@ -28,44 +25,41 @@ LOADING, MULTIPLYING = 40, 232  # registers of a lane
 TILED = plgpu.TilingTransform((8, INPUTS)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]  # only looks so
 
 
-def hopper_matmul(x, weight, *, gated=False):
-    """x [T, D] times weight [D, F], to [T, F]; gated: [D, 2, F], and silu(first) * second of it.
-
-    Of bfloat16 or float16; D a multiple of 64, 256 or more, F of 256, gated of 128.  Summed up in float32, of which the
-    gate is made.
-    """
-    (T, D), F = x.shape, weight.shape[-1]
-    outputs = COLUMNS // (1 + gated)  # of a block
-    padded = max(TOKENS, cdiv(T, 8) * 8)
+def gated_wgmma(x, weight):
+    """silu(first) * second [T, F] of x [T, D] times weight [D, 2, F]; D a multiple of 64, 256 or more, F of 128."""
+    (T, D), F = x.shape, weight.shape[2]
+    padded = max(TOKENS, cdiv(T, 8) * 8)  # what is beyond is neither read nor written
     x = jnp.pad(x, ((0, padded - T), (0, 0)))
     blocks = cdiv(padded, TOKENS)
+    kernel = functools.partial(_kernel, blocks, D, F)
+    kernel.__name__ = "gated"  # type: ignore[attr-defined]  # what profilers call it
     out = plgpu.kernel(
-        functools.partial(_kernel, blocks, D, F, outputs, gated),
+        kernel,
         out_type=jax.ShapeDtypeStruct((padded, F), x.dtype),
-        grid=(min(cores(), blocks * F // outputs),),
+        grid=(min(cores(), blocks * F // OUTPUTS),),
         grid_names=("core",),
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=(
             plgpu.SMEM((STAGES, TOKENS, INPUTS), x.dtype, transforms=TILED),
-            plgpu.SMEM((STAGES, 1 + gated, INPUTS, outputs), x.dtype, transforms=TILED),
+            plgpu.SMEM((STAGES, 2, INPUTS, OUTPUTS), x.dtype, transforms=TILED),
             plgpu.SMEM((2, 2, LINES, PIECE), x.dtype, transforms=TILED),
-            plgpu.Barrier(num_arrivals=2 + gated, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(x, weight.reshape(D, -1))
+    )(x, weight.reshape(D, 2 * F))
     return out[:T]
 
 
-def _kernel(blocks, D, F, outputs, gated, x_ref, w_ref, out_ref, x_in, w_in, results, filled, free):
+def _kernel(blocks, D, F, x_ref, w_ref, out_ref, x_in, w_in, results, filled, free):
     turns, warpgroup = D // INPUTS, lax.axis_index("warpgroup")
     side = max(n for n in range(1, SIDE + 1) if blocks % n == 0)
 
     def each(body):
         """Calls body(turns before, block of the outputs, block of the tokens) for each block of the core."""
 
-        @plgpu.nd_loop((blocks // side, F // outputs, side), collective_axes="core")
+        @plgpu.nd_loop((blocks // side, F // OUTPUTS, side), collective_axes="core")
         def _(loop):
             far, n, near = loop.index
             body(loop.local_index * turns, n, far * side + near)
@@ -81,21 +75,21 @@ def _kernel(blocks, D, F, outputs, gated, x_ref, w_ref, out_ref, x_in, w_in, res
 
             at = filled.at[slot]
             plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(m * TOKENS, TOKENS), inputs], x_in.at[slot], at)
-            for h in range(1 + gated):
-                tile = w_ref.at[inputs, pl.ds(h * F + n * outputs, outputs)]
+            for h in range(2):
+                tile = w_ref.at[inputs, pl.ds(h * F + n * OUTPUTS, OUTPUTS)]
                 plgpu.copy_gmem_to_smem(tile, w_in.at[slot, h], at)
 
         lax.fori_loop(0, turns, turn, None)
 
     def multiply(before, n, m):
-        def scoped(*sums):
+        def scoped(*halves):
             @pl.loop(0, turns)
             def _(k):
                 slot = lax.rem(before + k, STAGES)
                 plgpu.barrier_wait(filled.at[slot])
-                for h, acc in enumerate(sums):
-                    plgpu.wgmma(acc, x_in.at[slot, pl.ds(warpgroup * LINES, LINES)], w_in.at[slot, h])
-                plgpu.wgmma_wait(len(sums))
+                for h, sums in enumerate(halves):
+                    plgpu.wgmma(sums, x_in.at[slot, pl.ds(warpgroup * LINES, LINES)], w_in.at[slot, h])
+                plgpu.wgmma_wait(2)  # all but this turn's
 
                 @pl.when(k > 0)  # what the turn before has loaded has been multiplied
                 def _():
@@ -103,20 +97,18 @@ def _kernel(blocks, D, F, outputs, gated, x_ref, w_ref, out_ref, x_in, w_in, res
 
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(free.at[lax.rem(before + turns - 1, STAGES)])
-            finish([acc[...] for acc in sums], n, m)
+            finish(*(sums[...] for sums in halves), n, m)
 
-        pl.run_scoped(scoped, *[plgpu.ACC((LINES, outputs), jnp.float32)] * (1 + gated))
+        pl.run_scoped(scoped, *[plgpu.ACC((LINES, OUTPUTS), jnp.float32)] * 2)
 
-    def finish(sums, n, m):
-        for p in range(outputs // PIECE):
-            value, *up = (half[:, p * PIECE : (p + 1) * PIECE] for half in sums)
-            if gated:
-                root = lax.rsqrt(1 + jnp.exp(-value))  # a division would take ten instructions
-                value = value * root * root * up[0]
+    def finish(gate, up, n, m):
+        for p in range(OUTPUTS // PIECE):
+            g, u = (half[:, p * PIECE : (p + 1) * PIECE] for half in (gate, up))
+            root = lax.rsqrt(1 + jnp.exp(-g))  # a division would take ten instructions
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            results[warpgroup, p % 2] = value.astype(results.dtype)
+            results[warpgroup, p % 2] = (g * root * root * u).astype(results.dtype)
             plgpu.commit_smem()
-            at = pl.ds(m * TOKENS + warpgroup * LINES, LINES), pl.ds(n * outputs + p * PIECE, PIECE)
+            at = pl.ds(m * TOKENS + warpgroup * LINES, LINES), pl.ds(n * OUTPUTS + p * PIECE, PIECE)
             plgpu.copy_smem_to_gmem(results.at[warpgroup, p % 2], out_ref.at[at])
 
     @pl.when(warpgroup == 2)
@@ -137,5 +129,5 @@ def _kernel(blocks, D, F, outputs, gated, x_ref, w_ref, out_ref, x_in, w_in, res
 
 def lower(dtype):
     """Lowers a small case, and throws the result away; raises what Mosaic makes of it."""
-    x, weight = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((TOKENS, 256), (256, 2, 128)))
-    jax.jit(functools.partial(hopper_matmul, gated=True)).trace(x, weight).lower(lowering_platforms=("cuda",))
+    x, weight = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((TOKENS, 256), (256, 2, OUTPUTS)))
+    jax.jit(gated_wgmma).trace(x, weight).lower(lowering_platforms=("cuda",))
