@@ -5,8 +5,8 @@
 A line for a matrix, a number of tokens and a way: microseconds a call, GB/s of weights, TFLOP/s, the share of the
 device's limit (whichever of the two is nearer), times as fast as bf16, the error against the definition.  Ways of
 `int4` show each kernel by itself where it takes so many tokens, so that the borders between them can be moved; that by
-wgmma puts the tokens' inputs in order in a kernel of its own here, which in a model is part of the norm.  The last line
-is all of it as JSON.
+wgmma puts the tokens' inputs in order in a kernel of its own here, which in a model is part of the norm.  bf16 `gated` has SiLU and
+product of its two halves in it.  The last line is all of it as JSON.
 """
 
 import argparse
@@ -64,10 +64,14 @@ def eight(kind, D):
     }
 
 
-def ways(kind, T, D):
+def ways(kind, T, D, F):
     """{name: function(x, *arrays)} of a matrix."""
     if kind == "bf16":
-        return {"bf16": lambda x, w: x @ w}
+        out = {"bf16": lambda x, w: x @ w}
+        if pk.gates(T, D, F // 2, jnp.bfloat16) and F > 4 * D:  # two maps of a feed-forward layer
+            out["bf16, then gate"] = lambda x, w: jax.nn.silu((y := x @ w)[:, : F // 2]) * y[:, F // 2 :]
+            out["bf16 gated"] = lambda x, w: pk.gated_matmul(x, w.reshape(D, 2, F // 2))
+        return out
     if kind != "int4":
         return {kind: functools.partial(pk.eight_bit_matmul, **eight(kind, D))}
     from pallas_kernels.hopper_int4 import int4_wgmma
@@ -149,7 +153,7 @@ def measure(name, kind, T, x, matrices, extra, D, parameters, flops, base, rows)
     bytes_ = parameters * BYTES[kind]
     limit = bandwidth and max(bytes_ / bandwidth, flops / peak)
     calls = min(CALLS, max(4, int(SPAN / ((limit or 1e-5) + START))))
-    for label, way in (expert_ways(kind, D) if extra else ways(kind, T, D)).items():
+    for label, way in (expert_ways(kind, D) if extra else ways(kind, T, D, parameters // D)).items():
         took = seconds(way, x, matrices, calls, extra)
         base = took if label == "bf16" else base
         want, error = reference(kind, x, matrices[0], extra, D), None
