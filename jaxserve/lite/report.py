@@ -71,8 +71,11 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def draw(file: Path, errors: list[dict]) -> None:
-    """A plot of every map's error over the layers; ImportError without matplotlib."""
+def draw(file: Path, errors: list[dict]):
+    """A plot of every map's error over the layers, which is returned; ImportError without matplotlib.
+
+    Errors are of the outputs over the calibration text, of SmoothQuant's maps of the weights themselves.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -86,11 +89,13 @@ def draw(file: Path, errors: list[dict]) -> None:
                 values = [np.nan if point is None else point for point in points]
                 label = path if way == "found" else None
                 axes.plot(values, style, color=f"C{number}", label=label, marker=".")
-    axes.set(xlabel="layer", ylabel="error of the outputs, a share of their power", yscale="log")
-    axes.set_title("dotted: rounded to nearest", fontsize="small")
+    axes.set(xlabel="layer", ylabel="squared error, as a share", yscale="log")
+    if any(_of(error, "nearest") is not None for layer in errors for error in layer.values()):
+        axes.set_title("dotted: rounded to nearest", fontsize="small")
     if axes.get_legend_handles_labels()[1]:
         axes.legend()
     figure.savefig(file, dpi=120)
+    return figure
 
 
 def _of(error, way):

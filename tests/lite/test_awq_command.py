@@ -31,6 +31,15 @@ def test_a_folder_is_written_with_its_report(run, tmp_path):  # noqa: F811
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    "errors, title", [([{"o": {"found": 1e-3, "nearest": 1e-2}}], "dotted: rounded to nearest"), ([{"o": 1e-3}], "")]
+)
+def test_the_plot_tells_of_what_it_has(tmp_path, errors, title):
+    axes = report.draw(tmp_path / "plot.png", errors * 2).axes[0]
+    assert axes.get_title() == title and len(axes.lines) == (2 if title else 1)
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
 SCALES = [
     ((), None),
     (("--search-scale", "False"), False),
