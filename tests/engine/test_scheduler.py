@@ -208,15 +208,17 @@ def test_a_long_prompt_rides_along_with_streams():
     bench.run()
 
 
-def test_a_prompt_that_closes_a_step_ends_at_the_nearest_size():
+def test_a_prompt_that_closes_a_step_fills_a_size():
     bench = Bench(budget=32, sizes=(8, 16, 32))
     bench.add([0, 1], 9)
     bench.turn()
-    bench.add([1] * 17, 3)  # 18 tokens would be padded to 32: 14 for nothing, where 16 put off 2
+    bench.add([1] * 17, 3)  # 18 tokens would be padded to 32
     assert spans(bench.turn()) == [(2, 3, True), (0, 15, False)]
     assert spans(bench.turn()) == [(3, 4, True), (15, 17, True)]
     bench.add([2] * 24, 3)
-    assert spans(bench.turn())[-1] == (0, 24, True)  # 26 tokens: 10 would be put off for 6
+    assert spans(bench.turn())[-1] == (0, 14, False)  # with two streams
+    assert spans(bench.turn())[-1] == (14, 20, False)  # 12 tokens: 4 are put off
+    assert spans(bench.turn())[-1] == (20, 24, True)
     bench.run()
 
 
@@ -225,8 +227,8 @@ def test_a_prompt_is_not_read_a_token_at_a_time():
     for i in range(7):
         bench.add([i % 3] * (2 + i), 9)
     bench.turn()
-    bench.add([1] * 4, 3)  # 11 tokens: 1 of them would fill 8, with 3 put off
-    assert spans(bench.turn())[-1] == (0, 4, True)
+    bench.add([5] * 5, 3)  # 12 tokens: 1 of them would fill 8, with 4 put off
+    assert spans(bench.turn())[-1] == (0, 5, True)
     bench.run()
 
 
