@@ -5,8 +5,8 @@
 A line for a matrix, a number of tokens and a way: microseconds a call, GB/s of weights, TFLOP/s, the share of the
 device's limit (whichever of the two is nearer), times as fast as bf16, the error against the definition.  Ways of
 `int4` show each kernel by itself where it takes so many tokens, so that the borders between them can be moved; that by
-wgmma puts the tokens' inputs in order in a kernel of its own here, which in a model is part of the norm.  bf16 `gated` has SiLU and
-product of its two halves in it.  The last line is all of it as JSON.
+wgmma puts the tokens' inputs in order in a kernel of its own here, which in a model is part of the norm.  `bf16 gated`
+has SiLU and product of the matrix's halves in it.  The last line is all of it as JSON.
 """
 
 import argparse

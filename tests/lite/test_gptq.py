@@ -1,5 +1,6 @@
 """GPTQ: the solver against rounding to nearest and a loop that follows the paper."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -120,3 +121,12 @@ def test_a_hessian_that_is_no_number_is_refused(case):
     bad[3, 4] = np.nan
     with pytest.raises(ValueError, match="no usable Hessian"):
         gptq.solve(case[0], bad, GROUP)
+
+
+def test_scales_are_what_float16_holds():
+    """As by its type, smallest numbers and ties included."""
+    halves = np.arange(1, 0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)  # all that are more than 0
+    between = (halves[1:] + halves[:-1]) / 2
+    x = np.concatenate([[0], halves, between, np.nextafter(between, 0), np.nextafter(between, np.inf)])
+    x = x.astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(gptq.held_by_float16)(x), x.astype(np.float16).astype(np.float32))
