@@ -238,7 +238,7 @@ class Waiting(Runner):
 
     def _sit(self, seats):
         for lane, who, _ in seats:
-            self.seated[lane] = who
+            self.seats.taken[lane] = who
 
     def _launch(self, launching, milliseconds, number=None, array=None):
         """Launches what the device takes so long for.

@@ -18,7 +18,7 @@ class Packed:
     whole: bool  # one program does it
     tokens: int
     words: Any  # int32
-    seats: list[tuple[int, tuple, tuple | None]]  # lane, who takes it (as in Runner.seated), what its tables will hold
+    seats: list[tuple[int, tuple, tuple | None]]  # lane, who takes it (as in Seats.taken), what its tables will hold
     guided: Sequence = ()  # (row, request) of rows that wait for a mask
 
 

@@ -18,9 +18,10 @@ from jaxserve.cache import PagedKV
 from jaxserve.engine.gate import Gate
 from jaxserve.engine.launch import InFlight, Packed, Piece
 from jaxserve.engine.programs import compile_all
+from jaxserve.engine.seats import Seats
 from jaxserve.engine.sizes import SCORED, Sizes, begun, bucket, products
 from jaxserve.models import decoder
-from jaxserve.sampling import Sampling, Tables, bias_rows, table_rows
+from jaxserve.sampling import Sampling, Tables, bias_rows
 from jaxserve.step import BLOCK, LANE, NO_LANE, ROW, ROW_WIDTH, Shape, State
 
 START, COUNT, ROPE = ROW.index("start"), ROW.index("count"), ROW.index("rope_len")
@@ -47,12 +48,14 @@ class Runner:
         self.cfg, self.mesh, self.plan, self.shapes = cfg, mesh, plan, shapes
         self.params = None
         self.state: Any = None
+        platform = mesh.devices.flat[0].platform
+        self.on_cpu = platform == "cpu"
         # XLA is slower with one row than with two (0.26 ms a step of a 1.8B model on an H200); our products are not.
         # A single row of a split embedding XLA takes from the whole of it, which it gathers on every device first.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             least = 1 if mesh.size == 1 and decoder.fuses(shapes, 1) else 2
-        self.sizes = Sizes.choose(mesh.devices.flat[0].platform, plan, least)
-        if once and mesh.devices.flat[0].platform != "cpu":
+        self.sizes = Sizes.choose(platform, plan, least)
+        if once and not self.on_cpu:
             self.sizes = Sizes.single(plan, min(plan.budget, SCORED) if scores_only else plan.budget)
         self.scores_only = scores_only
         self.vocab = shapes.embed.shape[0]  # with padding
@@ -65,18 +68,12 @@ class Runner:
         )
         self.programs: dict = {}
         self.unmasked: dict[int, jax.Array] = {}  # rows -> a mask that allows everything
-        self.on_cpu = mesh.devices.flat[0].platform == "cpu"
         # Where kernels run, steps wait for masks on the device, before the gate; else the host does, ahead of the draw.
         self.gated = ops.waits()
         self.gate: Gate | None = None
         # XLA's collectives between virtual CPU devices deadlock when two programs run at once.
         self.one_at_a_time = mesh.size > 1 and self.on_cpu
-        # By lane: what is the same in every step of the request seated there.
-        self.seated: list = [None] * plan.lanes
-        self.rows = np.zeros((plan.lanes, ROW_WIDTH), np.int32)
-        self.table = np.zeros((plan.lanes, self.sizes.pages[-1]), np.int32)
-        self.filled = np.zeros(plan.lanes, np.int32)  # pages in the table
-        self.sampled = np.zeros(plan.lanes, bool)  # whether it needs the full sampler
+        self.seats = Seats(plan.lanes, self.sizes.pages[-1], self.vocab, plan.session_len)
 
     @property
     def params(self) -> Any:
@@ -133,7 +130,7 @@ class Runner:
             known = self._hidden(tokens), self._struct((tokens,)), self._struct((), bool)
             jobs["score", tokens] = jitted.score, (self.cfg, head, *known), self._options(BLOCK)
         jobs["logits"] = jitted.logits, (self.cfg, head, self._hidden(self.sizes.scored[0]), self._struct(())), None
-        jobs["seat"] = jitted.seat, (state, *self._structs(table_rows(None, self.vocab, self.plan.session_len))), None
+        jobs["seat"] = jitted.seat, (state, *self._structs(self.seats.tables())), None
         jobs["empty"] = jitted.empty, (state,), None
         return jobs
 
@@ -201,7 +198,7 @@ class Runner:
         """A fresh, empty state: at start, and after a step that failed with its state donated."""
         self.state = None  # the old pool goes before the new one is allocated
         self.state = self.programs["empty"]()
-        self.seated = [None] * self.plan.lanes
+        self.seats.leave()
         self.unmasked = {}
 
     @property
@@ -238,8 +235,7 @@ class Runner:
                         self.dispatch(self._empty(shape, chunks=[None] * most))
                 scored = [self.score(self._empty_pieces(n))[-1] for n in self.sizes.scored]
                 self.logits(scored[0], 0)
-            self._sit([(0, (), table_rows(None, self.vocab, self.plan.session_len))])
-            self.seated[0] = None
+            self._sit([(0, None, self.seats.tables())])
         jax.block_until_ready(self.state)
 
     def _empty_pieces(self, tokens):
@@ -258,7 +254,8 @@ class Runner:
 
         guided: (row, request) of rows that take a mask.
         """
-        seats = [seat for c in chunks if c.grew and (seat := self._seat(c.request))]
+        seats = self.seats
+        taken = [seat for c in chunks if c.grew and (seat := seats.note(c.request))]
         # A list of each and arrays of these: a plan of 256 rows is packed in a third of the time that a loop takes.
         n = len(chunks)
         lanes, start = _array([c.request.lane for c in chunks]), _array([c.start for c in chunks])
@@ -266,14 +263,14 @@ class Runner:
         count = stop - start
         emits = count if answers else _array([c.emits for c in chunks])
         emitting = emits > 0
-        tokens, pages = int(count.sum()), int(self.filled[lanes].max())
-        full = bool(guided) or bool((self.sampled[lanes] & emitting).any())
+        tokens, pages = int(count.sum()), int(seats.filled[lanes].max())
+        full = bool(guided) or bool((seats.full[lanes] & emitting).any())
         shape, whole = self._shape(tokens, n, int(emits.max()), pages, full)
         words, token, rows, table = self._blank(shape)
-        rows[:n] = self.rows[lanes]
         rows[:n, START], rows[:n, COUNT], rows[:n, LANE] = start, count, np.where(emitting, lanes, NO_LANE)
+        rows[:n, ROPE], rows[:n, len(ROW) :] = seats.prompt[lanes], seats.sampling[lanes]
         rows[:n, len(ROW) + Sampling.STEP] = stop - emits + 1 - rows[:n, ROPE]  # tokens of the answer before
-        table[:n] = self.table[lanes, : shape.pages]
+        table[:n] = seats.pages[lanes, : shape.pages]
         if answers:  # what is still on the device is -1; of an answer nothing more is known
             token[:n] = -1
         else:
@@ -281,7 +278,7 @@ class Runner:
             for chunk in chunks:
                 flat += (-1,) if chunk.unknown else chunk.request.tokens[chunk.start : chunk.stop]
             token[: len(flat)] = flat
-        return Packed(chunks, shape, full, whole, tokens, words, seats, guided)
+        return Packed(chunks, shape, full, whole, tokens, words, taken, guided)
 
     def _shape(self, tokens, rows, steps, pages, full):
         """The smallest compiled shape that holds a plan, and whether one program does it."""
@@ -377,30 +374,11 @@ class Runner:
         """Placed first: a program that is called with an array of the host takes 0.2 ms longer over it."""
         return jax.device_put(array, self.whole)
 
-    def _seat(self, request):
-        """Notes what does not change while a request keeps its lane, and its new pages.
-
-        Returns a Packed.seats where the lane is new to it.  Nothing of that is done yet: steps that were packed before
-        may still be about to start, and draw for whoever had the lane.
-        """
-        lane, pages, seat = request.lane, request.pages, None
-        if self.seated[lane] != (request, request.preemptions):
-            self.filled[lane] = 0
-            self.rows[lane, ROPE] = request.prompt_len
-            Sampling.pack(request.params, 0, self.rows[lane, len(ROW) :])
-            self.sampled[lane] = not request.params.plain
-            tables = table_rows(request, self.vocab, self.plan.session_len, lane) if request.params.tables else None
-            seat = lane, (request, request.preemptions), tables
-        new = min(self.filled[lane], len(pages) - 1)  # the last one is another when a plan was taken back
-        self.table[lane, new : len(pages)] = pages[new:]
-        self.filled[lane] = len(pages)
-        return seat
-
     def _sit(self, seats):
         for lane, who, tables in seats:
             if tables is not None:
                 self.state = self._call("seat", self.state, *self._put(tables))
-            self.seated[lane] = who
+            self.seats.taken[lane] = who
 
     def _blank(self, shape):
         """The array of a step that computes nothing, and views of its tokens, rows and pages; see step.Batch.unpack."""

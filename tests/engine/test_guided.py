@@ -159,7 +159,7 @@ def test_lanes_change_hands(engine):
         answer.wait()
     assert {answer.finish for answer in guided} == {"stop"} and {answer.finish for answer in free} == {"length"}
     counts = np.asarray(engine.runner.state.tables.output_count)
-    for lane, (request, _) in enumerate(engine.runner.seated):
+    for lane, (request, _) in enumerate(engine.runner.seats.taken):
         assert request in [answer.request for answer in free]
         assert np.bincount(request.output, minlength=build.VOCAB).tolist() == counts[lane].tolist()
 
