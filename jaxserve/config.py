@@ -1,76 +1,29 @@
-"""Every knob of jaxserve, declared once: its default, its help and its check.  The command line follows from it.
+"""Every knob of the engine and of a request, declared once; the command line follows from it.
 
 Names and defaults are LMDeploy's (0.5.3, with the additions of 0.18), so that its users' code and commands work here.
 Knows nothing of models or devices: what depends on them stays None until the engine has seen them.
 """
 
-import functools
 import json
-import math
-import numbers
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Kind:
-    """What a knob may hold: in words that complete "NAME is ...", as a test, and as it is read from a command line."""
-
-    words: str
-    holds: Callable[[Any], bool]
-    parse: Callable[[str], Any] = str
-    choices: tuple = ()
-    later: tuple = ()  # known values that are not there yet
-
-
-def option(default, help: str, kind: Kind, **metadata):
-    """A dataclass field that carries its help and its Kind."""
-    return field(default=default, metadata={"help": help, "kind": kind, **metadata})
-
-
-def _whole(value) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _real(value) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def whole(low: int, high: int | None = None) -> Kind:
-    """An integer from `low` to `high`, both included."""
-    words = f"a whole number from {low} to {high}" if high is not None else f"a whole number, {low} or more"
-    return Kind(words, lambda v: _whole(v) and v >= low and (high is None or v <= high), int)
-
-
-def number(low: float, high: float = math.inf, *, above: bool = False) -> Kind:
-    """A finite number from `low` to `high`; `above`: low itself is excluded."""
-    words = f"a number above {low:g}" if above else f"a number, {low:g} or more"
-    if high < math.inf:
-        words = f"a number {'above' if above else 'from'} {low:g} {'and up ' if above else ''}to {high:g}"
-    return Kind(words, lambda v: _real(v) and (v > low if above else v >= low) and v <= high, float)
-
-
-def one_of(*values, later: tuple = ()) -> Kind:
-    """One of a few values; those in `later` are known and refused as not there yet."""
-    words = " or ".join(map(repr, values))
-    parse = int if all(map(_whole, values)) else str
-    return Kind(words, lambda v: not isinstance(v, bool) and v in values, parse, tuple(values), later)
-
-
-def optional(kind: Kind) -> Kind:
-    """The same, or None."""
-    return Kind(f"{kind.words} (or None)", lambda v: v is None or kind.holds(v), kind.parse, kind.choices, kind.later)
-
-
-def list_of(kind: Kind) -> Kind:
-    """A list of the same, or None."""
-    return Kind(
-        f"a list, each {kind.words} (or None)",
-        lambda v: v is None or (isinstance(v, list | tuple) and all(map(kind.holds, v))),
-        lambda text: [kind.parse(part) for part in text.split(",")],
-    )
+from jaxserve.knobs import (
+    FLAG,
+    TEXT,
+    Kind,
+    accepts,
+    check,
+    is_real,
+    is_whole,
+    list_of,
+    number,
+    one_of,
+    option,
+    optional,
+    whole,
+)
 
 
 def _share_or_pages(text: str) -> float | int:
@@ -80,7 +33,7 @@ def _share_or_pages(text: str) -> float | int:
 def _mapping(value) -> bool:
     """Token ids (or their decimal strings, as JSON has them) to biases."""
     return isinstance(value, dict) and all(
-        ((_whole(k) and k >= 0) or (isinstance(k, str) and k.isdecimal())) and _real(v) and -100 <= v <= 100
+        ((is_whole(k) and k >= 0) or (isinstance(k, str) and k.isdecimal())) and is_real(v) and -100 <= v <= 100
         for k, v in value.items()
     )
 
@@ -88,70 +41,20 @@ def _mapping(value) -> bool:
 POLICIES = {"none": 0, "int4": 4, "int8": 8, "fp8": 16}  # LMDeploy's names and numbers
 POLICY = Kind(
     "0 (or none), 4 (int4), 8 (int8) or 16 (fp8)",
-    lambda v: _whole(v) and v in POLICIES.values(),
+    lambda v: is_whole(v) and v in POLICIES.values(),
     lambda text: POLICIES[text] if text in POLICIES else int(text),
     tuple(POLICIES.values()),
 )
-FLAG = Kind("True or False", lambda v: isinstance(v, bool))
-TEXT = Kind("a text", lambda v: isinstance(v, str) and v != "")
 MEMORY = Kind(
     "a share of the free memory (a number between 0 and 1) or a number of pages (a whole number, 1 or more)",
-    lambda v: (_whole(v) and v >= 1) or (_real(v) and not _whole(v) and 0 < v < 1),
+    lambda v: (is_whole(v) and v >= 1) or (is_real(v) and not is_whole(v) and 0 < v < 1),
     _share_or_pages,
 )
-POWER_OF_TWO = Kind("a power of two", lambda v: _whole(v) and v > 0 and v & (v - 1) == 0, int)
+POWER_OF_TWO = Kind("a power of two", lambda v: is_whole(v) and v > 0 and v & (v - 1) == 0, int)
 FORMAT = Kind(
     "an object with a type (or None)", lambda v: v is None or (isinstance(v, dict) and "type" in v), json.loads
 )
 BIAS = Kind("a mapping from token ids to numbers from -100 to 100", _mapping, json.loads)
-
-
-def check(config) -> None:
-    """Raises ValueError for the first field whose value its Kind does not hold."""
-    for knob in fields(config):
-        value, kind = getattr(config, knob.name), knob.metadata["kind"]
-        if any(value == known and type(value) is type(known) for known in kind.later):
-            raise ValueError(f"{knob.name}={value!r} is not there yet; {knob.name} is {kind.words}")
-        if not kind.holds(value):
-            raise ValueError(f"{knob.name} is {kind.words}, not {value!r}")
-
-
-def accepts(renamed: dict[str, tuple[str, Callable]], unused: dict[str, tuple], missing: dict[str, tuple]):
-    """Lets a dataclass take names that others use for its fields, or that have no field here.
-
-    renamed: name -> (field, conversion).  unused and missing: name -> (neutral value, reason); another value than the
-    neutral one is ignored with a warning (unused) or is an error, as it would change the answer (missing).
-    """
-
-    def wrap(cls):
-        declared = cls.__init__
-
-        @functools.wraps(declared)
-        def __init__(self, *positional, **given):
-            ignored = []
-            for name in [name for name in given if name in renamed or name in unused or name in missing]:
-                value = given.pop(name)
-                if name in renamed:
-                    target, convert = renamed[name]
-                    if target in given:
-                        raise ValueError(f"{name} is another name of {target}: give one of the two")
-                    if value is not None:
-                        given[target] = convert(value)
-                    continue
-                neutral, reason = unused.get(name) or missing[name]
-                if value is None or value == neutral:
-                    continue
-                if name in missing:
-                    raise ValueError(f"{name}={value!r} is not supported: {reason}")
-                ignored.append(f"{name}={value!r} ({reason})")
-            if ignored:
-                warnings.warn(f"{cls.__name__} ignores {', '.join(ignored)}", stacklevel=2)
-            declared(self, *positional, **given)
-
-        cls.__init__ = __init__
-        return cls
-
-    return wrap
 
 
 _ONE_ENGINE = "one process drives all GPUs of a host; tp splits a model over them"

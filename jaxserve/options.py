@@ -13,7 +13,8 @@ from typing import Any
 
 import click
 
-from jaxserve.config import FLAG, MISSING_ENGINE, UNUSED_ENGINE, EngineConfig, GenerationConfig, Kind
+from jaxserve.config import MISSING_ENGINE, UNUSED_ENGINE, EngineConfig, GenerationConfig
+from jaxserve.knobs import FLAG, Kind
 
 INTERRUPTED = 130  # what shells make of Ctrl-C
 

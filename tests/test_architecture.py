@@ -12,6 +12,7 @@ ROOT = PROJECT / "jaxserve"
 
 # Lowest first.  A module imports from lower rows, or from its own folder.
 LAYERS = [
+    "knobs",
     "_version config mesh ops progress",
     "cache checkpoint quant",
     "models sampling",
@@ -32,7 +33,7 @@ ONLY = {
     "checkpoint": {"_version"},
     "text": {"config"},
     "hub": {"checkpoint"},
-    "config": set(),
+    "config": {"knobs"},
     "mesh": set(),
     "ops": set(),
 }

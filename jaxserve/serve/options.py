@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from jaxserve.config import FLAG, TEXT, Kind, accepts, check, list_of, number, one_of, option, optional, whole
+from jaxserve.knobs import FLAG, TEXT, Kind, accepts, check, list_of, number, one_of, option, optional, whole
 from jaxserve.options import from_field
 
 LEVELS = ("debug", "info", "warning", "error")
