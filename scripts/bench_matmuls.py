@@ -15,7 +15,9 @@ import json
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ import pallas_kernels as pk
 LIMITS = {"NVIDIA H200": (4.3e12, 790e12)}  # bytes/s of a copy and bf16 FLOP/s of a matmul, measured
 L2 = 60e6
 SPAN = 2e-3  # seconds that a graph takes, at least, so that the next one is dispatched before it ends
-CALLS = 256  # at most, in a graph
+CALLS = 96  # at most, in a graph: more take long to compile
 START = 1.5e-6  # seconds a kernel takes besides its work
 MODELS = {  # inputs, outputs
     "il18": [(2048, 4096), (2048, 2048), (2048, 16384), (8192, 2048)],
@@ -112,19 +114,25 @@ def chain(way, total, x, matrices, calls, extra=()):
     return functools.reduce(jnp.add, [y.reshape(-1)[:8].astype(jnp.float32) for y in found], total)
 
 
-def seconds(way, x, matrices, calls, extra=()):
-    """Of a call: the state is donated, and several graphs are dispatched before one is waited for."""
+def compiled(way, x, matrices, calls, extra=()):
+    """A function of `total` that runs a graph of so many calls: the state is donated."""
     run = jax.jit(functools.partial(chain, way), static_argnums=3, donate_argnums=0, keep_unused=True)
+    made = run.lower(jnp.zeros(8), x, matrices, calls, extra).compile()
+    return lambda total: made(total, x, matrices, extra)
+
+
+def seconds(run, calls):
+    """Of a call; several graphs are dispatched before one is waited for."""
 
     def several(count):
         total = jnp.zeros(8)
         begun = time.perf_counter()
         for _ in range(count):
-            total = run(total, x, matrices, calls, extra)
+            total = run(total)
         total.block_until_ready()
         return (time.perf_counter() - begun) / count
 
-    several(3)  # compiles, and records the graph
+    several(3)  # records the graph
     count = max(5, int(0.02 / several(3)))
     return statistics.median(several(count) for _ in range(5)) / calls
 
@@ -147,27 +155,57 @@ def reference(kind, x, arrays, extra, D):
     return pk.eight_bit_matmul_reference(x, *arrays, **eight(kind, D))
 
 
-def measure(name, kind, T, x, matrices, extra, D, parameters, flops, base, rows):
-    """Lines and rows of a kind's ways; the time of bf16."""
-    bandwidth, peak = LIMITS.get(jax.devices()[0].device_kind, (None, None))
-    bytes_ = parameters * BYTES[kind]
-    limit = bandwidth and max(bytes_ / bandwidth, flops / peak)
-    calls = min(CALLS, max(4, int(SPAN / ((limit or 1e-5) + START))))
-    for label, way in (expert_ways(kind, D) if extra else ways(kind, T, D, parameters // D)).items():
-        took = seconds(way, x, matrices, calls, extra)
-        base = took if label == "bf16" else base
-        want, error = reference(kind, x, matrices[0], extra, D), None
-        if want is not None:
-            found = way(x, *matrices[0], *extra).astype(jnp.float32)
-            error = float(jnp.linalg.norm(found - want.astype(jnp.float32)) / jnp.linalg.norm(want.astype(jnp.float32)))
-        share = limit and limit / took
-        row = {"matrix": name, "tokens": T, "way": label, "us": took * 1e6, "gb_s": bytes_ / took / 1e9}
-        row |= {"tflop_s": flops / took / 1e12, "share": share, "of_bf16": base and base / took, "error": error}
-        rows.append(row)
-        figures = f"{row['us']:9.1f} us {row['gb_s']:7.0f} GB/s {row['tflop_s']:6.1f} TFLOP/s"
-        rest = "".join(f"  {key} {row[key]:.3g}" for key in ("share", "of_bf16", "error") if row[key] is not None)
-        print(f"{name:>22} {T:5d} {label:<18}{figures}{rest}", flush=True)
-    return base
+class Case(NamedTuple):
+    """A matrix of a kind and a number of tokens, and what a call of it is."""
+
+    name: str
+    kind: str
+    T: int
+    x: jax.Array
+    matrices: list
+    extra: tuple  # sizes of experts
+    D: int
+    parameters: int  # that are used
+    flops: int
+
+    @property
+    def limit(self):
+        """Seconds, or None on a device that is not known."""
+        bandwidth, peak = LIMITS.get(jax.devices()[0].device_kind, (None, None))
+        return bandwidth and max(self.bytes / bandwidth, self.flops / peak)
+
+    @property
+    def bytes(self):
+        return self.parameters * BYTES[self.kind]
+
+    @property
+    def calls(self):
+        """In a graph."""
+        return min(CALLS, max(4, int(SPAN / ((self.limit or 1e-5) + START))))
+
+    @property
+    def ways(self):
+        """{name: function}, see `ways`."""
+        return (
+            expert_ways(self.kind, self.D) if self.extra else ways(self.kind, self.T, self.D, self.parameters // self.D)
+        )
+
+
+def measure(case, label, way, run, base):
+    """The row of one way; prints it.  base: seconds of bf16, if known."""
+    took, error = seconds(run, case.calls), None
+    base = took if label == "bf16" else base
+    want = reference(case.kind, case.x, case.matrices[0], case.extra, case.D)
+    if want is not None:
+        found = way(case.x, *case.matrices[0], *case.extra).astype(jnp.float32)
+        error = float(jnp.linalg.norm(found - want.astype(jnp.float32)) / jnp.linalg.norm(want.astype(jnp.float32)))
+    row = {"matrix": case.name, "tokens": case.T, "way": label, "us": took * 1e6, "gb_s": case.bytes / took / 1e9}
+    row |= {"tflop_s": case.flops / took / 1e12, "share": case.limit and case.limit / took}
+    row |= {"of_bf16": base and base / took, "error": error}
+    figures = f"{row['us']:9.1f} us {row['gb_s']:7.0f} GB/s {row['tflop_s']:6.1f} TFLOP/s"
+    rest = "".join(f"  {key} {row[key]:.3g}" for key in ("share", "of_bf16", "error") if row[key] is not None)
+    print(f"{case.name:>22} {case.T:5d} {label:<18}{figures}{rest}", flush=True)
+    return row
 
 
 def cases(models):
@@ -179,6 +217,22 @@ def cases(models):
             yield from ((f"{model} {D}x{F}", None, 1, D, F) for D, F in MODELS[model])
 
 
+def draw_cases(kind, matrix, tokens):
+    """A Case for each number of tokens, of copies of a matrix that do not fit into the L2."""
+    name, E, X, D, F = matrix
+    lead, parameters = () if E is None else (E,), (E or 1) * D * F
+    copies = max(2, int(2 * L2 / (parameters * BYTES[kind])) + 1)
+    keys = jax.random.split(jax.random.key(0), copies)
+    matrices = [jax.jit(draw, static_argnums=(0, 1, 2, 3))(kind, lead, D, F, key) for key in keys]
+    for T in tokens:
+        x, extra, used = jax.random.normal(jax.random.key(T), (T * X, D), jnp.bfloat16), (), 1
+        if E:
+            expert = np.random.default_rng(T).integers(0, E, T * X)
+            extra = (jnp.asarray(np.bincount(expert, minlength=E), jnp.int32),)
+            used = int((extra[0] > 0).sum())
+        yield Case(name, kind, T, x, matrices, extra, D, used * D * F, 2 * T * X * D * F)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Times the matmuls of quantized weights.")
     parser.add_argument("--model", nargs="+", choices=[*MODELS, "experts"], default=[*MODELS, "experts"])
@@ -187,22 +241,19 @@ def main():
     options, rows = parser.parse_args(), []
     if reason := pk.available():
         sys.exit(f"the kernels cannot run: {reason}")
-    for name, E, X, D, F in cases(options.model):
-        lead, times = () if E is None else (E,), {}
+    for matrix in cases(options.model):
+        base: dict = {}  # seconds of bf16 by tokens
         for kind in dict.fromkeys(["bf16", *options.only]):
-            parameters = (E or 1) * D * F
-            copies = max(2, int(2 * L2 / (parameters * BYTES[kind])) + 1)
-            keys = jax.random.split(jax.random.key(0), copies)
-            matrices = [jax.jit(draw, static_argnums=(0, 1, 2, 3))(kind, lead, D, F, key) for key in keys]
-            for T in options.tokens:
-                x = jax.random.normal(jax.random.key(T), (T * X, D), jnp.bfloat16)
-                extra = ()
-                if E:
-                    expert = np.random.default_rng(T).integers(0, E, T * X)
-                    extra = (jnp.asarray(np.bincount(expert, minlength=E), jnp.int32),)
-                used = int((extra[0] > 0).sum()) if E else 1
-                at = name, kind, T, x, matrices, extra, D, used * D * F, 2 * T * X * D * F
-                times[T] = measure(*at, times.get(T), rows)
+            drawn = list(draw_cases(kind, matrix, options.tokens))
+            todo = [(case, label, way) for case in drawn for label, way in case.ways.items()]
+            with ThreadPoolExecutor() as pool:  # nothing is timed beside a compiler
+                runs = list(
+                    pool.map(lambda at: compiled(at[2], at[0].x, at[0].matrices, at[0].calls, at[0].extra), todo)
+                )
+            for (case, label, way), run in zip(todo, runs, strict=True):
+                rows.append(measure(case, label, way, run, base.get(case.T)))
+                if label == "bf16":
+                    base[case.T] = rows[-1]["us"] / 1e6
     print(json.dumps({"device": jax.devices()[0].device_kind, "rows": rows}))
 
 
