@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import jax
+from jax.sharding import AxisType
 
 from pallas_kernels.triton_call import device
 
@@ -28,7 +29,10 @@ def prepare() -> None:
 @functools.cache
 def lowers(module: str, what: str, *arguments) -> bool:
     """Whether `lower(*arguments)` of a module here works; if not, warns, once, that `what` ("... is") slower."""
-    mesh = jax.sharding.get_abstract_mesh() if jax.default_backend() != "gpu" else None
+    mesh = None
+    if jax.default_backend() != "gpu":  # the GPU that is compiled for is not here, and is known by the mesh
+        mesh = jax.sharding.get_abstract_mesh()
+        mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))  # in shard_map they are manual
 
     def attempt():
         lower = importlib.import_module(f"pallas_kernels.{module}").lower

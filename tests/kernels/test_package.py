@@ -68,6 +68,23 @@ def test_the_kernel_for_hopper_lowers(h200, monkeypatch, heads):
     assert prefill.hopper(*queries(4096, *heads), None)
 
 
+def test_the_kernel_for_hopper_lowers_for_a_split_model(h200, monkeypatch):
+    """Whoever asks is inside of shard_map then, where arrays have no place on the mesh."""
+    from pallas_kernels import hopper_prefill
+
+    monkeypatch.setattr(hopper_prefill, "cores", lambda: 132)
+    mesh, found = jax.make_mesh((2,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,)), []
+
+    def ask(x):
+        found.append(prefill.hopper(*queries(4096, 8, 2, 128), None))
+        return x
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        spec = jax.sharding.PartitionSpec()
+        jax.jit(jax.shard_map(ask, in_specs=spec, out_specs=spec)).trace(jax.ShapeDtypeStruct((), jnp.int32))
+    assert found == [True]
+
+
 def test_mosaic_asks_for_ptxas_once(monkeypatch):
     """A process for each question, with the interpreter lock held, was a third of a cold start's lowering."""
     asked = []
