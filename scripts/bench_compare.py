@@ -5,7 +5,8 @@
 OLD and NEW are files with the `RESULT {...}` lines of bench_offline.py (other lines are passed over), or with its JSON
 alone, an object a line.  A figure counts as worse when it changed by more than the larger of the two runs' spreads
 (slowest less fastest, over the median) and --least.  Wrong token counts and answers that differ from those of requests
-run alone count always.  Exit status 1 if anything got worse or is missing, 2 if there is nothing to compare.
+run alone count always, and so does a figure that OLD has and NEW lacks.  Exit status 1 if anything got worse or is
+missing, 2 if there is nothing to compare.
 """
 
 import argparse
@@ -18,29 +19,39 @@ FAULTS = ("wrong_counts", "different_alone")
 
 
 def results(path):
-    """{(model, work, tp): figures}, the last of each."""
+    """{(model, work, tp): figures}, the last of each.  ValueError names a file, and a line, that cannot be read."""
     found = {}
-    for line in Path(path).read_text().splitlines():
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(lines, 1):
         line = line.strip().removeprefix("RESULT ")
         if line.startswith("{"):
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not JSON, an object a line ({error})") from None
             if "work" in row:
                 found[row.get("model"), row["work"], row.get("tp", 1)] = row
     return found
 
 
 def compare(old, new, least):
-    """[(figure, old value, new value, change as a fraction, noise, worse)] of one workload; more is better."""
+    """[(figure, what happened to it, worse)] of one workload."""
     noise = max(old.get("spread", 0.0), new.get("spread", 0.0), least)
     rows = []
     for figure, sign in FIGURES.items():
-        if old.get(figure) and new.get(figure):
-            before, after = old[figure], new[figure]
+        before, after = old.get(figure), new.get(figure)
+        if before and after:
             change = (after / before if sign > 0 else before / after) - 1
-            rows.append((figure, before, after, change, noise, change < -noise))
+            text = f"{before:,} -> {after:,} ({change:+.1%}, noise {noise:.1%})"
+            rows.append((figure, text, change < -noise))
+        elif before:
+            rows.append((figure, f"{before:,} -> {'nothing' if after is None else after}", True))
     for fault in FAULTS:
         if new.get(fault):
-            rows.append((fault, old.get(fault, 0), new[fault], 0.0, 0.0, True))
+            rows.append((fault, f"{old.get(fault, 0)} -> {new[fault]}", True))
     return rows
 
 
@@ -50,7 +61,11 @@ def main():
     parser.add_argument("new")
     parser.add_argument("--least", type=float, default=0.02, help="what is never counted, as a fraction [0.02]")
     options = parser.parse_args()
-    old, new = results(options.old), results(options.new)
+    try:
+        old, new = results(options.old), results(options.new)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     if not old.keys() & new.keys():
         print("the files have no workload of one model in common", file=sys.stderr)
         return 2
@@ -60,10 +75,8 @@ def main():
             print(f"{key[0]} {key[1]} tp={key[2]}: missing")
             worse = True
             continue
-        for figure, a, b, change, noise, bad in compare(before, new[key], options.least):
-            note = "  WORSE" if bad else ""
-            text = f"{figure} {a:,} -> {b:,} ({change:+.1%}, noise {noise:.1%})"
-            print(f"{key[0]} {key[1]} tp={key[2]}: {text}{note}")
+        for figure, text, bad in compare(before, new[key], options.least):
+            print(f"{key[0]} {key[1]} tp={key[2]}: {figure} {text}{'  WORSE' if bad else ''}")
             worse |= bad
     return int(worse)
 

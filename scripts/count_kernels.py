@@ -4,8 +4,8 @@
 
 Needs jax's CUDA plugin (`pip install jax[cuda13]`), triton and jax-triton, on any machine.  The model is a Llama of
 1.8B shapes; a program of two and one of four layers tell what a layer costs.  A line of JSON for each program: command
-buffers (CUDA graphs: one is what we want), launches outside of them, launches that are there once, launches of a layer,
-copies among them by kind, and the bytes that the program needs beside its arguments (a copied pool would show there).
+buffers (CUDA graphs: one is what we want) and launches outside of them; of both, launches that are there once, launches
+of a layer, copies by kind; and the bytes that the program needs beside its arguments (a copied pool would show there).
 Of a program of several steps these are one step's, as often as the loop turns, and `before` is launched ahead of it.
 """
 
@@ -103,6 +103,11 @@ def parts(text):
     return [kind for depth, kind in leaves if depth], [kind for depth, kind in found if depth == 0]
 
 
+def _launches(outside):
+    """What is outside of command buffers, counted, without what only marks where it begins and ends."""
+    return Counter(kind for kind in outside if kind not in ("kCommandBuffer", "kAsyncStart", "kAsyncDone"))
+
+
 def thunks(mesh, layers, program, folder, kv=None):
     """(name, `parts` of what a step launches, launches before a loop, turns of it, bytes beside the arguments)."""
     import jax
@@ -125,7 +130,8 @@ def count(mesh, program, folder, kv=None):
     """The figures of one program."""
     _, few, *_ = thunks(mesh, LAYERS[0], program, folder, kv)
     name, many, before, turns, size = thunks(mesh, LAYERS[1], program, folder, kv)
-    once, all_, outside = Counter(few[0]), Counter(many[0]), Counter(many[1])
+    once, all_ = (Counter(found[0]) + _launches(found[1]) for found in (few, many))
+    buffers, outside = many[1].count("kCommandBuffer"), _launches(many[1])
     more = LAYERS[1] - LAYERS[0]
     layer = (all_.total() - once.total()) / more
     return {
@@ -133,7 +139,7 @@ def count(mesh, program, folder, kv=None):
         **dict(zip(("tokens", "rows", "steps", "full"), program, strict=True)),
         "turns": turns,
         "before": before,
-        "command_buffers": outside.pop("kCommandBuffer", 0),
+        "command_buffers": buffers,
         "outside": dict(outside),
         "once": once.total() - LAYERS[0] * layer,
         "layer": layer,

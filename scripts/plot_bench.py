@@ -10,6 +10,7 @@ values of all requests.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import bench_compare
@@ -31,7 +32,7 @@ def curves(paths, model):
                 point = (1, 1000 / row["itl_ms"]) if work == "lat1" else (int(work[5:]), row["out_tok_s"])
                 out.setdefault(row["engine"], []).append(point)
     if not out:
-        raise SystemExit(f"no file has figures of {model} for lat1 or batchN")
+        raise ValueError(f"no file has figures of {model} for lat1 or batchN")
     return {engine: sorted(points) for engine, points in sorted(out.items(), key=lambda item: item[0] != "jaxserve")}
 
 
@@ -49,7 +50,10 @@ def panel(axes, options, model, parameters, weights, kv):
         ours = engine == "jaxserve"
         axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=2 if ours else 1, label=engine)
         for x, y in points if ours else ():
-            axes.annotate(f"{y:,.0f}", (x, y), textcoords="offset points", xytext=(-4, 5), fontsize=8, ha="right")
+            paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}  # the limit may run through it
+            axes.annotate(
+                f"{y:,.0f}", (x, y), textcoords="offset points", xytext=(-4, 5), fontsize=8, ha="right", bbox=paper
+            )
     ticks = sorted({x for points in found.values() for x, _ in points})
     rates = options.bandwidth * 1e9, options.tflops * 1e12
     bounds = [limit(x, weights, parameters, kv, *rates) for x in ticks]
@@ -59,6 +63,19 @@ def panel(axes, options, model, parameters, weights, kv):
     axes.set_xticks([], minor=True)
     axes.margins(x=0.15, y=0.1)
     axes.grid(alpha=0.3)
+
+
+def sizes(model):
+    """(name, weights, bytes of them, bytes of a token's keys and values) of what --model was given."""
+    name, *given = model
+    for text in given:
+        try:
+            fine = 0 < float(text) < math.inf
+        except ValueError:
+            fine = False
+        if not fine:
+            raise ValueError(f"--model {' '.join(model)}: after its name come three numbers above 0, not {text!r}")
+    return name, *(float(text) * unit for text, unit in zip(given, (1e9, 1e9, 1e3), strict=True))
 
 
 def main():
@@ -71,11 +88,17 @@ def main():
     options = parser.parse_args()
     figure, all_axes = plt.subplots(1, len(options.model), figsize=(4.6 * len(options.model), 4.2), squeeze=False,
                                     layout="constrained")  # fmt: skip
-    for axes, (model, *sizes) in zip(all_axes[0], options.model, strict=True):
-        panel(axes, options, model, *(float(size) * unit for size, unit in zip(sizes, (1e9, 1e9, 1e3), strict=True)))
+    try:
+        for axes, model in zip(all_axes[0], options.model, strict=True):
+            panel(axes, options, *sizes(model))
+    except ValueError as error:
+        parser.error(str(error))
     all_axes[0][0].set_ylabel(f"tokens/s ({PROMPT} tokens in, {ANSWER} out)")
     all_axes[0][0].legend(fontsize=8, loc="lower right")
-    figure.savefig(options.image, dpi=110)
+    try:
+        figure.savefig(options.image, dpi=110)
+    except (OSError, ValueError) as error:  # ValueError: no format has such a name
+        parser.error(f"{options.image} cannot be written: {error}")
     print(options.image)
 
 

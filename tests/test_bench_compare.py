@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_compare.py"
 
 
@@ -39,3 +41,20 @@ def test_wrong_answers_and_what_is_missing_count(tmp_path):
     assert compare(tmp_path, [row], [row | {"different_alone": 1}])[0] == 1
     assert "missing" in compare(tmp_path, [row, row | {"work": "lat1"}], [row])[1]
     assert compare(tmp_path, [row], [])[0] == 2
+    for new in ({"work": "mix"}, row | {"out_tok_s": 0.0}):
+        status, text = compare(tmp_path, [row], [new])
+        assert status == 1 and "out_tok_s 100.0 -> " in text
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [(None, "No such file"), (b"RESULT {}\n{\n", "line 2: not JSON"), (b"\xff{", "cannot be read")],
+)
+def test_files_that_cannot_be_read(tmp_path, content, reason):
+    """Status 1 would say that something got worse."""
+    path = tmp_path / "new"
+    if content is not None:
+        path.write_bytes(content)
+    done = subprocess.run([sys.executable, SCRIPT, path, path], capture_output=True, text=True)
+    assert done.returncode == 2 and str(path) in done.stderr and reason in done.stderr
+    assert "Traceback" not in done.stderr

@@ -41,3 +41,4 @@ def test_a_split_model_reduces_by_nccl():
     found = json.loads(done.stdout)
     assert found["outside"]["kAllReduce"] > 0 and "kCollectiveKernel" not in found["outside"]
     assert found["temp_bytes"] < 64 << 20  # the embedding, gathered, has 379 MB
+    assert found["layer_kinds"]["kAllReduce"] == 2 and "slower" not in done.stderr
