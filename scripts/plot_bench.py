@@ -50,7 +50,7 @@ def panel(axes, options, model, parameters, weights, kv):
         ours = engine == "jaxserve"
         axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=2 if ours else 1, label=engine)
         for x, y in points if ours else ():
-            paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}  # the limit may run through it
+            paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}  # the limit may cross it
             axes.annotate(
                 f"{y:,.0f}", (x, y), textcoords="offset points", xytext=(-4, 5), fontsize=8, ha="right", bbox=paper
             )
