@@ -166,13 +166,44 @@ def host(engine, count):
                       "padding": round(padded / computed - 1, 3)}  # fmt: skip
 
 
+def load(parser, model, **knobs):
+    """An engine with these options, or the end of the script where it cannot be had."""
+    try:
+        config = EngineConfig(**knobs, enable_prefix_caching=False)
+        engine = loading.load(model, config, report=lambda text: print(text, file=sys.stderr, flush=True))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if engine.info["vocab"] < workloads.IDS:
+        engine.close()
+        parser.error(f"{model} knows {engine.info['vocab']} tokens, and the work has ids up to {workloads.IDS - 1}")
+    return engine
+
+
+def at_least_one(text):
+    """The type of an option that counts something."""
+    if (count := int(text)) < 1:
+        raise ValueError
+    return count
+
+
+def fit(parser, names, session_len):
+    """Ends the script where a workload is not known or does not fit."""
+    for name in names:
+        try:
+            reqs, _ = workloads.requests(name) if name != "host" else ([((), 128)], 1)
+        except ValueError as error:
+            parser.error(f"{error}, host")
+        if (longest := max((len(ids) + length for ids, length in reqs), default=0)) > session_len or not reqs:
+            parser.error(f"{name} needs --session-len {longest}, not {session_len}" if reqs else f"{name} is no work")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the checkpoint")
     parser.add_argument(
         "--work", nargs="+", default=[*workloads.NAMES, "host"], help="workloads, or host (default: all but contextN)"
     )
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=at_least_one, default=3)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--session-len", type=int, default=4096)
@@ -180,17 +211,18 @@ def main():
     parser.add_argument("--num-tokens-per-iter", type=int, default=0)
     parser.add_argument("--quant-policy", type=int, default=0, help="of the KV cache: 8: int8, 4: int4, 16: fp8")
     options = parser.parse_args()
-    config = EngineConfig(
+    fit(parser, options.work, options.session_len)
+    began = time.perf_counter()
+    engine = load(
+        parser,
+        options.model,
         tp=options.tp,
         dtype=options.dtype,
         session_len=options.session_len,
         max_batch_size=options.max_batch_size,
         num_tokens_per_iter=options.num_tokens_per_iter,
         quant_policy=options.quant_policy,
-        enable_prefix_caching=False,
     )
-    began = time.perf_counter()
-    engine = loading.load(options.model, config, report=lambda text: print(text, file=sys.stderr, flush=True))
     ready = time.perf_counter() - began
     label = options.model.rstrip("/").split("/")[-1] + (f"-kv{options.quant_policy}" if options.quant_policy else "")
     run(engine, [(list(range(1000, 1100)), 16)], 1)

@@ -25,8 +25,7 @@ import bench_offline
 import jax
 import numpy as np
 
-from jaxserve.config import EngineConfig
-from jaxserve.engine import loading, runner
+from jaxserve.engine import runner
 from jaxserve.engine.request import Request, SamplingParams
 from jaxserve.engine.sizes import Sizes, bucket
 
@@ -173,18 +172,19 @@ def table(rows, steps, column, most):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--rows", type=int, default=64, help="requests [64]")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of each [512]")
-    parser.add_argument("--steps", type=int, default=8, help="of decoding to trace [8]")
+    parser.add_argument("--rows", type=bench_offline.at_least_one, default=64, help="requests [64]")
+    parser.add_argument("--prompt", type=bench_offline.at_least_one, default=512, help="tokens of each [512]")
+    parser.add_argument("--steps", type=bench_offline.at_least_one, default=8, help="of decoding to trace [8]")
     parser.add_argument("--prefill", action="store_true", help="trace the prompts' steps instead")
     parser.add_argument("--session-len", type=int, default=4096)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--top", type=int, default=25, help="kernels to print [25]")
     options = parser.parse_args()
-    config = EngineConfig(tp=options.tp, session_len=options.session_len, max_batch_size=max(256, options.rows),
-                          enable_prefix_caching=False)  # fmt: skip
+    if (least := options.prompt + (1 if options.prefill else options.steps)) >= options.session_len:
+        parser.error(f"the prompts and steps need --session-len {least + 1} or more, not {options.session_len}")
     runner.Sizes = SimpleNamespace(choose=few(options.rows))
-    engine = loading.load(options.model, config, report=lambda text: print(text, file=sys.stderr, flush=True))
+    knobs = {"tp": options.tp, "session_len": options.session_len, "max_batch_size": max(256, options.rows)}
+    engine = bench_offline.load(parser, options.model, **knobs)
     bench_offline.run(engine, [(list(range(1000, 1100)), 16)], 1)
     found, steps = trace(engine, options.rows, options.prompt, options.steps, options.prefill)
     engine.close()

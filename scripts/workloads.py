@@ -11,6 +11,7 @@ import random
 
 NAMES = ("lat1", "batch16", "batch64", "batch256", "mix", "prefill")
 SEED = 1234
+IDS = 40_000  # token ids are below it, so a vocabulary has as many at least
 
 
 def requests(name):
@@ -18,7 +19,7 @@ def requests(name):
     draw = random.Random(SEED)
 
     def ids(n):
-        return [draw.randrange(1000, 40000) for _ in range(n)]
+        return [draw.randrange(1000, IDS) for _ in range(n)]
 
     if name == "lat1":
         return [(ids(512), 256)], 1
