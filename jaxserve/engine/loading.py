@@ -168,19 +168,27 @@ def _compile_and_read(runner, held, report, progress):
     Not both at once: XLA times kernels on arrays as large as the KV cache, and weights that come to lie between these
     would leave no room in one piece for the cache itself.  Where all programs are stored it has nothing to time.
     """
-    began, over, found, reading = time.perf_counter(), threading.Event(), 0, None
+    began, over = time.perf_counter(), threading.Event()
+    one_by_one, counts, reading = threading.Lock(), (0, 0, 0), None
     folder = hub.cache_dir() / "programs"
-    read = partial(held.read, partial(progress, "loading"), folder)
+
+    def read():
+        begun = time.perf_counter()
+        params = jax.block_until_ready(held.read(partial(progress, "loading"), folder))
+        return params, time.perf_counter() - begun
 
     def stored():
         nonlocal reading
         reading = _begun(read)
+        reading.add_done_callback(lambda _: compiled())
 
-    def compiled(done, total, loaded):
-        nonlocal found
-        found = loaded
-        if reading is None:
-            progress("compiling", done, total)
+    def compiled(*now):  # or, with nothing new, the weights have been read
+        nonlocal counts
+        with one_by_one:
+            left = bool(now) or counts[0] < counts[1]
+            counts = now or counts
+            if left and (reading is None or reading.done()):  # one bar at a time
+                progress("compiling", *counts[:2])
 
     ahead = threading.Thread(target=_read_ahead, args=(held.source.path, over), name="jaxserve-read-ahead", daemon=True)
     ahead.start()
@@ -189,10 +197,13 @@ def _compile_and_read(runner, held, report, progress):
     finally:
         over.set()
     compiling = time.perf_counter() - began
-    report(f"{len(runner.programs)} programs ready in {compiling:.1f} s ({found} from the cache)")
-    began += 0 if reading else compiling
-    runner.params = jax.block_until_ready(reading.result() if reading else read())
-    report(f"weights loaded in {time.perf_counter() - began:.1f} s")
+    ready = f"{len(runner.programs)} programs ready in {compiling:.1f} s ({counts[2]} from the cache)"
+    if reading is None:
+        report(ready)
+    runner.params, took = reading.result() if reading else read()
+    if reading:  # no line before, into the bar of the weights
+        report(ready)
+    report(f"weights loaded in {took:.1f} s")
 
 
 def _begun(function):

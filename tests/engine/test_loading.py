@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from jaxserve.checkpoint import CheckpointError
 from jaxserve.config import EngineConfig
 from jaxserve.engine import loading
+from jaxserve.engine import programs as module
 from jaxserve.engine.programs import Store
 from jaxserve.engine.runner import Runner
 from scripts import tiny_checkpoint
@@ -64,8 +65,34 @@ def test_weights_are_read_while_stored_programs_load(folder, monkeypatch):
     monkeypatch.setattr(Store, "load", loads)
     with loading.load(str(folder), config, told.append, lambda what, *_: shown.append(what)) as engine:
         assert len(build.run(engine, [([1, 2, 3], 4)])[0]) == 4
-    assert set(shown) == {"loading"}  # one bar at a time
+    assert shown == sorted(shown, reverse=True) and "loading" in shown  # one bar after the other
     assert [line.split(" ")[1] for line in told if "ready in" in line or "loaded in" in line] == ["programs", "loaded"]
+
+
+def test_a_damaged_program_is_compiled_where_people_can_see_it(folder, monkeypatch, tmp_path):
+    """The weights have been read when it is found out: theirs is not the time that it takes."""
+    config = EngineConfig(max_batch_size=4, num_tokens_per_iter=16, cache_block_seq_len=4, session_len=100)
+    programs, said, shown, compiling = tmp_path / "cache" / "programs", [], [], threading.Event()
+    monkeypatch.setattr(loading.hub, "cache_dir", lambda: programs.parent)
+    loading.load(str(folder), config).close()
+    largest = max(programs.iterdir(), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+
+    def progress(what, done, total):
+        shown.append((what, done < total))
+        if what == "compiling":
+            compiling.set()
+
+    def compiles(*arguments):
+        assert compiling.wait(60)
+        return compiled(*arguments)
+
+    compiled = module._compiled
+    monkeypatch.setattr(module, "_compiled", compiles)
+    loading.load(str(folder), config, said.append, progress).close()
+    assert ("compiling", True) in shown and shown[-1] == ("compiling", False)
+    times = [float(line.split(" in ")[1].split()[0]) for line in said if "ready in" in line or "loaded in" in line]
+    assert times[0] >= times[1]
 
 
 def test_an_error_of_reading_beside_stored_programs_is_told(folder, monkeypatch):
