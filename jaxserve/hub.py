@@ -30,7 +30,7 @@ def cache_dir() -> Path:
 
 
 def resolve(model: str | None, revision: str | None = None, download_dir: str | None = None) -> Path:
-    """The folder or GGUF file of `model`, downloaded where it is an ORG/NAME; None is the default model.
+    """The folder or GGUF file of `model`, downloaded where it is an ORG/NAME; None or its name is the default model.
 
     ValueError says what is wrong with the name, or how to get the model.
     """
@@ -39,6 +39,8 @@ def resolve(model: str | None, revision: str | None = None, download_dir: str | 
     path = Path(model).expanduser()
     if model and path.exists():
         return path
+    if model == DEFAULT_NAME:
+        return default_model()
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", model) or path.suffix in (".gguf", ".safetensors"):
         raise ValueError(f"{model!r}: nothing exists at this path, and it is no Hugging Face id (ORG/NAME)")
     use_modelscope = os.environ.get("JAXSERVE_USE_MODELSCOPE") == "1"

@@ -208,6 +208,13 @@ def tiny(tmp_path, monkeypatch, cache_folder):
     return path, tensors
 
 
+def test_the_default_model_goes_by_its_name(tiny, tmp_path, monkeypatch):
+    assert hub.resolve(hub.DEFAULT_NAME) == hub.resolve(None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / hub.DEFAULT_NAME).mkdir()
+    assert hub.resolve(hub.DEFAULT_NAME) == Path(hub.DEFAULT_NAME)  # what is there comes first
+
+
 def test_the_default_model_is_converted_once(tiny, cache_folder):
     path, tensors = tiny
     folder = hub.resolve(None)

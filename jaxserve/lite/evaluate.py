@@ -90,9 +90,7 @@ def measure(engine, windows: np.ndarray, show: bool | Lines | None = None, name:
 
 
 def resolve(model, config: EngineConfig) -> Path:
-    """Where a model is; the default model also goes by its name."""
-    if model == hub.DEFAULT_NAME and not Path(model).exists():
-        model = None
+    """Where a model is."""
     return hub.resolve(None if model is None else str(model), config.revision, config.download_dir)
 
 
