@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic import lowers
 from pallas_kernels.triton_call import device
 
-# What it takes on an H200 of the time of XLA's product and the gate after it, for a 1.8B and an 8B model: of 256 tokens
-# 0.82 and 0.95, 768 0.87, 1024 0.89 and 0.86, 4096 0.89 and 0.96; of 512 1.07 and 1.00, 640 1.06 and 1.04.  Blocks have
-# 128 tokens, and without an even number of them cores are idle in the end.
+# What it takes on an H200 of the time of XLA's product and the gate after it, for a 1.8B and an 8B model: of 1024
+# tokens 0.89 and 0.86, 4096 0.89 and 0.96; of the 1.8B 256 0.82, 512 1.07.  Timed beside other work: 256 tokens of the
+# 8B 0.95, 512 1.00, 640 1.06 and 1.04, 768 of the 1.8B 0.87.  Blocks have 128 tokens, and without an even number of
+# them cores are idle in the end.
 PAIR, BEHIND = 256, (512,)
 
 

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import warpgroups
 from pallas_kernels.triton_call import cdiv, cores
 
 LINES = 64  # tokens of an instruction
@@ -21,7 +22,6 @@ INPUTS = 64  # of a turn: rows of 128 bytes
 PIECE = 64  # outputs that are written at a time
 STAGES = 4  # turns that are loaded at a time
 SIDE = 16  # blocks of other tokens that go through the outputs side by side, at most
-LOADING, MULTIPLYING = 40, 232  # registers of a lane
 TILED = plgpu.TilingTransform((8, INPUTS)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]  # only looks so
 
 
@@ -111,20 +111,7 @@ def _kernel(blocks, D, F, x_ref, w_ref, out_ref, x_in, w_in, results, filled, fr
             at = pl.ds(m * TOKENS + warpgroup * LINES, LINES), pl.ds(n * OUTPUTS + p * PIECE, PIECE)
             plgpu.copy_smem_to_gmem(results.at[warpgroup, p % 2], out_ref.at[at])
 
-    @pl.when(warpgroup == 2)
-    def _():
-        plgpu.set_max_registers(LOADING, action="decrease")
-        each(load)
-
-        @pl.loop(0, STAGES)  # all that barriers have been told has to be waited for
-        def _(slot):
-            plgpu.barrier_wait(free.at[slot])
-
-    @pl.when(warpgroup < 2)
-    def _():
-        plgpu.set_max_registers(MULTIPLYING, action="increase")
-        each(multiply)
-        plgpu.wait_smem_to_gmem(0)
+    warpgroups.run(warpgroup, each, load, multiply, free)
 
 
 def lower(dtype):

@@ -18,6 +18,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import warpgroups
 from pallas_kernels.int4_mma import BITS, ROWS, UNIT, WORDS
 from pallas_kernels.triton_call import cdiv, cores
 
@@ -27,9 +28,6 @@ TOKENS = 256  # at most, of an instruction
 MEMORY = 222 << 10  # of the shared memory of a core
 STAGES = 6  # turns that are loaded at a time, at most
 SIDE = 4  # blocks of other tokens that go through the outputs side by side, about
-LOADING, MULTIPLYING = 40, 232  # registers of a lane
-# More than what all have been given at the start would be waited for without an end.
-assert LOADING + 2 * MULTIPLYING <= 65536 // (128 * 3) // 8 * 8 * 3
 
 
 def _scale_to(kind, scale_kind, register, address):
@@ -430,20 +428,7 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False):
             plgpu.barrier_arrive(barrier)
             plgpu.barrier_wait(barrier)
 
-        @pl.when(warpgroup == 2)
-        def _():
-            plgpu.set_max_registers(LOADING, action="decrease")
-            each(load)
-
-            @pl.loop(0, stages)  # all that barriers have been told has to be waited for
-            def _(slot):
-                plgpu.barrier_wait(free.at[slot])
-
-        @pl.when(warpgroup < 2)
-        def _():
-            plgpu.set_max_registers(MULTIPLYING, action="increase")
-            each(multiply)
-            plgpu.wait_smem_to_gmem(0)
+        warpgroups.run(warpgroup, each, load, multiply, free)
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     gate = (plgpu.SMEM((2, 2, LINES, piece), out_type), plgpu.Barrier(num_arrivals=2)) if gated else ()

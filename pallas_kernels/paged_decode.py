@@ -87,7 +87,8 @@ def _attend(
 ):  # fmt: skip
     """One piece of one row for one kv head: grid (K, pieces).
 
-    SPARSE: many programs have none.  To ask costs the others 3 %, not to ask fills shared memory with zeros.
+    SPARSE: many programs have none, and return early; else each would fill shared memory with zeros.  Asking costs the
+    others 3 %: see `piece_at`.
     """
     head = tl.program_id(0)
     piece = tl.program_id(1)
@@ -100,7 +101,7 @@ def _attend(
             return
     g = tl.arange(0, GP)
     h = tl.arange(0, HP)
-    mine = (g < G)[:, None] & (h < H)[None, :] & (row >= 0)  # to return early would have the compiler load `row` first
+    mine = (g < G)[:, None] & (h < H)[None, :] & (row >= 0)
     heads = head * G + g
     q = tl.load(q_ptr + (token * (K * G) + heads)[:, None] * H + h[None, :], mask=mine, other=0.0)
     top = tl.full([GP], -1.0e30, tl.float32)
