@@ -12,6 +12,7 @@ from werkzeug.exceptions import HTTPException
 
 from jaxserve import answers
 from jaxserve.bodies import ParamError
+from jaxserve.engine import link
 from jaxserve.engine.request import EngineDead, Overloaded
 
 log = logging.getLogger("jaxserve")
@@ -77,7 +78,7 @@ def of(error: BaseException) -> ApiError:
         case Overloaded():
             return ApiError(503, str(error), code="overloaded", retry_after=error.retry_after)
         case EngineDead():
-            why = str(error) if str(error).startswith("the engine has not answered") else GONE
+            why = str(error) if str(error) == link.STUCK else GONE
             return ApiError(503, why, FAILED, retry_after=RESTARTING)
         case RecursionError():
             return ApiError(400, "the request is nested too deeply")
