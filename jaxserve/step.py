@@ -129,6 +129,11 @@ def _run(cfg, params, state, batch):
     return forward(cfg, params, state.cache, token, batch.spans)
 
 
+def _whole(tree):
+    """Arrays that lie whole on every device, which is what the next program is compiled for; XLA would split some."""
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec())
+
+
 def _told(drawn):
     """What the host waits for, arrays [1, R, ...]: a token below 0 is a row without one, see Drawn.bad."""
     told = drawn.replace(tokens=jnp.where(drawn.bad < 0, drawn.bad, drawn.tokens), bad=None)
@@ -161,13 +166,14 @@ def step(cfg, shape, tree, leaves, state, words):
             else:
                 drawn, tables = greedy(logits), state.tables
         newest = state.newest.at[batch.lane].set(drawn.tokens, mode="drop")
-        return State(cache, newest, tables), _told(drawn)
+        return State(cache, *_whole((newest, tables))), _told(drawn)
 
     if shape.steps == 1:
         return one(state, batch)
 
     def again(i, carry):
         state, told = carry
+        state = state.replace(newest=_whole(state.newest), tables=_whole(state.tables))
         state, drawn = one(state, batch.later(i))
         # A write at index i would be a copy in the graph whose place the host has to set anew in every step.
         return state, jax.tree.map(lambda all, new: jnp.where(_is(i, all), new, all), told, drawn)
@@ -194,9 +200,7 @@ def advance(cfg, shape, tree, leaves, state, words):
     hidden, cache = _run(cfg, jax.tree.unflatten(tree, leaves), state, batch)
     last = jnp.clip(batch.spans.first + batch.spans.count - 1, 0, shape.tokens - 1)
     last = hidden[jnp.pad(last, (0, shape.drawn - shape.rows))]
-    # The next program is compiled for arrays that lie whole on every device.
-    whole = jax.lax.with_sharding_constraint(Left(hidden, last, shape.row_words(words)), PartitionSpec())
-    return state.replace(cache=cache), whole
+    return state.replace(cache=cache), _whole(Left(hidden, last, shape.row_words(words)))
 
 
 @partial(jax.jit, static_argnames=("cfg", "most"), donate_argnames="newest", compiler_options=OPTIONS)
@@ -206,7 +210,7 @@ def pick(cfg, most, head, newest, last, rows):
     logits = _logits(cfg, head, last)
     with jax.named_scope("sample"):
         drawn = greedy(logits)
-    return newest.at[rows[:, LANE]].set(drawn.tokens, mode="drop"), _told(drawn)
+    return _whole(newest.at[rows[:, LANE]].set(drawn.tokens, mode="drop")), _told(drawn)
 
 
 @partial(jax.jit, static_argnames="cfg", donate_argnames=("newest", "tables"), compiler_options=OPTIONS)
@@ -225,7 +229,7 @@ def draw(cfg, head, newest, tables, last, rows, allowed):
     newest, told = newest.at[lane].set(drawn.tokens, mode="drop"), _told(drawn)
     if waits:  # the host has the tokens before it knows that this program is done
         told = told.replace(tokens=ops.tell(ticket, told.tokens[0])[None])
-    return newest, tables, told
+    return *_whole((newest, tables)), told
 
 
 @partial(jax.jit, static_argnames=("cfg", "shape", "tree"), donate_argnames="state", compiler_options=OPTIONS)

@@ -4,6 +4,7 @@ import dataclasses
 import random
 from functools import partial
 
+import jax
 import numpy as np
 import pytest
 
@@ -105,6 +106,19 @@ def test_preempted_equals_single_steps(folder, patched, plain):
         assert same(everything(engine), plain)
         stats = sound(engine)
         assert stats["preemptions"] and stats["launches"] < stats["steps"]
+
+
+def test_split_over_devices_equals_one(folder, patched, plain):
+    """What a burst leaves of the state lies as the next program takes it, the counts of tokens too."""
+    with build.engine(folder, tp=2) as split:
+        assert same(everything(split), plain)
+        for key, program in split.runner.programs.items():
+            if key[0] == "step":
+                state, _ = program.output_shardings
+                where = jax.tree.map(
+                    lambda array, of: of.is_equivalent_to(array.sharding, array.ndim), split.runner.state, state
+                )
+                assert all(jax.tree.leaves(where))
 
 
 def test_stops_within_a_burst(engine):
