@@ -1,6 +1,6 @@
 """Times the matmuls of quantized weights inside one CUDA graph, over more weights than the L2 holds, beside bf16's.
 
-    python scripts/bench_matmuls.py [--model il18 l8b experts] [--tokens 1 16 256] [--only int4 fp8]
+    python scripts/bench_matmuls.py [--model il18 l8b experts] [--matrix 4096x6144] [--tokens 1 16] [--only int4 fp8]
 
 A line for a matrix, a number of tokens and a way: microseconds a call, GB/s of weights, TFLOP/s, the share of the
 device's limit (whichever of the two is nearer), times as fast as bf16, the error against the definition.  Ways of
@@ -236,12 +236,15 @@ def draw_cases(kind, matrix, tokens):
 def main():
     parser = argparse.ArgumentParser(description="Times the matmuls of quantized weights.")
     parser.add_argument("--model", nargs="+", choices=[*MODELS, "experts"], default=[*MODELS, "experts"])
+    parser.add_argument("--matrix", nargs="+", default=[""], help="of these, inputs x outputs, as 14336x4096")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--only", nargs="+", choices=BYTES, default=list(BYTES))
     options, rows = parser.parse_args(), []
     if reason := pk.available():
         sys.exit(f"the kernels cannot run: {reason}")
     for matrix in cases(options.model):
+        if not any(matrix[0].endswith(wanted) for wanted in options.matrix):
+            continue
         base: dict = {}  # seconds of bf16 by tokens
         for kind in dict.fromkeys(["bf16", *options.only]):
             drawn = list(draw_cases(kind, matrix, options.tokens))
