@@ -7,27 +7,35 @@ T tokens, D inputs, F outputs.
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic import lowers
-from pallas_kernels.triton_call import device
+from pallas_kernels.triton_call import cdiv, cores, device
 
-# What it takes on an H200 of the time of XLA's product and the gate after it, for a 1.8B and an 8B model: of 1024
-# tokens 0.89 and 0.86, 4096 0.89 and 0.96; of the 1.8B 256 0.82, 512 1.07.  Timed beside other work: 256 tokens of the
-# 8B 0.95, 512 1.00, 640 1.06 and 1.04, 768 of the 1.8B 0.87.  Blocks have 128 tokens, and without an even number of
-# them cores are idle in the end.
-PAIR, BEHIND = 256, (512,)
+TOKENS, OUTPUTS = 128, 128  # of a block, a core's work at a time
+
+# What it takes, on an H200, of the time of XLA's product and the gate after it, by tokens; after the colon, how busy
+# its cores are.  8B: 256 0.91:0.85, 384 0.94:0.85, 512 0.98:0.85, 640 1.1:0.85, 768 1.02:0.85, 896 0.90:0.99, 1024
+# 0.88:0.97, 4096 0.96:0.97.  1.8B: 256 0.91:0.97, 384 1.05:0.73, 512 0.93:0.97, 640 0.98:0.81, 768 0.85:0.97, 896
+# 0.86:0.85, 1024 0.91:0.97.  XLA has blocks that fit 640 and 768 tokens better.
+BUSY, FITTED, BUSY_THERE = 0.84, range(513, 769), 0.9
 
 
 def gates(tokens, inputs, outputs, dtype) -> bool:
     """Whether `gated_matmul` takes such arrays on the device compiled for, and is quicker than XLA's way."""
     return (
-        tokens % PAIR == 0
-        and tokens not in BEHIND
+        tokens >= 256
         and inputs % 64 == 0
         and inputs >= 256
-        and outputs % 128 == 0
+        and outputs % OUTPUTS == 0
         and dtype in (jnp.bfloat16, jnp.float16)
         and device()[1] == 90
+        and busy(tokens, outputs) >= (BUSY_THERE if tokens in FITTED else BUSY)
         and lowers("hopper_gated", "prompts are", jnp.dtype(dtype).name)
     )
+
+
+def busy(tokens, outputs):
+    """Of what the cores could do in the rounds that this takes them, the share that is asked for."""
+    rounds = cdiv(cdiv(tokens, TOKENS) * (outputs // OUTPUTS), cores())
+    return tokens / TOKENS * outputs / OUTPUTS / (rounds * cores())
 
 
 def gated_matmul(x, weight):

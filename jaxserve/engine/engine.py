@@ -50,7 +50,7 @@ class Engine:
             plan.budget,
             session_len=plan.session_len,
             prefix_caching=prefix_caching,
-            sizes=runner.sizes.tokens,
+            costs=runner.costs,
         )
         self.scorer = Scorer(runner, self.scheduler)
         self.turns = Turns(runner, self.scheduler, self.scorer, guide)

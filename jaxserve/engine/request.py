@@ -100,6 +100,7 @@ class Request:
     finish: str | None = None
     cached: int = 0  # prompt tokens that came from the prefix cache
     preemptions: int = 0
+    delayed: bool = False  # a step read less than a quarter of what it could have read (Scheduler._cut)
     recoveries: int = 0  # steps that failed under it and were computed again
     chained: int = 0  # its first pages, as many, are in the prefix cache ...
     chain: Hashable = field(default=None, repr=False)  # ... and this is where the next one links to

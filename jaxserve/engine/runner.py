@@ -5,6 +5,7 @@ T tokens of a step, R rows, P pages a row; a lane is a request's seat on the dev
 
 import logging
 import math
+import time
 from typing import Any
 
 import jax
@@ -57,6 +58,7 @@ class Runner:
         self.sizes = Sizes.choose(platform, plan, least)
         if once and not self.on_cpu:
             self.sizes = Sizes.single(plan, min(plan.budget, SCORED) if scores_only else plan.budget)
+        self.costs: dict[int, float] = {tokens: tokens for tokens in self.sizes.tokens}  # of steps with prompts; GPU: s
         self.scores_only = scores_only
         self.vocab = shapes.embed.shape[0]  # with padding
         self.mask_words = -(-self.vocab // 32)
@@ -236,7 +238,18 @@ class Runner:
                 scored = [self.score(self._empty_pieces(n))[-1] for n in self.sizes.scored]
                 self.logits(scored[0], 0)
             self._sit([(0, None, self.seats.tables())])
+            if not self.scores_only:
+                self.costs = {tokens: self._seconds(tokens) for tokens in self.sizes.tokens}
         jax.block_until_ready(self.state)
+
+    def _seconds(self, tokens):
+        """What a step with prompts of that size takes the device, but for attention, of which padding has none."""
+        packed = self._empty(Shape(tokens, self.rows_of(tokens), self.sizes.pages[0]))
+        jax.block_until_ready(self.state)
+        began = time.perf_counter()
+        self.dispatch(packed)
+        jax.block_until_ready(self.state)
+        return time.perf_counter() - began
 
     def _empty_pieces(self, tokens):
         """Pieces of so many tokens, none longer than a session: there are no pages behind it."""

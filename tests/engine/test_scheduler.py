@@ -208,34 +208,39 @@ def test_a_long_prompt_rides_along_with_streams():
     bench.run()
 
 
-def test_a_prompt_that_closes_a_step_fills_a_size():
-    bench = Bench(budget=32, sizes=(8, 16, 32))
-    bench.add([0, 1], 9)
+def filling(costs, streams, length):
+    """Spans of a prompt's chunks where so many streams run already."""
+    bench, found = Bench(pages=400, lanes=16, budget=512, costs=costs), []
+    for i in range(streams):
+        bench.add([i % 3] * 2, 60)
     bench.turn()
-    bench.add([1] * 17, 3)  # 18 tokens would be padded to 32
-    assert spans(bench.turn()) == [(2, 3, True), (0, 15, False)]
-    assert spans(bench.turn()) == [(3, 4, True), (15, 17, True)]
-    bench.add([2] * 24, 3)
-    assert spans(bench.turn())[-1] == (0, 14, False)  # with two streams
-    assert spans(bench.turn())[-1] == (14, 20, False)  # 12 tokens: 4 are put off
-    assert spans(bench.turn())[-1] == (20, 24, True)
+    bench.add([1] * length, 3)
+    while not found or not found[-1][-1]:
+        found.append(spans(bench.turn())[-1])
     bench.run()
+    return found
+
+
+def test_a_prompt_that_closes_a_step_fills_a_size_where_that_is_cheaper():
+    even = {128: 128, 256: 256, 512: 512}
+    assert filling(even, 1, 130) == [(0, 127, False), (127, 130, True)]  # or 125 tokens of padding
+    assert filling(even, 1, 230) == [(0, 230, True)]  # 25 of padding
+    assert filling(even, 4, 256) == [(0, 252, False), (252, 256, True)]
+    dear = {128: 128, 256: 480, 512: 512}  # a step of 256 takes hardly less than one of 512
+    assert filling(dear, 1, 250) == [(0, 127, False), (127, 250, True)]
+    cheap = {128: 250, 256: 256, 512: 512}
+    assert filling(cheap, 1, 130) == [(0, 130, True)]
 
 
 def test_a_prompt_is_not_read_a_token_at_a_time():
-    bench = Bench(budget=32, lanes=8, sizes=(8, 16, 32))
-    for i in range(7):
-        bench.add([i % 3] * (2 + i), 9)
-    bench.turn()
-    bench.add([5] * 5, 3)  # 12 tokens: 1 of them would fill 8, with 4 put off
-    assert spans(bench.turn())[-1] == (0, 5, True)
-    bench.run()
+    """It waits for others once, in a step that has room for a little of it."""
+    costs = {8: 8, 128: 1280, 512: 5120}
+    assert filling(costs, 7, 50) == [(0, 1, False), (1, 50, True)]
+    assert filling(costs, 4, 12) == [(0, 4, False), (4, 8, False), (8, 12, True)]  # a third is no delay
 
 
 def test_a_prompt_alone_is_not_cut():
-    bench = Bench(budget=32, sizes=(8, 16, 32))
-    bench.add([1] * 17, 3)
-    assert spans(bench.turn()) == [(0, 17, True)]
+    assert filling({128: 128, 256: 256, 512: 512}, 0, 130) == [(0, 130, True)]
 
 
 def test_prompts_are_admitted_in_order_within_the_budget():
@@ -595,7 +600,7 @@ def traces(draw):
         "budget": draw(st.integers(1, 14)),
         "prefix_caching": draw(st.booleans()),
         "session_len": draw(st.none() | st.integers(2, 30)),
-        "sizes": sorted(draw(st.sets(st.integers(1, 14)))),
+        "costs": {size: draw(st.integers(1, 10)) * 1000**size for size in sorted(draw(st.sets(st.integers(1, 14))))},
     }
     tokens = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=24)
     ask = st.fixed_dictionaries(
@@ -677,7 +682,7 @@ def test_long_random_traces(seed):
         budget=random.choice([8, 12, 40]),
         ahead=1 + seed % 2,
         steps=(1, 4, 3)[seed % 3],
-        sizes=(4, 8, 24, 40),
+        costs={4: 1, 8: 400, 24: 2500, 40: 9000},  # where chunks are cut
     )
     for _ in range(150):
         for _ in range(random.choice([0, 0, 1, 2])):

@@ -50,9 +50,12 @@ def test_what_it_takes(monkeypatch):
     """Without a GPU nothing is asked of Mosaic."""
     capability, module = 90, sys.modules["pallas_kernels.gated_matmul"]  # its name is that of the function, too
     monkeypatch.setattr(module, "device", lambda: ("NVIDIA", capability))
+    monkeypatch.setattr(module, "cores", lambda: 132)
     monkeypatch.setattr(module, "lowers", lambda *_: True)
-    assert gates(1024, 2048, 8192, jnp.bfloat16) and gates(4096, 256, 128, jnp.float16)
-    refused = (1000, 2048, 8192), (512, 2048, 8192), (1024, 192, 8192), (1024, 2080, 8192), (1024, 2048, 8200)
+    taken = (1024, 2048, 8192), (512, 2048, 8192), (384, 4096, 14336), (896, 4096, 14336), (1400, 576, 1536)
+    assert all(gates(*sizes, jnp.bfloat16) for sizes in taken) and gates(4096, 256, 8192, jnp.float16)
+    idle = (384, 2048, 8192), (640, 4096, 14336), (768, 4096, 14336), (1536, 576, 1536)  # cores, in the last round
+    refused = (*idle, (128, 4096, 14336), (1024, 192, 8192), (1024, 2080, 8192), (1024, 2048, 8200))
     assert not any(gates(*sizes, jnp.bfloat16) for sizes in refused)
     assert not gates(1024, 2048, 8192, jnp.float32)
     capability = 80
@@ -61,7 +64,7 @@ def test_what_it_takes(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("T, D, F", [(256, 2048, 8192), (1536, 576, 1536), (4096, 4096, 14336)])
+@pytest.mark.parametrize("T, D, F", [(256, 2048, 8192), (448, 2048, 8192), (1400, 576, 1536), (4096, 4096, 14336)])
 def test_gpu(T, D, F, dtype):
     if triton_call.device()[1] != 90:
         pytest.skip("needs Hopper")
