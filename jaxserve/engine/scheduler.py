@@ -60,6 +60,7 @@ class Scheduler:
         self.pool, self.budget, self.session_len, self.prefix_caching = pool, budget, session_len, prefix_caching
         self.costs = dict(costs or {})
         self.sizes = tuple(self.costs)
+        self.token = min((cost / size for size, cost in self.costs.items()), default=0)  # what one costs at best
         # With more lanes than tokens in a step the youngest streams would stand still.
         self.lanes = list(range(min(lanes, budget)))[::-1]  # free ones
         self.running: dict[Request, None] = {}  # oldest first
@@ -265,11 +266,10 @@ class Scheduler:
         total = before + wanted
         if not self.sizes or not before or self.waiting or total > self.sizes[-1]:
             return wanted
-        token = self.costs[self.sizes[-1]] / self.sizes[-1]
         best, found = self.costs[self.sizes[bisect_left(self.sizes, total)]], wanted
         least = wanted / 4 if request.delayed else 1  # less once, or a prompt would be read a token a step
         for size in reversed(self.sizes[: bisect_left(self.sizes, total)]):
-            cost = self.costs[size] + (total - size + PUT_OFF) * token
+            cost = self.costs[size] + (total - size + PUT_OFF) * self.token
             if size - before >= least and cost < best:
                 best, found = cost, size - before
         request.delayed |= 4 * found < wanted
