@@ -168,7 +168,10 @@ def main():
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["TRITON_INTERPRET"] = "0"
         sys.path.insert(0, str(PROJECT))
-        mesh = h200(options.tp)
+        try:
+            mesh = h200(options.tp)
+        except NotImplementedError:  # of jax, which knows no such platform
+            parser.error("jax's CUDA plugin is not installed here: pip install '.[cuda13]'")
         for program in programs:
             print(json.dumps(count(mesh, program, folder, options.kv)), flush=True)
 
