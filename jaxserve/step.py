@@ -173,6 +173,7 @@ def step(cfg, shape, tree, leaves, state, words):
 
     def again(i, carry):
         state, told = carry
+        # Both ends of a turn say so: XLA splits what a loop carries by what is done with it in between.
         state = state.replace(newest=_whole(state.newest), tables=_whole(state.tables))
         state, drawn = one(state, batch.later(i))
         # A write at index i would be a copy in the graph whose place the host has to set anew in every step.

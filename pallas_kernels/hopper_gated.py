@@ -14,10 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import warpgroups
-from pallas_kernels.gated_matmul import OUTPUTS, TOKENS
 from pallas_kernels.triton_call import cdiv, cores
 
-LINES = 64  # tokens of an instruction: half a block's
+LINES = 64  # tokens of an instruction
+TOKENS, OUTPUTS = 2 * LINES, 128  # of a block
 INPUTS = 64  # of a turn: rows of 128 bytes
 PIECE = 64  # outputs that are written at a time
 STAGES = 4  # turns that are loaded at a time

@@ -242,9 +242,10 @@ def main():
     options, rows = parser.parse_args(), []
     if reason := pk.available():
         sys.exit(f"the kernels cannot run: {reason}")
-    for matrix in cases(options.model):
-        if not any(matrix[0].endswith(wanted) for wanted in options.matrix):
-            continue
+    matrices = [matrix for matrix in cases(options.model) if matrix[0].endswith(tuple(options.matrix))]
+    if not matrices:
+        parser.error(f"--matrix: there are {', '.join(name for name, *_ in cases(options.model))}")
+    for matrix in matrices:
         base: dict = {}  # seconds of bf16 by tokens
         for kind in dict.fromkeys(["bf16", *options.only]):
             drawn = list(draw_cases(kind, matrix, options.tokens))

@@ -266,9 +266,10 @@ class Scheduler:
         total = before + wanted
         if not self.sizes or not before or self.waiting or total > self.sizes[-1]:
             return wanted
-        best, found = self.costs[self.sizes[bisect_left(self.sizes, total)]], wanted
+        above = bisect_left(self.sizes, total)
+        best, found = self.costs[self.sizes[above]], wanted
         least = wanted / 4 if request.delayed else 1  # less once, or a prompt would be read a token a step
-        for size in reversed(self.sizes[: bisect_left(self.sizes, total)]):
+        for size in reversed(self.sizes[:above]):
             cost = self.costs[size] + (total - size + PUT_OFF) * self.token
             if size - before >= least and cost < best:
                 best, found = cost, size - before

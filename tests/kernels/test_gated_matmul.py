@@ -17,6 +17,7 @@ def gated_wgmma(monkeypatch):
     module = pytest.importorskip("pallas_kernels.hopper_gated")
     params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     monkeypatch.setattr(module, "cores", lambda: 3)
+    assert module.TOKENS == module.OUTPUTS == sys.modules["pallas_kernels.gated_matmul"].BLOCK
     interpreted = functools.partial(module.plgpu.kernel, interpret=params.InterpretGPUParams())
     monkeypatch.setattr(module.plgpu, "kernel", interpreted)
     return module.gated_wgmma
