@@ -571,6 +571,7 @@ def test_an_engine_that_hangs(tmp_path, monkeypatch):
         web.submit(box.ask([1], 1000))
         box.wait(3)
         process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # until every thread stands; one could still answer
         with pytest.raises(EngineDead, match="has not answered"):
             web.stats()
         assert web.state == "stalled" and not web.alive
