@@ -230,10 +230,15 @@ class Runner:
                     self.dispatch(self._empty(shape, shape.full, whole=True))
                 for shape in self._at_once():
                     self.dispatch(self._empty(shape, full=True))
+                drawn: set[int] = set()
                 for shape in self._apart():
-                    for full in () if self.scores_only else (False, True):
+                    if self.scores_only or shape.drawn in drawn:  # what draws has run
+                        self.advance(self._empty(shape))
+                        continue
+                    drawn.add(shape.drawn)
+                    for full in (False, True):
                         self.dispatch(self._empty(shape, full))
-                    for most in () if self.scores_only else self._picked(shape.drawn)[1:]:
+                    for most in self._picked(shape.drawn)[1:]:
                         self.dispatch(self._empty(shape, chunks=[None] * most))
                 scored = [self.score(self._empty_pieces(n))[-1] for n in self.sizes.scored]
                 self.logits(scored[0], 0)

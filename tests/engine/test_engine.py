@@ -1,6 +1,7 @@
 """The whole engine against a decoder that has no cache, no pages and no batch."""
 
 import random
+from collections import Counter
 
 import jax
 import numpy as np
@@ -104,7 +105,11 @@ def test_fused_as_on_a_gpu(folder, engine, expected, monkeypatch):
     with build.engine(folder, guide=build.table, num_tokens_per_iter=400) as fused:
         assert fused.runner.sizes.whole and len(fused.runner.sizes.scored) == 2
         fused.runner.on_cpu = False
-        fused.runner.warm_up()  # all programs, as there
+        call, ran = fused.runner._call, Counter()
+        monkeypatch.setattr(fused.runner, "_call", lambda key, *given: (ran.update([key]), call(key, *given))[1])
+        fused.runner.warm_up()
+        once = {"empty", "seat"}  # copies, and no graph worth recording
+        assert ran.keys() | once == fused.runner.programs.keys() and min(ran[key] for key in ran.keys() - once) == 2
         sizes = fused.runner.sizes.tokens
         assert tuple(fused.runner.costs) == sizes and not set(fused.runner.costs.values()) & set(sizes)  # timed
         assert build.run(fused, random_requests()) == expected
