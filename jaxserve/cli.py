@@ -8,7 +8,17 @@ from jaxserve import __version__
 from jaxserve.commands.bench import bench
 from jaxserve.commands.lite import lite
 from jaxserve.config import GenerationConfig
-from jaxserve.options import Group, Option, engine_config, engine_options, from_field, mistakes, sampling_options
+from jaxserve.options import (
+    Command,
+    Group,
+    Option,
+    absent,
+    engine_config,
+    engine_options,
+    from_field,
+    mistakes,
+    sampling_options,
+)
 from jaxserve.serve.command import client, serve, ui
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -87,7 +97,17 @@ def main():
     """
 
 
-@main.command()
+class Chat(Command):
+    """`chat turbomind MODEL`, as LMDeploy once had it, gets told how it is written here."""
+
+    def parse_args(self, ctx, args):
+        engine, *rest = args or [""]
+        if engine in ("turbomind", "torch") and rest and not rest[0].startswith("-"):
+            raise click.UsageError(f"there is one engine: `jaxserve chat {rest[0]}`", ctx)
+        return super().parse_args(ctx, args)
+
+
+@main.command(cls=Chat)
 @click.argument("model", required=False)
 @template_options
 @from_field(
@@ -117,7 +137,13 @@ def chat(model, **given):
 @main.command()
 @click.argument("source", metavar="IN.jsonl", type=click.Path(exists=True, dir_okay=False))
 @click.argument("target", metavar="OUT.jsonl", type=click.Path(dir_okay=False, writable=True))
-@click.option("--model", metavar="MODEL", help="folder, GGUF file or Hugging Face id (default: SmolLM2-135M-Instruct)")
+@click.option(
+    "--model",
+    cls=Option,
+    section="Engine",
+    metavar="MODEL",
+    help="folder, GGUF file or Hugging Face id (default: SmolLM2-135M-Instruct)",
+)
 @template_options
 @engine_options
 @log_level
@@ -133,11 +159,20 @@ def batch(source, target, model, **given):
     run(source, target, model, config, **{name: value for name, value in given.items() if value is not None})
 
 
+def lmdeploy_convert(ctx, parameter, value):
+    """LMDeploy's `convert NAME PATH --dst-path DIR`: with the name in the model's place it would not be understood."""
+    if value is not None:
+        raise click.UsageError(
+            f"without a name and --dst-path: `jaxserve convert PATH {value}`; other commands take PATH as it is, too"
+        )
+
+
 @main.command()
 @click.argument("model", required=True)
 @click.argument("folder", metavar="DIR", type=click.Path())
 @engine_options
 @log_level
+@click.option("--dst-path", hidden=True, is_eager=True, expose_value=False, callback=lmdeploy_convert)
 def convert(model, folder, **given):
     """Save MODEL in DIR as the engine keeps it in memory.
 
@@ -164,3 +199,5 @@ def check_env(dump_file):
 
 for command in (bench, serve, client, ui, lite):
     main.add_command(command)
+main.add_command(absent("list", "there are no names of chat templates to choose from: a checkpoint brings its own"))
+lite.add_command(absent("kv-qparams", "not needed: --quant-policy 8 or 4 of the other commands finds scales by itself"))

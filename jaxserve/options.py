@@ -107,6 +107,18 @@ class Group(click.Group):
         sys.exit(status if isinstance(status, int) else 0)
 
 
+def absent(name: str, why: str) -> click.Command:
+    """A command of LMDeploy's that is not here, and what to use: else its name would be taken for another thing's."""
+
+    def refuse(rest):
+        raise click.UsageError(why)
+
+    rest = click.Argument(["rest"], nargs=-1, type=click.UNPROCESSED)
+    return click.Command(
+        name, callback=refuse, params=[rest], hidden=True, context_settings={"ignore_unknown_options": True}
+    )
+
+
 def from_field(cls, name: str, *, section: str, option: str | None = None, also: str = "", **settings) -> Callable:
     """A click option for a field of a config class; `option` where its name on the command line is another.
 

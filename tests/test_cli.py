@@ -71,6 +71,18 @@ def test_every_engine_option_is_there_with_help(run, command):
     assert "--dp" not in text.split()
 
 
+@pytest.mark.parametrize("command", ["chat", "batch", "convert", "serve", "ui"])
+def test_other_options_are_the_last(run, command):
+    text = run(command, "--help").output
+    assert text.index("Engine:") < text.index("Other options:")
+
+
+def test_a_model_may_be_called_turbomind(run, seen):
+    for more in ([], ["--tp", "1"]):
+        run("chat", "turbomind", *more)
+        assert seen.pop()[0] == "turbomind"
+
+
 def test_options_reach_the_config(run, seen):
     result = run(
         *("chat", "MODEL", "--tp", "2", "--cache-max-entry-count", "0.4", "--session_len", "100"),
@@ -140,6 +152,11 @@ def test_options_of_lmdeploy_without_use_here(run, seen):
         (["batch", "/no/such/file", "out"], "/no/such/file"),
         (["convert", "model"], "Missing argument 'DIR'"),
         (["convert", "/no/such/model", "out"], "/no/such/model"),
+        (["convert", "internlm2", "/m", "--dst-path", "ws"], "`jaxserve convert PATH ws`"),
+        (["chat", "turbomind", "./workspace", "--tp", "1"], "`jaxserve chat ./workspace`"),
+        (["chat", "torch", "/m"], "`jaxserve chat /m`"),
+        (["list"], "a checkpoint brings its own"),
+        (["lite", "kv_qparams", "a", "b", "--kv-bits", "8"], "--quant-policy"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import click
 
-from jaxserve.options import Command, Option, engine_config, engine_options, mistakes, together, without_use
+from jaxserve.options import Command, Option, absent, engine_config, engine_options, mistakes, together, without_use
 from jaxserve.serve.options import UNUSED_SERVER, WORDS, ServerOptions, server_options
 
 LISTS = {f"--{knob.name.replace('_', '-')}" for knob in fields(ServerOptions) if knob.metadata["kind"] is WORDS}
@@ -161,18 +161,6 @@ def ui(model_or_url, server_name, server_port, api_key, share, **given):
     from jaxserve.serve.ui import run
 
     run(model_or_url, config, server_name=server_name, server_port=server_port, api_key=api_key)
-
-
-def absent(name: str, why: str) -> click.Command:
-    """What LMDeploy has beside `serve api_server` and is not here: else its name would be taken for a model's."""
-
-    def refuse(rest):
-        raise click.UsageError(why)
-
-    rest = click.Argument(["rest"], nargs=-1, type=click.UNPROCESSED)
-    return click.Command(
-        name, callback=refuse, params=[rest], hidden=True, context_settings={"ignore_unknown_options": True}
-    )
 
 
 serve.add_command(client, "api-client")
