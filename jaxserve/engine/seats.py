@@ -5,6 +5,7 @@ A step's rows are gathered from these arrays, so that nothing is done for each r
 
 import numpy as np
 
+from jaxserve.engine.sizes import MOST
 from jaxserve.sampling import Sampling, table_rows
 
 
@@ -37,7 +38,7 @@ class Seats:
             Sampling.pack(request.params, 0, self.sampling[lane])
             self.full[lane] = not request.params.plain
             seat = lane, (request, request.preemptions), self.tables(request) if request.params.tables else None
-        new = min(self.filled[lane], len(pages) - 1)  # the last one is another when a plan was taken back
+        new = max(0, min(self.filled[lane], len(pages) - MOST))  # the last may be others when a plan was taken back
         self.pages[lane, new : len(pages)] = pages[new:]
         self.filled[lane] = len(pages)
         return seat

@@ -3,6 +3,7 @@ import pytest
 
 from jaxserve.engine.request import Request, SamplingParams
 from jaxserve.engine.seats import Seats
+from jaxserve.engine.sizes import MOST
 
 
 @pytest.fixture
@@ -36,6 +37,16 @@ def test_only_new_pages_are_written(seats):
     one.pages = [4, 5, 7]  # the last one went with a plan that was taken back
     seats.note(one)
     assert seats.pages[1].tolist() == [4, 5, 7, 0, 0] and seats.filled.tolist() == [0, 3]
+
+
+def test_pages_of_a_burst_that_was_taken_back():
+    seats = Seats(lanes=2, pages=12, vocab=32, session_len=40)
+    one = request([4, 5])
+    seats.taken[1] = seats.note(one)[1]
+    for more in ([*range(10, 10 + MOST)], [*range(20, 20 + MOST)], [30]):
+        one.pages = [4, 5, *more]
+        seats.note(one)
+        assert seats.pages[1, : len(one.pages)].tolist() == one.pages and seats.filled[1] == len(one.pages)
 
 
 def test_tables_of_those_that_need_them(seats):
