@@ -64,6 +64,8 @@ class EightBitFolder:
         """A map as Stored, its scales checked."""
         source, scheme = self.source, self.scheme
         out, inputs = shape = tuple(source.shape(f"{name}.weight"))
+        if 0 in shape:
+            raise CheckpointError(f"{self.path}: tensor {name}.weight is empty, {list(shape)}; get it again")
         scale = next((f"{name}.{part}" for part in SCALES if f"{name}.{part}" in source.names), None)
         if scale is None:
             raise CheckpointError(f"{self.path}: tensor {name}.weight_scale is missing")
@@ -75,10 +77,20 @@ class EightBitFolder:
             group, rows = inputs, 1
         want = (-(-out // rows), -(-inputs // group))
         if np.prod(found, dtype=int) != np.prod(want) or (len(found) == 2 and found != want):
-            raise CheckpointError(f"{self.path}: tensor {scale} has shape {list(found)}; {list(want)} were expected")
+            raise CheckpointError(f"{self.path}: tensor {scale} has shape {list(found)}; {list(want)} was expected")
+        if source.dtype(scale).kind in "biu":
+            raise CheckpointError(f"{self.path}: tensor {scale} is {source.dtype(scale)}, which no scale is")
+        zero = f"{name}.{ZERO}"
+        if zero in source.names and not scheme.symmetric and np.prod(source.shape(zero), dtype=int) != np.prod(want):
+            raise CheckpointError(
+                f"{self.path}: tensor {zero} has shape {list(source.shape(zero))}; {list(want)} was expected"
+            )
         known = next((f"{name}.{part}" for part in INPUT_SCALES if f"{name}.{part}" in source.names), None)
         if scheme.activations == "static" and known is None:
             raise CheckpointError(f"{self.path}: tensor {name}.input_scale is missing")
+        if known and np.prod(source.shape(known), dtype=int) != 1:
+            many = list(source.shape(known))
+            raise CheckpointError(f"{self.path}: tensor {known} has shape {many}; one number was expected")
         return Stored(shape, group, rows, scale, known)
 
     def _scale_dtype(self, stored):

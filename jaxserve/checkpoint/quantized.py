@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxserve.checkpoint import CheckpointError, read_json
-from jaxserve.checkpoint.eight_bit import EightBitFolder
+from jaxserve.checkpoint import CheckpointError, missing, read_json
+from jaxserve.checkpoint.eight_bit import SCALES, EightBitFolder
 from jaxserve.checkpoint.schemes import Packed, scheme
 
 log = logging.getLogger("jaxserve")
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in an int32 each of its 8 columns is: stored are 0, 2, 4, 6, 1, 3, 5, 7
 OLD_FILES = {"quant_config.json": "awq", "quantize_config.json": "gptq"}  # before config.json had an entry for it
+FLOATS = ("float16", "bfloat16", "float32")
 
 
 class Layout(NamedTuple):
@@ -42,6 +43,7 @@ LAYOUTS = {
         "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", False, 1, 0, None
     ),
 }
+PACKED = {layout.values for layout in LAYOUTS.values()}
 
 
 def unpacked(source):
@@ -52,9 +54,24 @@ def unpacked(source):
             if (source.path / name).exists() and any(tensor.endswith(".qweight") for tensor in source.names):
                 found = {"quant_method": method} | read_json(source.path / name)
     if not found:
+        if tensor := _quantized_tensor(source):
+            raise CheckpointError(
+                f"{source.path}: tensor {tensor} is of quantized weights, and config.json has no quantization_config "
+                "that says of what kind; get config.json again, or take the unquantized version of the model"
+            )
         return source
     stored = scheme(source.path, found)
     return (QuantizedFolder if stored.packed else EightBitFolder)(source, stored)
+
+
+def _quantized_tensor(source):
+    """The name of a tensor that only quantized weights have; None without one."""
+    for name in sorted(source.names):
+        of, _, part = name.rpartition(".")
+        weight = f"{of}.weight"
+        if part in PACKED or (part in SCALES and weight in source.names and source.dtype(weight).itemsize == 1):
+            return name
+    return None
 
 
 class QuantizedFolder:
@@ -79,36 +96,63 @@ class QuantizedFolder:
         parts = {f"{name}.{part}" for name in self._maps for part in (*self.layout[:4], "weight_shape")}
         self.names = (source.names - parts) | {f"{name}.weight" for name in self._maps}
 
+    def _shape_of(self, name):
+        """[out, in] of a map, the tensor of its values checked."""
+        layout, values, told = self.layout, f"{name}.{self.layout.values}", f"{name}.weight_shape"
+        stored, each = list(self.source.shape(values)), 32 // self.scheme.bits
+        kind = self.source.dtype(values)
+        if len(stored) != 2 or kind != np.int32:
+            raise CheckpointError(f"{self.path}: tensor {values} is {kind} {stored}, not int32 [., .]")
+        stored[layout.values_axis] *= each
+        shape = stored[::-1] if layout.transposed else stored
+        if told in self.source.names:
+            shape = [int(n) for n in self.source.read(told).reshape(-1)]
+        if len(shape) != 2 or min(shape) < 1:
+            raise CheckpointError(f"{self.path}: tensor {values} is said to hold a map of shape {shape}")
+        words, axis = list(shape), layout.values_axis ^ layout.transposed
+        words[axis] = -(-words[axis] // each)
+        self._must_be(values, words, ("int32",))
+        return tuple(shape)
+
+    def _must_be(self, tensor, shape, kinds):
+        """CheckpointError unless a tensor has the shape, given [out, in], and a type of `kinds`."""
+        want = list(shape[::-1] if self.layout.transposed else shape)
+        found, kind = list(self.source.shape(tensor)), self.source.dtype(tensor).name
+        if found != want or kind not in kinds:
+            raise CheckpointError(
+                f"{self.path}: tensor {tensor} is {kind} {found}; {' or '.join(kinds)} {want} was expected"
+            )
+
     def _inspect(self, name):
         """A map as Stored, its tensors checked."""
-        source, layout, scheme = self.source, self.layout, self.scheme
-        values, scales, _, inputs = (f"{name}.{part}" for part in layout[:4])
-        stored = list(source.shape(values))
-        if len(stored) != 2 or source.dtype(values) != np.int32:
-            raise CheckpointError(f"{self.path}: tensor {values} is {source.dtype(values)} {stored}, not int32 [., .]")
-        stored[layout.values_axis] *= 32 // scheme.bits
-        shape = tuple(stored[::-1] if layout.transposed else stored)
-        if f"{name}.weight_shape" in source.names:
-            shape = tuple(int(n) for n in source.read(f"{name}.weight_shape"))
+        source, layout, scheme, shape = self.source, self.layout, self.scheme, self._shape_of(name)
+        values, scales, zeros, inputs = (f"{name}.{part}" for part in layout[:4])
         group = shape[1] if scheme.group == -1 else scheme.group
         if shape[1] % group:
-            fits = next(n for n in range(group, 0, -1) if shape[1] % n == 0)
+            fits = next(n for n in range(min(group, shape[1]), 0, -1) if shape[1] % n == 0)
             raise CheckpointError(
                 f"{self.path}: tensor {values} has {shape[1]} inputs, which groups of {group} do not divide; "
                 f"the largest that do are groups of {fits}"
             )
-        want = (shape[0], shape[1] // group)
-        found = source.shape(scales)
-        if tuple(found[::-1] if layout.transposed else found) != want:
-            raise CheckpointError(f"{self.path}: tensor {scales} has shape {list(found)}; {list(want)} were expected")
-        if not scheme.symmetric and f"{name}.{layout.zeros}" not in source.names:
-            raise CheckpointError(f"{self.path}: tensor {name}.{layout.zeros} is missing")
+        count = shape[1] // group
+        self._must_be(scales, (shape[0], count), FLOATS)
+        if not scheme.symmetric or zeros in source.names:
+            self._must_be(zeros, (-(-shape[0] * scheme.bits // 32), count), ("int32",))
         if inputs not in source.names:
+            if scheme.ordered and count > 1:
+                raise missing(self.path, inputs, source.names)
             return Stored(shape, group)
         groups = source.read(inputs)
-        if (groups == np.arange(shape[1]) // group).all():
+        if groups.shape != shape[1:] or groups.dtype.kind != "i":
+            raise CheckpointError(
+                f"{self.path}: tensor {inputs} is {groups.dtype} {list(groups.shape)}; int32 {[shape[1]]} was expected"
+            )
+        if (groups == np.arange(shape[1]) // group).all() or (groups == -1).all():  # -1: nobody chose others
             return Stored(shape, group)
-        even = (np.bincount(groups, minlength=want[1]) == group).all()
+        if groups.min() < 0 or groups.max() >= count:
+            found = f"from {groups.min()} to {groups.max()}, and there are {count}"
+            raise CheckpointError(f"{self.path}: tensor {inputs} puts inputs into groups {found}; get it again")
+        even = (np.bincount(groups, minlength=count) == group).all()
         return Stored(shape, group, groups, np.argsort(groups, kind="stable").astype(np.int32) if even else None)
 
     def shape(self, name):

@@ -25,6 +25,7 @@ class Scheme(NamedTuple):
     symmetric: bool = True
     zero_offset: int = 0  # what is added to a stored zero
     activations: str | None = None  # "dynamic" or "static": they are quantized too
+    ordered: bool = False  # a tensor says which group an input is in
 
     @property
     def bits(self):
@@ -57,9 +58,14 @@ def scheme(path, found):
     }
     if method not in known:
         raise _unread(path, f"quantized ({method or 'an unnamed method'})")
-    out = known[method](path, method, found)
+    try:
+        out = known[method](path, method, found)
+    except (AttributeError, TypeError) as error:  # a stranger wrote it
+        raise CheckpointError(f"{path}: quantization_config holds a value of the wrong kind: {error}") from error
     if any(type(n) is not int or (n < 1 and n != -1) for n in (out.group, out.rows)):
-        raise CheckpointError(f"{path}: {method} weights in groups of {out.group!r}")
+        raise CheckpointError(
+            f"{path}: {method} weights in groups of {out.group!r}; a group has a whole number of inputs, or -1: all"
+        )
     return out
 
 
@@ -72,18 +78,26 @@ def _words(path, method, found):
     version = str(found.get("version") or "gemm").lower()
     if method == "awq" and version != "gemm":
         raise _unread(path, f"AWQ weights in the layout {version!r}")
-    if bits not in ((4,) if method == "awq" else (4, 8)):
-        raise _unread(path, f"{method} weights of {bits} bits")
-    offset = int(method == "gptq" and found.get("checkpoint_format") != "gptq_v2")
-    group = 128 if group is None else group
-    return Scheme(method, f"int{bits}", True, group, symmetric=bool(found.get("sym")), zero_offset=offset)
+    if type(bits) is not int or bits not in ((4,) if method == "awq" else (4, 8)):
+        raise _unread(path, f"{method} weights of {bits!r} bits")
+    group, offset, ordered = 128 if group is None else group, 0, False
+    if method == "gptq":
+        if (stored := found.get("checkpoint_format") or "gptq") not in ("gptq", "gptq_v2"):
+            raise _unread(path, f"gptq weights in the layout {stored!r}")
+        for maps, own in (found.get("dynamic") or {}).items():
+            if not maps.startswith("-:") and (own.get("bits", bits), own.get("group_size", group)) != (bits, group):
+                raise _unread(path, f"gptq weights of several kinds (dynamic: {maps!r} has its own)")
+        offset, ordered = int(stored == "gptq"), bool(found.get("desc_act"))
+    return Scheme(
+        method, f"int{bits}", True, group, symmetric=bool(found.get("sym")), zero_offset=offset, ordered=ordered
+    )
 
 
 def _compressed(path, method, found):
     groups = [g for g in (found.get("config_groups") or {}).values() if isinstance(g, dict)]
     weights: list[dict] = [g["weights"] for g in groups if isinstance(g.get("weights"), dict)]
     if len(weights) != 1 or len(groups) != 1:
-        raise _unread(path, f"compressed-tensors of {len(groups)} groups of layers")
+        raise _unread(path, f"compressed-tensors of {len(groups)} groups of layers, {len(weights)} with weights")
     stored, w, inputs = groups[0].get("format") or found.get("format"), weights[0], groups[0].get("input_activations")
     bits, of = w.get("num_bits"), w.get("type", "int")
     strategy = w.get("strategy") or ("group" if w.get("group_size") else "channel")

@@ -7,6 +7,7 @@ import pytest
 
 from jaxserve import checkpoint
 from jaxserve.checkpoint import CheckpointError
+from jaxserve.checkpoint.safetensors import SafetensorsFolder, save
 from scripts import tiny_checkpoint
 from tests.quant import folders
 
@@ -103,6 +104,19 @@ def refused(folder, match, **changes):
         ({"quant_method": "fp8", "weight_block_size": 128}, "blocks of 128"),
         ({"quant_method": "smooth_quant", "quant_dtype": "int4"}, "smooth_quant weights of type int4"),
         ({"quant_method": "smooth_quant"}, r"no tensor \*.weight is int8"),
+        ({"bits": "4"}, "awq weights of '4' bits"),
+        ({"bits": 4.0}, "awq weights of 4.0 bits"),
+        ({"group_size": "32"}, "groups of '32'; a group has a whole number of inputs, or -1"),
+        ({"group_size": 10**9}, "groups of 1000000000 do not divide; the largest that do are groups of 96"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "gptq weights in the layout 'marlin'"),
+        (
+            {"quant_method": "gptq", "dynamic": {"-:.*lm_head": {}, "+:.*down_proj": {"bits": 8}}},
+            r"several kinds \(dynamic: '\+:\.\*down_proj'",
+        ),
+        ({"quant_method": "compressed-tensors", "config_groups": "all"}, "a value of the wrong kind"),
+        (folders.group_of_layers(["int-quantized"], folders.BYTES), "a value of the wrong kind"),
+        (folders.group_of_layers("int-quantized", folders.BYTES, "int8"), "a value of the wrong kind"),
+        (folders.group_of_layers("pack-quantized", None), "1 groups of layers, 0 with weights"),
         (folders.group_of_layers("nvfp4-pack-quantized", {"num_bits": 4, "type": "float"}), "nvfp4.*4 bits, float"),
         (
             folders.group_of_layers("int-quantized", folders.BYTES | {"type": "int"}, {"num_bits": 4}),
@@ -122,6 +136,73 @@ def refused(folder, match, **changes):
 def test_refusals(tmp_path, changes, match):
     folders.write(tmp_path, HF, "awq")
     refused(tmp_path, match, **changes)
+
+
+def changed(folder, change):
+    """Changes the tensors {name: array} of a folder."""
+    with SafetensorsFolder(folder) as found:
+        tensors = {name: found.read(name) for name in found.names}
+    change(tensors)
+    save(tensors, folder / "model.safetensors")
+
+
+def put(part, array):
+    """Of a map: a tensor in place of another."""
+    return lambda tensors: tensors.__setitem__(f"{NAME}.{part}", np.asarray(array))
+
+
+DAMAGED = [
+    ("awq", put("scales", np.zeros((64, 2), np.float16)), r"scales is float16 \[64, 2\]; .*\[2, 64\] was expected"),
+    ("awq", put("scales", np.zeros((2, 64), np.int32)), r"scales is int32 .*; .* or float32 \[2, 64\] was expected"),
+    ("awq", put("qzeros", np.zeros((1, 8), np.int32)), r"qzeros is int32 \[1, 8\]; int32 \[2, 8\] was expected"),
+    ("awq", put("qzeros", np.zeros((2, 8), np.float32)), r"qzeros is float32 \[2, 8\]; int32"),
+    ("awq", put("qweight", np.zeros((0, 8), np.int32)), r"qweight is said to hold a map of shape \[64, 0\]"),
+    ("gptq8", put("qzeros", np.zeros((2, 8), np.int32)), r"qzeros is int32 \[2, 8\]; int32 \[2, 16\] was expected"),
+    ("gptq", put("g_idx", np.full(64, 2, np.int32)), "groups from 2 to 2, and there are 2"),
+    ("gptq", put("g_idx", np.arange(64, dtype=np.int32) // 32 - 1), "groups from -1 to 0"),
+    ("gptq", put("g_idx", np.zeros(63, np.int32)), r"g_idx is int32 \[63\]; int32 \[64\] was expected"),
+    ("gptq", put("g_idx", np.zeros(64, np.float32)), "g_idx is float32"),
+    ("act-order", lambda tensors: tensors.pop(f"{NAME}.g_idx"), r"tensor .*q_proj.g_idx is missing"),
+    ("compressed", put("weight_packed", np.zeros((63, 8), np.int32)), r"\[63, 8\]; int32 \[64, 8\] was expected"),
+    ("compressed", put("weight_shape", np.array([64])), r"a map of shape \[64\]"),
+    ("compressed-asym", put("weight_zero_point", np.zeros((64, 2), np.int8)), r"int8 \[64, 2\]; int32 \[8, 2\]"),
+    ("w8a8", put("weight", np.zeros((0, 64), np.int8)), r"weight is empty, \[0, 64\]"),
+    ("w8a8", put("weight_scale", np.ones((64, 1), np.uint8)), "weight_scale is uint8, which no scale is"),
+    ("fp8-static", put("input_scale", np.ones(2, np.float32)), r"input_scale has shape \[2\]; one number"),
+]
+
+
+@pytest.mark.parametrize("kind, change, match", DAMAGED)
+def test_damaged_tensors_are_named(tmp_path, kind, change, match):
+    folders.write(tmp_path, HF, kind)
+    changed(tmp_path, change)
+    with pytest.raises(CheckpointError, match=match):
+        checkpoint.open(tmp_path)
+
+
+def test_damaged_zeros_of_bytes(tmp_path):
+    folders.write(tmp_path, HF, "w8")
+    changed(tmp_path, put("weight_zero_point", np.zeros((64, 1), np.int8)))
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights = config["quantization_config"]["config_groups"]["group_0"]["weights"] | {"symmetric": False}
+    refused(tmp_path, r"zero_point has shape \[64, 1\]; \[64, 2\]", **folders.group_of_layers("int-quantized", weights))
+
+
+def test_groups_that_nobody_chose(tmp_path):
+    """compressed-tensors keeps -1 for every input until an order of the groups has been found."""
+    want = folders.write(tmp_path, HF, "compressed")
+    changed(tmp_path, put("weight_g_idx", np.full(64, -1, np.int32)))
+    with checkpoint.open(tmp_path) as found:
+        assert found.packed[NAME] == found.packed["model.layers.0.self_attn.k_proj"]
+        np.testing.assert_array_equal(found.read(f"{NAME}.weight"), want[f"{NAME}.weight"].astype(np.float16))
+
+
+def test_not_announced(tmp_path, kind):
+    """Elements without what they mean are no weights."""
+    folders.write(tmp_path, HF, kind)
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    with pytest.raises(CheckpointError, match="is of quantized weights, and config.json has no quantization_config"):
+        checkpoint.open(tmp_path)
 
 
 def test_announced_and_not_there(tmp_path):
