@@ -153,14 +153,14 @@ class Leaf:
             for source, size in zip(self.sources, sizes):
                 rows = fetch(source, (slice(first * size * width, last * size * width), *index[3:]))
                 parts.append(rows.reshape(last - first, size, width, *rows.shape[1:]))
-            return np.concatenate(parts, 1) if len(parts) > 1 else parts[0]
+            return np.concatenate(_alike(parts), 1) if len(parts) > 1 else parts[0]
         if arrange == "gate_up":
-            return np.stack([fetch(source, index[1:]) for source in self.sources])
+            return np.stack(_alike([fetch(source, index[1:]) for source in self.sources]))
         if arrange == "experts":
-            return np.stack([fetch(name, index[1:]) for name in names])
+            return np.stack(_alike([fetch(name, index[1:]) for name in names]))
         if arrange == "experts_gate_up":
             both = [[fetch(source.format(e), index[2:]) for source in self.sources] for e in range(self.experts)]
-            return np.stack([np.stack(pair) for pair in both])
+            return np.stack(_alike([np.stack(_alike(pair)) for pair in both]))
         return fetch(self.sources[0], index)
 
     def _fetch(self, checkpoint, source, index):
@@ -195,6 +195,9 @@ class Leaf:
                 if tuple(checkpoint.shape(name)) != tuple(shape):
                     found = f"{checkpoint.path}: tensor {name} has shape {list(checkpoint.shape(name))}"
                     raise CheckpointError(f"{found}; the config asks for {list(shape)}")
+                if (kind := checkpoint.dtype(name)).kind in "biu":
+                    found = f"{checkpoint.path}: tensor {name} is {kind}"
+                    raise CheckpointError(f"{found}, and nothing says how integers become weights; get it again")
 
     def _names(self):
         return [source.format(e) for source in self.sources for e in range(self.experts or 1)]
@@ -255,7 +258,7 @@ class Leaf:
         return 1 if self.part in ("packed", "bytes") else self.dtype(dtype).itemsize
 
     def finish(self, raw, dtype, programs=None):
-        """From the order of the file to that of the engine, on the device; and whether there is no NaN in it.
+        """From the order of the file to that of the engine, on the device; and whether all of it is finite.
 
         programs: `finishing` by its keys, compiled; what is not there compiles itself.
         """
@@ -275,16 +278,22 @@ class Leaf:
         return (*map(str, how), raw.shape, str(raw.dtype)), function
 
 
+def _alike(arrays):
+    """The arrays in one type: NumPy knows none that holds both float16 and bfloat16."""
+    kind = jnp.result_type(*(array.dtype for array in arrays))
+    return [array.astype(kind, copy=False) for array in arrays]
+
+
 @lru_cache
 def _turn(axis, dtype, where):
-    """A function that casts an array and moves its last axis to `axis`, and tells whether there is no NaN in it.
+    """A function that casts an array and moves its last axis to `axis`, and tells whether all of it is finite.
 
     Compiled once a shape.
     """
 
     def turn(raw):
         out = raw.astype(dtype)
-        sound = ~jnp.any(out != out) if jnp.issubdtype(dtype, jnp.floating) else jnp.bool_(True)
+        sound = jnp.isfinite(out).all() if jnp.issubdtype(dtype, jnp.floating) else jnp.bool_(True)
         return (out if axis is None else jnp.moveaxis(out, -1, axis)), sound
 
     return jax.jit(turn, out_shardings=(where, None))

@@ -182,7 +182,10 @@ def load(checkpoint, cfg, mesh, dtype, progress=None, held=None, compiled=None):
         arrays[key].block_until_ready()  # so that the copy in file order can go
         if not sound:
             names = " or ".join(f"{source.format('*')}.{key[1]}" for source in found[key].sources)
-            raise CheckpointError(f"{checkpoint.path}: tensor {names} has values that are no numbers; get it again")
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {names} has values that are no numbers, or too large for "
+                f"{arrays[key].dtype}; get it again, or try another --dtype"
+            )
         done, ahead = done + size[key], ahead - size[key]
         progress and progress(done, total)
 

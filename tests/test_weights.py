@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -32,7 +33,8 @@ class Recording:
     """A checkpoint that counts how often each value of each tensor is read."""
 
     def __init__(self, source):
-        self.source, self.path, self.names, self.shape = source, source.path, source.names, source.shape
+        self.source, self.path, self.names = source, source.path, source.names
+        self.shape, self.dtype = source.shape, source.dtype
         self.counts = {name: np.zeros(source.shape(name), int) for name in source.names}
         self.largest = dict.fromkeys(source.names, 0)  # bytes of one read
 
@@ -211,13 +213,36 @@ def test_a_wrong_shape(tmp_path, tensor):
     "tensor",
     ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"],
 )
-def test_what_is_no_number(tmp_path, tensor):
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_what_is_no_number(tmp_path, tensor, value):
     def change(tensors):
-        tensors[tensor].flat[5] = np.nan
+        tensors[tensor].flat[5] = value
 
     with pytest.raises(ValueError, match=tensor) as error:
         broken(tmp_path, change, seen="when it is read")
     assert str(tmp_path) in str(error.value) and "no numbers" in str(error.value)
+
+
+def test_maps_of_two_types_side_by_side(tmp_path):
+    def change(tensors):
+        for name, dtype in (("q_proj", np.float16), ("k_proj", ml_dtypes.bfloat16)):
+            name = f"model.layers.0.self_attn.{name}.weight"
+            tensors[name] = tensors[name].astype(dtype)
+            want.append(tensors[name].astype(np.float32))
+
+    want: list = []
+    qkv = np.asarray(broken(tmp_path, change, seen="when it is read").layers[0].mixer.qkv.weight)
+    for found, expected in zip((qkv[:, :, :-2], qkv[:, :, -2]), want):
+        found = found.reshape(len(qkv), -1)[:, : len(expected)]  # the rest are padded heads
+        np.testing.assert_array_equal(found, expected.T)
+
+
+def test_integers_are_no_weights(tmp_path):
+    def change(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
+
+    with pytest.raises(ValueError, match="model.norm.weight is int8, and nothing says how integers become weights"):
+        broken(tmp_path, change)
 
 
 def test_a_truncated_file(tmp_path):
