@@ -80,7 +80,9 @@ def choose_group(cfg, asked: int | None = None) -> int:
         raise ValueError(
             f"the model's maps have {', '.join(map(str, inputs))} inputs, which no group of 8 or more fits"
         )
-    if asked is not None and (asked < 8 or asked % 8 or common % asked):
+    if asked is not None and asked % 8:
+        raise ValueError(f"a group has a multiple of 8 inputs, not {asked}; --w-group-size {fits} is the largest here")
+    if asked is not None and common % asked:
         raise ValueError(
             f"groups of {asked} do not divide the maps' inputs ({', '.join(map(str, inputs))}); "
             f"--w-group-size {fits} is the largest that does"

@@ -66,6 +66,7 @@ def test_search_scale_has_a_value_or_none(monkeypatch, words, value):
             ("--w-group-size", "128"),
             "groups of 128 do not divide the maps' inputs (64); --w-group-size 64 is the largest",
         ),
+        (("--w-group-size", "4"), "a group has a multiple of 8 inputs, not 4; --w-group-size 64 is the largest here"),
         (("--w-bits", "8"), "'8' is not '4'"),
         (("--device", "tpu"), "--device is cuda or cpu, not tpu"),
         (("--calib-dataset", "none.txt"), "'none.txt' is no file"),
