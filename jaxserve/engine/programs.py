@@ -40,7 +40,7 @@ def compile_all(jobs, devices, folder, progress=None, workers=None, tunes=None, 
     """
     store, out, loaded = Store(folder, devices), {}, 0
     names = {key: store.name(key, *job) for key, job in jobs.items()}
-    if stored and folder and all((store.folder / name).exists() for name in names.values()):
+    if stored and folder and all(os.path.exists(store.folder / name) for name in names.values()):
         stored()
     one_by_one = threading.Lock()
 

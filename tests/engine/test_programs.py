@@ -105,6 +105,14 @@ def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path, where):
     assert (tmp_path / "taken").read_text() == "not a folder" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_folder_that_cannot_be_looked_at_costs_only_time(tmp_path):
+    folder = tmp_path / ("long" * 100)  # as where a folder above it is another user's
+    with pytest.raises(OSError, match="too long"):
+        folder.stat()
+    programs = compile_all(jobs(), jax.devices()[:1], folder, stored=lambda: pytest.fail("nothing is stored"))
+    assert sorted(programs) == sorted(SHAPES)
+
+
 def test_entries_of_a_read_only_folder_are_used(folder, monkeypatch):
     Compiled(folder)
 
