@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from jaxserve.engine.pages import PagePool
@@ -18,6 +19,8 @@ from jaxserve.engine.turns import Turns
 __all__ = ["Engine", "EngineDead", "Overloaded"]
 
 log = logging.getLogger("jaxserve")
+_settled: set["Engine"] = set()  # as long as there are any, Python looks for no garbage among what they began with
+_settling = threading.Lock()
 
 
 class Engine:
@@ -80,8 +83,8 @@ class Engine:
         self._send(self._add, request)
 
     def abort(self, request):
-        """Ends a request wherever it is, and frees what it holds."""
-        if not self._closed:
+        """Ends a request wherever it is, and frees what it holds; an engine that stops ends all by itself."""
+        with suppress(EngineDead):
             self._send(self.scheduler.abort, request)
 
     def score(self, tokens, want="logprobs"):
@@ -120,6 +123,16 @@ class Engine:
         scored = {"scoring": self.scorer.jobs, "scored_tokens": self.scorer.tokens}
         return self.scheduler.stats() | self.turns.stats() | scored | {"busy_s": self.busy}
 
+    def settle(self):
+        """What was made until now stays until all engines are closed.
+
+        Python would look through all of it again and again, and no step starts meanwhile.
+        """
+        gc.collect()
+        with _settling:
+            _settled.add(self)
+            gc.freeze()
+
     def close(self):
         """Stops the loop and frees the device; requests that still run are aborted.  Closing twice is fine."""
         with self._wake:
@@ -128,7 +141,11 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
             self.runner.release()
-            gc.unfreeze()  # see loading.load
+            with _settling:
+                if self in _settled:
+                    _settled.remove(self)
+                    if not _settled:
+                        gc.unfreeze()
 
     def __enter__(self):
         return self

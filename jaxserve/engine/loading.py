@@ -1,6 +1,5 @@
 """From the name of a model to a running engine: plan the memory, compile, read the weights, start."""
 
-import gc
 import os
 import threading
 import time
@@ -155,9 +154,7 @@ def load(model, config, report=_quiet, progress=_quiet, guide=None, scores_only=
         "version": __version__,
     }
     held.source.close()
-    # What was made until now stays: Python would look through all of it again and again, and no step starts meanwhile.
-    gc.collect()
-    gc.freeze()
+    engine.settle()
     report(f"ready after {time.perf_counter() - began:.1f} s")
     return engine
 
