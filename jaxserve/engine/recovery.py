@@ -6,7 +6,7 @@ again as after a preemption.  Works on a Scheduler's books, as one of its friend
 
 import logging
 
-from jaxserve.engine.request import Output
+from jaxserve.engine.request import Output, Request
 
 log = logging.getLogger("jaxserve")
 RECOVERIES = 2  # times that the steps of one request may be lost before it fails
@@ -17,7 +17,7 @@ def undo(scheduler, plans):
 
     All steps before them have been read, or will be.  Streams stand where they stood, prompts return to the queue.
     """
-    size, back = scheduler.pool.size, []
+    size, back = scheduler.pool.size, list[Request]()
     for chunk in (chunk for plan in reversed(plans) for chunk in plan):
         request, first = chunk.request, chunk.start // size
         if request.finish:
@@ -26,7 +26,8 @@ def undo(scheduler, plans):
         if request.lane < 0 or request in back:
             continue  # it computes everything again
         request.computed = chunk.start
-        if chunk.stop - chunk.start == (chunk.emits or 1) and request.chained <= first:
+        # Who is younger than one that goes back does so too: it may have been promised what that one was to write.
+        if not back and chunk.stop - chunk.start == (chunk.emits or 1) and request.chained <= first:
             kept = -(-chunk.start // size)
             scheduler.pool.release(request.pages[kept:])
             del request.pages[kept:]
@@ -50,7 +51,10 @@ def restart(scheduler, message, guilty=()):
     for request in list(scheduler.running):
         request.chain = None
         if request in guilty or request.recoveries == RECOVERIES:
-            scheduler.fail(request, message)
+            try:
+                scheduler.fail(request, message)
+            except Exception:
+                log.exception("the outbox of a request failed")
         else:
             request.recoveries += 1
             back.append(request)

@@ -68,7 +68,6 @@ class Scorer:
         self.active: deque[Job] = deque()  # with pages; whose turn it is stands first
         self.sent: deque[Sent] = deque()
         self.tokens = 0  # computed since the start
-        self._watermark = scheduler.watermark
 
     @property
     def busy(self):
@@ -78,7 +77,8 @@ class Scorer:
     @property
     def jobs(self):
         """How many are not answered yet."""
-        return len({*self.waiting, *self.active, *(job for sent in self.sent for job, *_ in sent.pieces)})
+        sent = list(self.sent)  # at once: it may be asked from any thread
+        return len({*self.waiting, *self.active, *(job for step in sent for job, *_ in step.pieces)})
 
     def admit(self):
         """Gives pages to the jobs whose turn has come; what the next one lacks is kept from younger requests."""
@@ -94,19 +94,20 @@ class Scorer:
             need, held = -(-len(job.tokens) // pool.size), sum(len(other.pages) for other in self.active)
             if (head is not None and head.arrival < job.arrival) or (held and held + need > pool.count // SHARE):
                 break
-            if pool.free < need + (self._watermark if self.scheduler.running else 0):
+            if pool.free < need + (self.scheduler.watermark if self.scheduler.running else 0):
                 lacking = need
                 break
             job.pages = pool.take(need)
             self.active.append(self.waiting.popleft())
-        self.scheduler.watermark = self._watermark + lacking
+        self.scheduler.reserved = lacking
 
     def turn(self):
         """Dispatches the next step of pieces, and reads the step before."""
         if chosen := self._choose():
             self.sent.append(self._send(chosen))
         while len(self.sent) > bool(chosen):
-            self._read(self.sent.popleft())
+            self._read(self.sent[0])
+            self.sent.popleft()  # not before: who is in a step that cannot be read has to be found by `restart`
 
     def restart(self, error):
         """The device has lost what it computed: jobs that have begun do so once more, and fail the second time."""
@@ -131,7 +132,7 @@ class Scorer:
         self.sent.clear()
         while self.active:
             self._leave(self.active[0])
-        return sorted(begun, key=lambda job: job.arrival)
+        return sorted((job for job in begun if not job.done.done()), key=lambda job: job.arrival)
 
     def _leave(self, job):
         self.active.remove(job)

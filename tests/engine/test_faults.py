@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from jaxserve.engine import gate
+from jaxserve.engine import gate, recovery
 from jaxserve.engine.engine import EngineDead
 from jaxserve.engine.request import Request, SamplingParams
 from scripts import tiny_checkpoint
@@ -83,6 +83,16 @@ def test_a_step_that_does_not_start_is_started_again(engine, expected, name, nth
     assert everything(engine) == expected
     assert engine.stats()["failed_steps"] == 1 and engine.stats()["recovered"] == 0
     assert sound(engine, expected)
+
+
+def test_pages_that_were_promised_in_a_step_that_does_not_start(engine):
+    """All but the first of these have one token to compute, like a stream, after pages that the first would write."""
+    prompt = list(range(20, 29))
+    (alone,) = build.run(engine, [(prompt, 12)])
+    engine.scheduler.pool.forget(list(engine.scheduler.pool.entry_of))
+    once = Once(engine.runner, "advance", before("not now"), nth=1)
+    assert build.run(engine, [(prompt, 12)] * 3, group="one") == [alone] * 3
+    assert engine.stats()["failed_steps"] == 1 and once.calls > 1
 
 
 @pytest.mark.parametrize("ahead", [1, 2])
@@ -165,6 +175,7 @@ def test_three_times_in_a_row_end_the_engine(folder, caplog):
     engine = build.engine(folder)
     Once(engine.runner, "advance", before("no device"), nth=1, times=99)
     answers = [build.submit(engine, [1] * 10, 5) for _ in range(9)]
+    engine.on_turn.append(lambda: engine.alive or engine.abort(answers[0].request))  # late: no error
     score = engine.score_async([1] * 50)
     for answer in answers:
         answer.wait()
@@ -172,7 +183,7 @@ def test_three_times_in_a_row_end_the_engine(folder, caplog):
     with pytest.raises((EngineDead, RuntimeError)):
         score.result(60)
     engine._thread.join(60)
-    assert not engine.alive
+    assert not engine.alive and "a hook" not in caplog.text
     with pytest.raises(EngineDead, match="no device"):
         build.submit(engine, [1], 1)
     engine.close()
@@ -206,6 +217,26 @@ def test_an_outbox_that_raises_ends_its_request_only(engine, expected, nth):
     assert sound(engine, expected)
     assert answer.qsize() == nth and engine.stats()["failed_steps"] == 0
     assert request.finish == "error"
+
+
+def test_an_outbox_that_raises_when_all_starts_over(engine, expected, monkeypatch):
+    class Broken(build.Answer):
+        def put(self, output):
+            super().put(output)
+            if output.finish:
+                raise ValueError("full")
+
+    def lose(real, *args):
+        engine.runner.state.cache.k.delete()
+        raise RuntimeError("the device fell off")
+
+    answer = Broken(Request([5, 6], 40))
+    monkeypatch.setattr(recovery, "RECOVERIES", 0)  # its step is lost once too often
+    once = Once(engine.runner, "advance", lose, nth=1)
+    engine.submit(answer.request)
+    answer.wait()
+    assert answer.finish == "error" and "fell off" in answer.outputs[-1].error and once.calls == 1
+    assert sound(engine, expected)
 
 
 def test_a_guide_that_fails_fails_guided_requests_only(engine, expected):
@@ -259,6 +290,35 @@ def test_scoring_that_fails_is_done_again(engine, expected):
     engine.runner.score.wrong = range(0)
     assert engine.stats()["failed_steps"] == 0
     assert sound(engine, expected)
+
+
+@pytest.mark.parametrize("want", ["logprobs", "logits"])
+def test_scores_that_cannot_be_read_are_computed_again(engine, expected, want):
+    sequences = [[4, i, 6] for i in range(5)]  # all in one step
+    right = [engine.score(tokens, want) for tokens in sequences]
+
+    class Unreadable:
+        def copy_to_host_async(self):
+            pass
+
+        def __array__(self, *args, **kwargs):
+            raise RuntimeError("no answer")
+
+    def unreadable(real, *args):
+        real(*args)
+        return (Unreadable(), *[None] * 3) if want == "logprobs" else Unreadable()
+
+    name, nth = {"logprobs": ("score", 1), "logits": ("logits", 3)}[want]  # the first two of them have got theirs
+    Once(engine.runner, name, unreadable, nth)
+    with engine._wake:  # so that they come at once
+        futures = [engine.score_async(tokens, want) for tokens in sequences]
+    for future, scores in zip(futures, right):
+        np.testing.assert_allclose(future.result(60), scores, atol=1e-5)
+    engine.runner.__dict__[name].wrong = range(99)
+    with pytest.raises(RuntimeError, match="no answer"):
+        engine.score_async([4, 5, 6], want).result(60)
+    del engine.runner.__dict__[name]
+    assert sound(engine, expected) and engine.stats()["scoring"] == 0
 
 
 def test_not_a_number_is_counted(folder):

@@ -7,7 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from jaxserve.engine.scoring import WANTS
+from jaxserve.engine.pages import PagePool
+from jaxserve.engine.request import Request
+from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.scoring import WANTS, Job, Scorer, Sent
 from scripts import tiny_checkpoint
 from tests import oracle
 from tests.engine import build
@@ -125,6 +128,46 @@ def test_scoring_does_not_starve_requests(folder):
         assert not later[-1].done()  # of those that came after it most still wait
         for future in futures + later:
             assert future.result(60).shape == (59,)
+
+
+def test_a_prompt_that_came_before_is_read_on_while_a_job_waits():
+    scheduler = Scheduler(PagePool(41, 4), lanes=4, budget=8)
+    scorer = Scorer(None, scheduler)
+    stream, prompt, later = Request([1] * 4, 60), Request([2] * 60, 5), Request([3] * 4, 5)
+    read = dict.fromkeys((stream, prompt, later), 0)
+
+    def turn():
+        scorer.admit()
+        chunks = scheduler.plan()
+        scheduler.commit(chunks, [5] * len(chunks))
+        for chunk in chunks:
+            read[chunk.request] = chunk.stop
+
+    scheduler.add(stream)
+    turn()
+    scheduler.add(prompt)
+    turn()
+    scorer.waiting.append(Job([4] * 150, "logprobs", arrival=1))
+    later.arrival = 2
+    scheduler.add(later)
+    for _ in range(9):
+        turn()
+    assert read[prompt] >= 60 and stream in scheduler.running  # a token of each step was the stream's
+    assert not read[later] and scorer.waiting  # which has to wait for the job
+
+
+def test_jobs_are_counted_while_steps_are_sent():
+    """Whoever asks is on another thread."""
+    scorer = Scorer(None, Scheduler(PagePool(9, 4), lanes=4, budget=8))
+    jobs = [Job([1, 2], "logprobs") for _ in range(2)]
+
+    class Pieces:
+        def __iter__(self):
+            scorer.sent.append(Sent([(jobs[1], 0, 2)], {}, []))
+            return iter([(jobs[0], 0, 2)])
+
+    scorer.sent += [Sent(Pieces(), {}, []), Sent([], {}, [])]
+    assert scorer.jobs == 1
 
 
 def test_short_ones_pass_long_ones(engine):
