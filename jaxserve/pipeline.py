@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,7 +242,7 @@ class Session:
         """
         from jaxserve.reply import Response
 
-        config = gen_config or self._gen_config or GenerationConfig()
+        (config,) = _one_each(gen_config or self._gen_config, 1)
         if config.n != 1:
             raise ValueError(f"n is 1 in a conversation, not {config.n}")
         tokens = self._pipe.tokens(self.messages(prompt))
@@ -293,6 +293,8 @@ def _listed(prompts) -> tuple[list, bool]:
         return [prompts], True
     if isinstance(prompts, tuple) and any(isinstance(part, str) for part in prompts):
         raise ValueError("a tuple is a text with images, and models with a vision part are not there yet")
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"a prompt is a text, a list of messages or of token ids, not {prompts!r}")
     prompts = list(prompts)
     if prompts and (isinstance(prompts[0], dict) or _are_ids(prompts)):
         return [prompts], True
@@ -307,12 +309,12 @@ def _listed(prompts) -> tuple[list, bool]:
 def _one_each(gen_config, count: int) -> list[GenerationConfig]:
     if gen_config is None or isinstance(gen_config, GenerationConfig):
         return [gen_config or GenerationConfig()] * count
-    configs = list(gen_config)
-    if len(configs) != count:
-        raise ValueError(f"{len(configs)} generation configs came with {count} prompts: give one, or one each")
+    configs = list(gen_config) if isinstance(gen_config, list | tuple) else [gen_config]
     for config in configs:
         if not isinstance(config, GenerationConfig):
             raise ValueError(f"gen_config is a GenerationConfig, not {config!r}")
+    if len(configs) != count:
+        raise ValueError(f"{len(configs)} generation configs came with {count} prompts: give one, or one each")
     return configs
 
 

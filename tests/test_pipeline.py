@@ -82,6 +82,8 @@ def test_messages_and_token_ids(pipe):
         (("look", b"image"), "images"),
         ([("look", b"image")], "prompt 0 .*images"),
         ([5.5], "prompt 0 is a text"),
+        (5, "a prompt is a text, .* not 5"),
+        (None, "a prompt is a text, .* not None"),
         ([{"role": "user"}], "message 0"),
         ([[1, 100_000]], "0 to 257, not 100000"),
         ([[-1]], "not -1"),
@@ -107,6 +109,10 @@ def test_one_config_or_one_each(pipe):
         pipe(["a", "b"], [short])
     with pytest.raises(ValueError, match="GenerationConfig, not 3"):
         pipe(["a"], [3])
+    for wrong in (3, {"top_k": 3, "temperature": 0.5}):
+        for call in (pipe, pipe.session(wrong), lambda prompt, config: list(pipe.stream_infer(prompt, config))):
+            with pytest.raises(ValueError, match="GenerationConfig, not"):
+                call("a", wrong)
 
 
 def test_n_answers_are_a_list(pipe):
