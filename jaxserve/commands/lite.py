@@ -4,6 +4,7 @@ What the commands do is in `jaxserve.lite`, imported when they run.
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -29,6 +30,19 @@ class Policies(click.ParamType):
             return value
         kind = next(knob.metadata["kind"] for knob in fields(EngineConfig) if knob.name == "quant_policy")
         return tuple(Value(kind).convert(part.strip(), param, ctx) for part in value.split(","))
+
+
+class Share(click.FloatRange):
+    """A number from 0 to 1; FloatRange alone takes NaN for one."""
+
+    def __init__(self):
+        super().__init__(0, 1)
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not in the range 0<=x<=1.", param, ctx)
+        return number
 
 
 def option(section: str, *names: str, **settings) -> Callable:
@@ -117,7 +131,7 @@ GPTQ = (
            "stays the same"),
     option("Weights", "--desc-act/--no-desc-act", default=False, help="make groups of inputs of like size: a layout "
            "that some engines read slowly or not at all"),
-    option("Weights", "--damping", type=click.FloatRange(0, 1), help="of the Hessian, a share of its mean diagonal "
+    option("Weights", "--damping", type=Share(), help="of the Hessian, a share of its mean diagonal "
            "(default: 0.01, or more where there is little text)"),
 )  # fmt: skip
 
@@ -171,7 +185,7 @@ def auto_gptq(model, w_bits, w_sym, w_group_size, act_order, desc_act, damping, 
 @together((
     option("Weights", "--quant-dtype", default="int8", metavar="int8|fp8", help="type of weights and activations "
            "(fp8: float8_e4m3fn)"),
-    option("Weights", "--alpha", type=click.FloatRange(0, 1), default=0.5, help="how much of the activations' outliers "
+    option("Weights", "--alpha", type=Share(), default=0.5, help="how much of the activations' outliers "
            "goes into the weights"),
 ))  # fmt: skip
 @together(UNUSED_SEARCH)

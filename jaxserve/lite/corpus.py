@@ -51,6 +51,7 @@ PARTS = ("all", "first-half", "second-half")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 ASKED, ANSWERED = ("prompt", "instruction", "question"), ("reply", "completion", "response", "output", "answer")
 PLAIN = ("text", "content", "sentence")
+ENCODING = "utf-8-sig"  # UTF-8, and the mark that Windows begins it with
 
 
 def texts(
@@ -95,11 +96,11 @@ def texts(
         raise ValueError(f"{str(source)!r} is no file, and none of the named sets {', '.join(NAMED)}")
     try:
         if path.suffix.lower() in (".txt", ".md"):
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = path.read_text(ENCODING).splitlines(keepends=True)
             return ["".join(selected(lines, part, skip, take, str(path)))]
         records = list(_records(path))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
+        raise ValueError(f"{path} is not UTF-8: {error}; save it as UTF-8") from None
     read = [text for record in selected(records, part, skip, take, str(path)) if (text := text_of(record))]
     if not read:
         keys = sorted(records[0]) if isinstance(records[0], dict) else type(records[0]).__name__
@@ -212,7 +213,7 @@ def _records(path: Path) -> Iterator:
 
 def _json(path: Path) -> list:
     """The records of a JSON list, or of JSON lines."""
-    content = path.read_text(encoding="utf-8")
+    content = path.read_text(ENCODING)
     if content.lstrip().startswith("["):
         parts = {"": content}
     else:

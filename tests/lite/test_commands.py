@@ -76,6 +76,8 @@ def test_a_folder_is_written(run, tmp_path, command, options, expected):
         ("auto_gptq", ("--calib-seqlen", "2000"), "give more text or shorter windows"),
         ("smooth_quant", ("--quant-dtype", "float8_e5m2"), "--quant-dtype is fp8, int8, float8_e4m3fn"),
         ("smooth_quant", ("--alpha", "2"), "2.0 is not in the range"),
+        ("smooth_quant", ("--alpha", "nan"), "nan is not in the range 0<=x<=1"),
+        ("auto_gptq", ("--damping", "nan"), "nan is not in the range 0<=x<=1"),
     ],
 )
 def test_mistakes_are_told_in_a_line(run, command, options, words):

@@ -94,6 +94,18 @@ def test_an_empty_text(tmp_path):
         corpus.texts(tmp_path / "a.txt")
 
 
+@pytest.mark.parametrize(
+    "name, content", [("a.txt", "Größe"), ("a.jsonl", '{"text": "Größe"}'), ("a.json", '["Größe"]')]
+)
+def test_encodings(tmp_path, name, content):
+    """The mark that editors on Windows begin a file with is no part of the text."""
+    (tmp_path / name).write_text(content, "utf-8-sig")
+    assert corpus.texts(tmp_path / name) == ["Größe"]
+    (tmp_path / name).write_text(content, "utf-16")
+    with pytest.raises(ValueError, match=f"{name} is not UTF-8: .*; save it as UTF-8"):
+        corpus.texts(tmp_path / name)
+
+
 def test_no_such_file(tmp_path):
     with pytest.raises(ValueError, match="is no file, and none of the named sets wikitext2, ptb, c4, pileval"):
         corpus.texts(tmp_path / "none.txt")
