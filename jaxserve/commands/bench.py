@@ -131,6 +131,8 @@ def serve(url, compare, json_file, plot, goodput, **given):
             raise click.UsageError("the URL of a server is missing")
         if plot:
             needs_matplotlib()
+        if json_file and not Path(json_file).absolute().parent.is_dir():
+            raise ValueError(f"--json {json_file}: there is no such folder")
         report, samples = measure(url, limits=dict(goodput), **given)
         if json_file == "-":
             click.echo(json.dumps(report))
@@ -268,13 +270,19 @@ def plain(url: str) -> str:
 def compared(first: str, second: str) -> str:
     from jaxserve.bench import figures
 
-    reports = []
-    for file in (first, second):
-        report = json.loads(Path(file).read_text(encoding="utf-8"))
-        if not isinstance(report, dict) or "runs" not in report:
-            raise ValueError(f"{file} is no report of `jaxserve bench serve --json`")
-        reports.append(report)
-    return f"A: {first}\nB: {second}\n\n{figures.comparison(*reports)}"
+    return f"A: {first}\nB: {second}\n\n{figures.comparison(read_report(first), read_report(second))}"
+
+
+def read_report(file: str) -> dict:
+    """What --json has written.  ValueError for another file."""
+    text = Path(file).read_bytes()
+    try:
+        report = json.loads(text)
+        if all(run["load"] for run in report["runs"]):
+            return report
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ValueError(f"{file} is no report of `jaxserve bench serve --json`")
 
 
 def needs_matplotlib() -> None:

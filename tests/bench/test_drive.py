@@ -165,12 +165,21 @@ def test_a_file_without_a_way_to_count(source, tmp_path, capsys):
         (["SOURCE", "-r", "1", "-c", "1,2"], "one --concurrency"),
         (["SOURCE", "--extra-body", "[]"], "JSON object"),
         (["SOURCE", "--goodput", "speed:3"], "like ttft:500"),
-        (["--compare", "setup.cfg", "setup.cfg"], "Expecting value"),
+        (["--compare", "setup.cfg", "setup.cfg"], "setup.cfg is no report"),
+        (["SOURCE", "--json", "/no/such/folder/now.json"], "there is no such folder"),
     ],
 )
 def test_mistakes_are_told_in_a_line(source, capsys, arguments, words):
     code, _, err = command(capsys, *[source if argument == "SOURCE" else argument for argument in arguments])
     assert code == 2 and words in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"runs": 1}', '{"runs": [1]}', '{"runs": [{}]}', "\ufeff"])
+def test_what_is_no_report(tmp_path, capsys, content):
+    file = tmp_path / "now.json"
+    file.write_text(content)
+    code, _, err = command(capsys, "--compare", file, file)
+    assert code == 2 and f"{file} is no report" in err and len(err.splitlines()) == 1
 
 
 def test_all_requests_fail(source, capsys):
