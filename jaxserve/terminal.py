@@ -4,6 +4,7 @@ Standard output has the conversation and nothing else; everything beside it goes
 """
 
 import io
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,13 @@ PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 
 def note(text: str) -> None:
     """A line for the person, not part of the conversation."""
-    click.secho(text, err=True, dim=True)
+    click.echo(dim(text), err=True)
+
+
+def dim(text: str) -> str:
+    """Text that a terminal shows fainter, unless the person wants none of that (https://no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else click.style(text, dim=True)
 
 
 def say(text: str) -> None:

@@ -25,3 +25,14 @@ def test_the_pace_of_a_reply(pieces, figures, monkeypatch):
     for _, tokens in pieces:
         pace.reached(tokens)
     assert pace.figures() == figures
+
+
+@pytest.mark.parametrize(
+    "environment, faint",
+    [({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+    ids=str,
+)
+def test_what_is_beside_the_conversation_is_faint_where_a_person_lets_it(environment, faint, monkeypatch):
+    for name, value in ({"NO_COLOR": None, "TERM": "xterm"} | environment).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert terminal.dim("10 tokens") == ("\x1b[2m10 tokens\x1b[0m" if faint else "10 tokens")

@@ -15,13 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import click
-
 from jaxserve import hub
 from jaxserve.config import EngineConfig
 from jaxserve.serve import logs
 from jaxserve.serve.children import Line
 from jaxserve.serve.options import ServerOptions
+from jaxserve.terminal import dim
 
 log = logging.getLogger("jaxserve")
 
@@ -160,7 +159,7 @@ def _one_line(error: BaseException) -> str:
 def _tell_people(text: str) -> None:
     from tqdm import tqdm
 
-    tqdm.write(click.style(text, dim=True), file=sys.stderr)  # above a bar, where there is one
+    tqdm.write(dim(text), file=sys.stderr)  # above a bar, where there is one
 
 
 def _log_lines(text: str) -> None:
