@@ -183,7 +183,7 @@ def set_lane(tables, lane, ids, prompt, length, *biases):
 
 def greedy(logits):
     """The likeliest token of each row, of equals the lower id.  logits: float32[R, V]."""
-    bad = _bad(jnp.max(logits, -1))
+    bad = _bad(_most(logits))
     return Drawn(jnp.where(bad < 0, 0, _argmax(logits)), bad)
 
 
@@ -226,7 +226,7 @@ def _distance(logits, hot, sampling, allowed=None, *_):
         bits = jnp.repeat(allowed, 32, axis=1)[:, : logits.shape[1]] >> (jnp.arange(logits.shape[1]) % 32)[None] & 1
         # NaN and +inf stay: a mask must not hide them.
         logits = jnp.where((bits == 1) | ~(logits < jnp.inf), logits, -jnp.inf)
-    best = jnp.max(logits, -1)
+    best = _most(logits)
     unit = jnp.where(hot, sampling.temperature, 1)
     return (best[:, None] - logits) / unit[:, None], best
 
@@ -319,6 +319,15 @@ def _digits(key, weight, target, bits, unroll):
 
 def _plus(a, b):
     return [x + y for x, y in zip(a, b, strict=True)]
+
+
+def _most(x):
+    """float32[R]: the largest value; NaN where there is one, over which XLA's maximum on the CPU passes."""
+
+    def found(x):
+        return jnp.where(jnp.any(jnp.isnan(x), -1), jnp.nan, jnp.max(x, -1))
+
+    return lax.platform_dependent(x, cpu=found, default=partial(jnp.max, axis=-1))
 
 
 def _argmax(x):

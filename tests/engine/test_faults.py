@@ -321,8 +321,10 @@ def test_scores_that_cannot_be_read_are_computed_again(engine, expected, want):
     assert sound(engine, expected) and engine.stats()["scoring"] == 0
 
 
-def test_not_a_number_is_counted(folder):
-    with build.engine(folder) as engine:
+@pytest.mark.parametrize("vocab", [build.VOCAB, 8192])
+def test_not_a_number_is_counted(tmp_path, vocab):
+    tiny_checkpoint.write(tmp_path, build.HF | {"vocab_size": vocab})
+    with build.engine(tmp_path) as engine:
         embed = engine.runner.params.embed
         engine.runner.params = engine.runner.params.replace(embed=embed.at[42].set(np.nan))
         answers = [build.submit(engine, prompt, 8) for prompt in ([1, 3, 1], [1, 42, 3], [1, 2, 3])]
