@@ -65,7 +65,7 @@ def ask(url: str, path: str, body: dict | None = None, *, key: str | None = None
         with urllib.request.urlopen(urllib.request.Request(url + path, data, headers), timeout=timeout) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        said = error.read(300).decode(errors="replace")
+        said = " ".join(error.read(300).decode(errors="replace").split())  # a page is not one line
         error.close()
         raise OSError(f"{url}{path} answers {error.code}: {said}") from error
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:

@@ -1,5 +1,7 @@
 import json
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 
@@ -180,6 +182,24 @@ def test_what_is_no_report(tmp_path, capsys, content):
     file.write_text(content)
     code, _, err = command(capsys, "--compare", file, file)
     assert code == 2 and f"{file} is no report" in err and len(err.splitlines()) == 1
+
+
+class Page(BaseHTTPRequestHandler):
+    """Another server's: every answer is a page of HTML."""
+
+    def do_GET(self):
+        self.send_error(404)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_of_another_kind(capsys):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        code, _, err = command(capsys, f"127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert code == 2 and "/v1/models answers 404: <!DOCTYPE" in err and len(err.splitlines()) == 1
 
 
 def test_all_requests_fail(source, capsys):
