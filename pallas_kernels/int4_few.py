@@ -336,9 +336,6 @@ def _few(x_ptr, tiles_ptr, scale_ptr, zero_ptr, norm_ptr, residual_ptr, sizes_pt
     COUNT: tl.constexpr = F // 16  # of tiles, in a half where GATED
     WIDTH: tl.constexpr = EXPERTS * F * (2 if GATED else 1)
     VALUES: tl.constexpr = 2 * BLOCKS * TILES
-    TAKEN: tl.constexpr = (tl.int32,) * (8 + 4 * SUBS)
-    FOUND: tl.constexpr = (tl.int32,) * (4 * BLOCKS * SUBS)
-    PREPARED: tl.constexpr = (tl.int32,) * 8 + (tl.float32, tl.int32) * SUBS + (tl.float32,) * (ROUNDS * NORM)
     thread = tl.arange(0, 32 * WARPS)
     warp, lane = thread // 32, thread % 32
     row = lane // 4
@@ -386,7 +383,9 @@ def _few(x_ptr, tiles_ptr, scale_ptr, zero_ptr, norm_ptr, residual_ptr, sizes_pt
             operands = (staging, lane) + now[4 * ROUNDS * b : 4 * ROUNDS * (b + 1)]  # noqa: RUF005
             if NORM:
                 operands = operands + now[4 * ROUNDS * BLOCKS :]
-            got = tl.inline_asm_elementwise(PREPARE[0], PREPARE[1], operands, dtype=PREPARED, is_pure=False, pack=1)
+            got = tl.inline_asm_elementwise(
+                PREPARE[0], PREPARE[1], operands, is_pure=False, pack=1,
+                dtype=(tl.int32,) * 8 + (tl.float32, tl.int32) * SUBS + (tl.float32,) * (ROUNDS * NORM))  # fmt: skip
             for i in tl.static_range(8):
                 columns = columns + (got[i],)  # noqa: RUF005
             for s in tl.static_range(SUBS):
@@ -400,7 +399,7 @@ def _few(x_ptr, tiles_ptr, scale_ptr, zero_ptr, norm_ptr, residual_ptr, sizes_pt
         for i in tl.static_range(TILES):
             of = ring + slot
             got = tl.inline_asm_elementwise(TAKE[0], TAKE[1], [of + lane * 16, of + 1024 + row * 2, of + 1056 + row],
-                                            dtype=TAKEN, is_pure=False, pack=1)  # fmt: skip
+                                            dtype=(tl.int32,) * (8 + 4 * SUBS), is_pure=False, pack=1)  # fmt: skip
             if (i + STAGES) // TILES < TURNS:
                 tile = _tile((i + STAGES) % TILES, block, TILES, COUNT, GATED)
                 _bring(ring + slot, units, parameters, wide, tile, chunk + (i + STAGES) // TILES * WARPS, lane, UNITS,
@@ -408,7 +407,8 @@ def _few(x_ptr, tiles_ptr, scale_ptr, zero_ptr, norm_ptr, residual_ptr, sizes_pt
             else:
                 tl.inline_asm_elementwise(NOTHING, "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1)
             slot = tl.where(slot == (STAGES - 1) * SLOT, 0, slot + SLOT)
-            found = tl.inline_asm_elementwise(PRODUCTS[0], PRODUCTS[1], got[:8] + columns, dtype=FOUND, is_pure=True,
+            found = tl.inline_asm_elementwise(PRODUCTS[0], PRODUCTS[1], got[:8] + columns,
+                                              dtype=(tl.int32,) * (4 * BLOCKS * SUBS), is_pure=True,
                                               pack=1)  # fmt: skip
             for s in tl.static_range(SUBS):
                 s0, s1 = _scale(got[8 + 4 * s], SCALE_BF16), _scale(got[9 + 4 * s], SCALE_BF16)
@@ -416,9 +416,9 @@ def _few(x_ptr, tiles_ptr, scale_ptr, zero_ptr, norm_ptr, residual_ptr, sizes_pt
                     acc = _added(acc, found, 4 * (b * SUBS + s), 2 * BLOCKS * i + b, BLOCKS, s0, s1, got[10 + 4 * s],
                                  got[11 + 4 * s], powers[b * SUBS + s], sums[b * SUBS + s])  # fmt: skip
         chunk += WARPS
-    totals: tl.constexpr = (tl.float32,) * (EACH * (2 if GATED else 1) + NORM)
     operands = (shared, thread) + acc + squares  # noqa: RUF005
-    total = tl.inline_asm_elementwise(ADD[0], ADD[1], operands, dtype=totals, is_pure=False, pack=1)
+    total = tl.inline_asm_elementwise(ADD[0], ADD[1], operands, is_pure=False, pack=1,
+                                      dtype=(tl.float32,) * (EACH * (2 if GATED else 1) + NORM))  # fmt: skip
     by = 1.0
     if NORM:
         by = tl.rsqrt(total[EACH * (2 if GATED else 1)] / D + eps)

@@ -132,11 +132,10 @@ def _write(tiles_ptr, scale_ptr, zero_ptr, first, out_ptr, D: tl.constexpr, F: t
     tile = local + first
     wanted = unit < UNITS
     unit = tl.where(wanted, unit, 0)
-    types: tl.constexpr = (tl.int32,) * 4
     words = tl.inline_asm_elementwise(LOAD, LOAD_KINDS,
                                       [(tiles_ptr + (tile * UNITS + unit) * 128 + lane * 4).to(tl.int64),
-                                       wanted.to(tl.int32)], dtype=types,
-                                      is_pure=True, pack=1)  # fmt: skip
+                                       wanted.to(tl.int32)], dtype=(tl.int32,) * 4, is_pure=True,
+                                      pack=1)  # fmt: skip
     n = tile * 16 + row
     for half in tl.static_range(2):
         k = unit * 64 + 32 * half

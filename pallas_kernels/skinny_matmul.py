@@ -284,8 +284,8 @@ def _skinny(x_ptr, weight_ptr, norm_ptr, residual_ptr, counter_ptr, T, out_ptr, 
         operands = operands + (acc[i],)  # noqa: RUF005
     for m in tl.static_range(TOKENS * NORM):
         operands = operands + (squares[m],)  # noqa: RUF005
-    results: tl.constexpr = (tl.float32,) * (TOKENS * (VALUES * (GATED + 1) + SUMS * NORM))
-    sums = tl.inline_asm_elementwise(ADD, ADD_KINDS, operands, dtype=results, is_pure=False, pack=1)
+    sums = tl.inline_asm_elementwise(ADD, ADD_KINDS, operands, is_pure=False, pack=1,
+                                     dtype=(tl.float32,) * (TOKENS * (VALUES * (GATED + 1) + SUMS * NORM)))  # fmt: skip
     last = True
     columns, padded = tl.num_programs(1), tl.num_programs(0) * (8 * TOKENS)  # tokens in what programs leave each other
     if SPLIT > 1:

@@ -123,14 +123,19 @@ def _launch_03(kernel, inputs, out, grid, in_place, warps, stages, registers, co
 
 def _launch_04(kernel, inputs, out, grid, in_place, warps, stages, registers, constants):
     import jax_triton
+    from jax._src.interpreters import partial_eval
+    from jax_triton import triton_lib
 
+    # jax 0.12 asks whether a call is needed with one argument more than 0.4.1 takes.  A kernel is, whoever asks.
+    partial_eval.dce_rules[triton_lib.triton_kernel_call_p] = lambda *asked: ([True] * len(asked[-1].invars), asked[-1])
     with warnings.catch_warnings():
         # 0.4 would rather have Refs; aliases are what both versions know.
         warnings.simplefilter("ignore", DeprecationWarning)
         results = jax_triton.triton_call(
             *inputs, kernel=kernel, out_type=[*out, *(jax.typeof(inputs[i]) for i in in_place)], grid=grid,
             name=kernel.__name__, input_output_aliases={i: len(out) + n for n, i in enumerate(in_place)},
-            num_warps=warps, num_stages=stages, compute_capability=device()[1], **constants,
+            num_warps=warps, num_stages=stages, compute_capability=device()[1],
+            backend_options={} if registers is None else {"maxnreg": registers}, **constants,
         )  # fmt: skip
     return tuple(results)
 
