@@ -5,9 +5,11 @@ with what was not quantized, the configs and the tokenizer, and renames.  Whoeve
 nothing, and on a CPU the same bytes whether a run was interrupted or not.  Knows no quantization format.
 """
 
+import fcntl
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from jaxserve.checkpoint import SIDE_FILES
 from jaxserve.checkpoint.safetensors import INDEX, read_tensor, save
@@ -53,12 +55,29 @@ class Folder:
         known["quantization_config"] = quantization_config
         text = json.dumps(known, indent=1, sort_keys=True)
         note = self.partial / "settings.json"
-        self.discarded = self.partial.exists() and (not note.exists() or note.read_text("utf-8") != text)
-        if self.discarded:
-            shutil.rmtree(self.partial)
-        self.resumed = self.partial.exists()
+        if self.partial.is_symlink():  # what it leads to is not ours to remove
+            raise ValueError(f"{self.partial} is a link; remove it, or give another --work-dir")
         self.partial.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        found = list(self.partial.iterdir())
+        self.resumed = note.exists() and note.read_bytes() == text.encode()
+        self.discarded = bool(found) and not self.resumed
+        for entry in found if self.discarded else ():  # the folder itself stays, and with it the lock
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         _write_text(note, text)
+
+    def _lock(self):
+        """ValueError where another run writes here; the lock ends with `close`, or with the process."""
+        handle = os.open(self.partial, os.O_RDONLY)
+        self.close = weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            said = f"{self.path}: another run is writing it; wait for it, or give another --work-dir"
+            raise ValueError(said) from None
+        except OSError:  # a file system without locks
+            pass
 
     def _layer(self, layer: int) -> Path:
         return self.partial / f"layer-{layer:05d}.safetensors"
@@ -69,7 +88,7 @@ class Folder:
 
     def read(self, layer: int) -> dict[str, np.ndarray]:
         """What was written for a layer."""
-        with safe_open(self._layer(layer), framework="np") as file:
+        with opened(self._layer(layer)) as file:
             names = list(file.keys())
         return {name: read_tensor(self._layer(layer), name) for name in names}
 
@@ -86,7 +105,7 @@ class Folder:
 
     def about(self, layer: int) -> dict:
         """What `write` was told about a layer."""
-        with safe_open(self._layer(layer), framework="np") as file:
+        with opened(self._layer(layer)) as file:
             return json.loads((file.metadata() or {}).get("about", "{}"))
 
     def finish(self, dtype: str = "float16", progress: Callable | None = None, extra: Mapping[str, str] | None = None):
@@ -142,8 +161,8 @@ class Folder:
         """(name, a function that reads it, its bytes) of every tensor of the result, layer by layer, then the rest."""
         written = set()
         for file in sorted(self.partial.glob("layer-*.safetensors")):
-            with safe_open(file, framework="np") as opened:
-                parts = {name: opened.get_slice(name) for name in sorted(opened.keys())}
+            with opened(file) as layer:
+                parts = {name: layer.get_slice(name) for name in sorted(layer.keys())}
                 for name, part in parts.items():
                     written.add(name)
                     wide = part.get_dtype() == "F32"
@@ -158,6 +177,14 @@ class Folder:
                 continue
             size = int(np.prod(self.source.shape(name))) * dtype.itemsize
             yield name, lambda name=name: _cast(self.source.read(name), dtype, name), size
+
+
+def opened(file: Path):
+    """A safetensors file of an unfinished run; ValueError where it is damaged."""
+    try:
+        return safe_open(file, framework="np")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); remove it, and the same command makes it again") from None
 
 
 def stamp(path) -> list:

@@ -8,20 +8,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
 
 from jaxserve.checkpoint.safetensors import save
 from jaxserve.config import EngineConfig
 from jaxserve.engine.loading import open_model
 from jaxserve.lite import calibrate, report, writing
 from jaxserve.lite.evaluate import resolve
-from jaxserve.lite.folder import Folder, stamp
+from jaxserve.lite.folder import Folder, opened, stamp
 from jaxserve.progress import Clock, Lines, bar, stages
 
 HELD_OUT = 8  # windows at most that are measured with, and not calibrated with
@@ -76,8 +75,10 @@ def make(
     clock, path = Clock(), str(resolve(model, config))
     with clock.stage("opening"):
         held = open_model(path, config)
-    with closing(held.source):
+    with ExitStack() as stack:
+        stack.enter_context(closing(held.source))
         folder, calibration = begun(held, calibration, scheme)
+        stack.callback(folder.close)
         if folder.resumed:
             tell(f"{calibration.work_dir}: an unfinished run goes on")
         elif folder.discarded:
@@ -152,7 +153,7 @@ def texts(path, config, calibration, folder, tell, show, measured=True) -> tuple
         new = stored.with_suffix(".new")
         save({"windows": found} | scores, new)
         os.replace(new, stored)
-    with safe_open(stored, framework="np") as file:
+    with opened(stored) as file:
         kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     windows, known = kept["windows"], [kept[name] for name in SCORES if name in kept] or None
     calibrated = len(windows) - held_out(len(windows))

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -110,8 +111,38 @@ def test_a_run_goes_on_only_with_the_same_settings(tmp_path, source):
     again = Folder(tmp_path / "out", source, CONFIG, {"seed": 1})
     assert again.resumed and again.done(1)
     np.testing.assert_array_equal(again.read(1)[f"{NAME.format(1)}.qweight"], packed(1)[f"{NAME.format(1)}.qweight"])
+    again.close()
     other = Folder(tmp_path / "out", source, CONFIG, {"seed": 2})
     assert not other.resumed and not other.done(0)
+
+
+def test_one_run_at_a_time(tmp_path, source):
+    """A second one would remove what the first has done, and then find layers of the first among its own."""
+    made = filled(tmp_path / "out", source, seed=1)
+    for seed in (1, 2):
+        with pytest.raises(ValueError, match="out: another run is writing it; wait for it, or give another --work-dir"):
+            Folder(tmp_path / "out", source, CONFIG, {"seed": seed})
+    made.finish()
+    assert set(stored(tmp_path / "out")) >= set(packed(1))
+
+
+def test_a_link_in_place_of_an_unfinished_run(tmp_path, source, model):
+    (tmp_path / ".out.partial").symlink_to(model)
+    with pytest.raises(ValueError, match=r"\.out\.partial is a link"):
+        Folder(tmp_path / "out", source, CONFIG)
+    assert (model / "config.json").exists()
+
+
+def test_a_damaged_unfinished_run(tmp_path, source):
+    made = filled(tmp_path / "out", source)
+    (made.partial / "layer-00001.safetensors").write_bytes(b"{")
+    for use in (partial(made.read, 1), partial(made.about, 1), made.finish):
+        with pytest.raises(ValueError, match=r"layer-00001\.safetensors is damaged .*; remove it, and the same"):
+            use()
+    (made.partial / "settings.json").write_bytes(b"\xff")
+    made.close()
+    again = Folder(tmp_path / "out", source, CONFIG)
+    assert again.discarded and [file.name for file in again.partial.iterdir()] == ["settings.json"]
 
 
 def test_a_run_goes_on_only_with_the_same_files(model, tmp_path):
