@@ -98,6 +98,10 @@ def _compressed(path, method, found):
     weights: list[dict] = [g["weights"] for g in groups if isinstance(g.get("weights"), dict)]
     if len(weights) != 1 or len(groups) != 1:
         raise _unread(path, f"compressed-tensors of {len(groups)} groups of layers, {len(weights)} with weights")
+    transforms = ((found.get("transform_config") or {}).get("config_groups") or {}).values()
+    places = {str(apply.get("location")) for transform in transforms for apply in transform.get("apply") or ()}
+    if online := sorted(place for place in places if not place.startswith("weight_")):  # those of weights are in them
+        raise _unread(path, f"compressed-tensors whose activations go through transforms ({', '.join(online)})")
     stored, w, inputs = groups[0].get("format") or found.get("format"), weights[0], groups[0].get("input_activations")
     bits, of = w.get("num_bits"), w.get("type", "int")
     strategy = w.get("strategy") or ("group" if w.get("group_size") else "channel")

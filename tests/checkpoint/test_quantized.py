@@ -197,6 +197,22 @@ def test_groups_that_nobody_chose(tmp_path):
         np.testing.assert_array_equal(found.read(f"{NAME}.weight"), want[f"{NAME}.weight"].astype(np.float16))
 
 
+@pytest.mark.parametrize("place, read", [("weight_output", True), ("input", False)])
+def test_transforms(tmp_path, place, read):
+    """A rotation that is not in the weights would have to be computed."""
+    want = folders.write(tmp_path, HF, "compressed")
+    config = json.loads((tmp_path / "config.json").read_text())
+    rotation = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": place, "inverse": False}]}
+    config["quantization_config"]["transform_config"] = {"config_groups": {"R1": rotation}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not read:
+        with pytest.raises(CheckpointError, match=r"activations go through transforms \(input\)"):
+            checkpoint.open(tmp_path)
+        return
+    with checkpoint.open(tmp_path) as found:
+        np.testing.assert_array_equal(found.read(f"{NAME}.weight"), want[f"{NAME}.weight"].astype(np.float16))
+
+
 def test_not_announced(tmp_path, kind):
     """Elements without what they mean are no weights."""
     folders.write(tmp_path, HF, kind)
