@@ -116,7 +116,10 @@ def evaluate(models, quant_policy, json_file, **given):
         click.echo(table(rows))
         if json_file:
             report = {"protocol": protocol(**text), "rows": rows}
-            Path(json_file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            try:
+                Path(json_file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            except OSError as error:  # a full disk's does not say of what
+                raise OSError(f"{json_file} could not be written: {error.strerror}") from None
 
 
 # ---- folders of quantized models

@@ -1,6 +1,7 @@
 """`jaxserve lite eval`: its numbers against an oracle's, and its command line."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,6 +111,13 @@ def test_the_command(run, models, text, tmp_path):
     assert f"{second['perplexity']:.4f}" in result.output and report["protocol"]["seqlen"] == 64
     assert (first["kv"], second["kv"]) == ("as computed", "int8") and 0 < abs(second["change"]) < 0.05
     assert second["kv_bytes_per_token"] < first["kv_bytes_per_token"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a system without /dev/full")
+def test_a_full_disk_is_named_under_the_table(run, models, text):
+    result = run("eval", models[0], "--text", text, "--seqlen", 64, "--samples", 2, "--json", "/dev/full")
+    assert result.exit_code == 2 and "/dev/full could not be written: No space left on device" in result.output
+    assert "same top-1" in result.output
 
 
 @pytest.mark.parametrize(
