@@ -102,12 +102,14 @@ class Scorer:
         self.scheduler.reserved = lacking
 
     def turn(self):
-        """Dispatches the next step of pieces, and reads the step before."""
+        """Dispatches the next step of pieces, and reads the step before.  False if there was none to read."""
         if chosen := self._choose():
             self.sent.append(self._send(chosen))
-        while len(self.sent) > bool(chosen):
+        due = len(self.sent) - bool(chosen)
+        for _ in range(due):
             self._read(self.sent[0])
             self.sent.popleft()  # not before: who is in a step that cannot be read has to be found by `restart`
+        return due > 0
 
     def restart(self, error):
         """The device has lost what it computed: jobs that have begun do so once more, and fail the second time."""

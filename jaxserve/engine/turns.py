@@ -246,7 +246,8 @@ class Turns:
     def _score(self):
         """The scoring jobs' part of a turn; what fails there is theirs alone, as long as the device has its state."""
         try:
-            self.scorer.turn()
+            if self.scorer.turn():
+                self._failures = 0
         except Exception as error:
             log.exception("scoring failed")
             self.scorer.restart(RuntimeError(f"scoring failed: {error}"))

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from jaxserve.engine import gate, recovery
+from jaxserve.engine import gate, recovery, turns
 from jaxserve.engine.engine import EngineDead
 from jaxserve.engine.request import Request, SamplingParams
 from scripts import tiny_checkpoint
@@ -289,6 +289,20 @@ def test_scoring_that_fails_is_done_again(engine, expected):
         engine.score([4] * 60)
     engine.runner.score.wrong = range(0)
     assert engine.stats()["failed_steps"] == 0
+    assert sound(engine, expected)
+
+
+def test_failures_with_scores_between_them_are_not_in_a_row(engine, expected):
+    def lose(real, *args):
+        engine.runner.state.cache.k.delete()
+        raise RuntimeError("the device fell off")
+
+    want = engine.score([4] * 60)
+    for count in range(turns.GIVE_UP):
+        once = Once(engine.runner, "score", lose, nth=1)
+        np.testing.assert_array_equal(engine.score([4] * 60), want)
+        engine.runner.score = once.real
+        assert engine.stats()["failed_steps"] == count + 1
     assert sound(engine, expected)
 
 
