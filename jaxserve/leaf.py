@@ -143,7 +143,11 @@ class Leaf:
         fetch = partial(self._fetch, checkpoint)
         names = self._names()
         if self.part == "known":  # one for all
-            return np.asarray(max(checkpoint.read(f"{name}.{PARTS[self.part]}") for name in names))
+            found = np.max([checkpoint.read(f"{name}.{PARTS[self.part]}") for name in names])
+            if found <= 0:
+                what = f"tensor {names[0]}.{PARTS[self.part]} is {found}, and activations are divided by it"
+                raise CheckpointError(f"{checkpoint.path}: {what}; get it again")
+            return np.asarray(found)
         if self.part == "order":
             return fetch(names[0], index)
         if arrange in ("qkv", "wqkv"):

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxserve import ops
 from jaxserve.checkpoint import CheckpointError
-from jaxserve.leaf import Leaf, padded, parts_of
+from jaxserve.leaf import PARTS, Leaf, padded, parts_of
 from jaxserve.models import family
 from jaxserve.models.attention import GQA
 from jaxserve.models.decoder import Layer, Params
@@ -181,7 +181,8 @@ def load(checkpoint, cfg, mesh, dtype, progress=None, held=None, compiled=None):
         arrays[key], sound = found[key].finish(future.result(), dtype, programs and programs.result())
         arrays[key].block_until_ready()  # so that the copy in file order can go
         if not sound:
-            names = " or ".join(f"{source.format('*')}.{key[1]}" for source in found[key].sources)
+            part = PARTS.get(key[1], key[1])
+            names = " or ".join(f"{source.format('*')}.{part}" for source in found[key].sources)
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {names} has values that are no numbers, or too large for "
                 f"{arrays[key].dtype}; get it again, or try another --dtype"

@@ -6,6 +6,8 @@ import pytest
 
 from jaxserve import mesh as meshes
 from jaxserve import ops, weights
+from jaxserve.checkpoint import CheckpointError
+from jaxserve.checkpoint.safetensors import SafetensorsFolder, save
 from jaxserve.config import EngineConfig
 from jaxserve.engine import loading
 from jaxserve.quant.dense import Dense
@@ -124,6 +126,24 @@ def test_shapes_are_known_before(tmp_path, as_stored, kind):
         assert jax.tree.structure(held.shapes) == jax.tree.structure(arrays)
         for shape, array in zip(jax.tree.leaves(held.shapes), jax.tree.leaves(arrays)):
             assert (shape.shape, shape.dtype, shape.sharding) == (array.shape, array.dtype, array.sharding)
+
+
+@pytest.mark.parametrize(
+    "q, k, words",
+    [
+        (0.0, 0.0, "q_proj.input_scale is 0.0, and activations"),
+        (1.0, np.nan, "v_proj.input_scale has values that are no numbers"),
+    ],
+)
+def test_scales_of_activations_are_numbers(tmp_path, as_stored, q, k, words):
+    model(tmp_path, "fp8-static", num_hidden_layers=1)
+    with SafetensorsFolder(tmp_path) as source:
+        tensors = {name: source.read(name) for name in source.names}
+    for name, value in {"q": q, "k": k, "v": q}.items():
+        tensors[f"model.layers.0.self_attn.{name}_proj.input_scale"] = np.array([value], np.float32)
+    save(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=words):
+        loading.open_model(str(tmp_path), EngineConfig()).read()
 
 
 @pytest.mark.parametrize(
