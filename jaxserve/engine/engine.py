@@ -181,13 +181,20 @@ class Engine:
                 self.turns.turn()
             except Exception as error:
                 log.exception("a step failed")
-                if not self.turns.recover(error):
+                if not self._recover(error):
                     with self._wake:
                         self._dead = error
             self._told()
             self.busy += time.perf_counter() - began
         self._end("the engine was closed" if self._dead is None else f"the engine has stopped: {self._dead}")
         self._told()
+
+    def _recover(self, error):
+        try:
+            return self.turns.recover(error)
+        except Exception:
+            log.exception("the engine could not recover")
+            return False
 
     def _told(self):
         """Lets those know who wait for the end of a turn."""

@@ -189,6 +189,19 @@ def test_three_times_in_a_row_end_the_engine(folder, caplog):
     engine.close()
 
 
+def test_nobody_waits_for_an_engine_that_cannot_recover(folder, monkeypatch):
+    monkeypatch.setattr(recovery, "undo", partial(before("the books are wrong"), None))
+    with build.engine(folder) as engine:
+        Once(engine.runner, "advance", before("not now"), nth=2)
+        answers = [build.submit(engine, [i] * 10, 5) for i in range(6)]
+        for answer in answers:
+            answer.wait()
+            assert answer.finish == "error" and "not now" in answer.outputs[-1].error
+        engine._thread.join(60)
+        with pytest.raises(EngineDead, match="not now"):
+            build.submit(engine, [1], 1)
+
+
 @pytest.mark.parametrize("where", ["seat", "words"])
 def test_a_request_that_cannot_be_packed_fails_alone(engine, expected, where):
     answer = build.submit(engine, [3, 4], 30)
