@@ -158,7 +158,9 @@ class EngineConfig:
         None, "most tokens of a prompt and its reply together (default: the model's)", optional(whole(1))
     )
     max_batch_size: int | None = option(
-        None, "most requests that run at once (default: 256 on a GPU, 16 on the CPU, or what fits)", optional(whole(1))
+        None,
+        "most requests that run at once (default: 256 on a GPU, 16 on the CPU, or what fits; 1 in chat)",
+        optional(whole(1)),
     )
     cache_max_entry_count: float | int | None = option(
         None,

@@ -188,15 +188,18 @@ def main():
     parser.add_argument("--vocabulary", help="folder with a tokenizer, instead of the checkpoint's")
     parser.add_argument("--threads", type=int, nargs="+", help="that fill masks (default: as the engine does)")
     options = parser.parse_args()
-    config = EngineConfig(
-        tp=options.tp,
-        session_len=options.session_len,
-        max_batch_size=options.max_batch_size,
-        enable_prefix_caching=False,
-    )
-    with checkpoint.open(options.model) as source:
-        vocab = loading.model_config(source, config).vocab
-    vocabulary, grammar = table(options.vocabulary or options.model, vocab), from_schema(ENDLESS)
+    try:
+        config = EngineConfig(
+            tp=options.tp,
+            session_len=options.session_len,
+            max_batch_size=options.max_batch_size,
+            enable_prefix_caching=False,
+        )
+        with checkpoint.open(options.model) as source:
+            vocab = loading.model_config(source, config).vocab
+        vocabulary, grammar = table(options.vocabulary or options.model, vocab), from_schema(ENDLESS)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     began = time.perf_counter()
     engine = loading.load(options.model, config, print_progress, guide=vocabulary)
     ready, name = time.perf_counter() - began, os.path.basename(options.model.rstrip("/"))

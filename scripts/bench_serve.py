@@ -78,10 +78,13 @@ def main():
     requests, clients = workloads.requests(given.work)
     items = [Item(ids, length) for ids, length in requests]
     began = time.perf_counter()
-    with processes.served(command(given), given.start) as server:
-        ready = time.perf_counter() - began
-        print(f"ready after {ready:.1f} s", file=sys.stderr, flush=True)
-        runs = measure(server, items, clients, given.runs, given.client_processes)
+    try:
+        with processes.served(command(given), given.start) as server:
+            ready = time.perf_counter() - began
+            print(f"ready after {ready:.1f} s", file=sys.stderr, flush=True)
+            runs = measure(server, items, clients, given.runs, given.client_processes)
+    except AssertionError as error:  # above it stands what the server wrote
+        parser.error(str(error))
     middle = statistics.median_low(run["out_tok_s"] for run in runs)
     best = next(run for run in runs if run["out_tok_s"] == middle)
     report = {"engine": "jaxserve", "model": Path(given.model or "stub").name, "work": given.work, "clients": clients}

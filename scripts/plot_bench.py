@@ -14,11 +14,15 @@ import math
 from pathlib import Path
 
 import bench_compare
-import matplotlib
+import numpy as np
+
+try:
+    import matplotlib
+except ImportError:
+    raise SystemExit("plot_bench.py draws with matplotlib: pip install '.[bench]'") from None
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 
 PROMPT, ANSWER = 512, 256  # tokens of a request in workloads.py
 

@@ -145,8 +145,8 @@ class OrbaxFolder:
 
         `progress(done, total)` counts bytes.  CheckpointError names the array that is missing, is too many, or differs.
         """
+        self.check(like)
         wanted, definition = _named(like)
-        self._check(wanted)
         parts: dict[int, dict] = {}
         for name, part in self._parts.items():
             parts.setdefault(part, {})[name] = wanted[name]
@@ -159,13 +159,15 @@ class OrbaxFolder:
             progress and progress(done, sum(size.values()))
         return definition.unflatten([found[self._own(name)] for name in wanted])
 
-    def _check(self, wanted: dict) -> None:
+    def check(self, like) -> None:
+        """CheckpointError, as `restore` raises it, where these are not the arrays of the folder; reads none."""
+        wanted, _ = _named(like)
         for name, leaf in wanted.items():
             if (self.shape(name), self.dtype(name)) != (tuple(leaf.shape), np.dtype(leaf.dtype)):
-                for_ = {key: value for key, value in self.meta.items() if key != "held"}
+                made = ", ".join(f"{key} {self.meta[key]}" for key in ("dtype", "tp", "kv_heads") if key in self.meta)
                 raise CheckpointError(
                     f"{self.path}: array {name} is {self.dtype(name)}{list(self.shape(name))}, and "
-                    f"{np.dtype(leaf.dtype)}{list(leaf.shape)} is needed; it was converted for {for_}; {AGAIN}"
+                    f"{np.dtype(leaf.dtype)}{list(leaf.shape)} is needed; it was converted for {made}; {AGAIN}"
                 )
         if extra := sorted(self.names - set(wanted)):
             raise CheckpointError(f"{self.path}: array {extra[0]} is not part of this model; {AGAIN}")

@@ -75,9 +75,12 @@ def open_model(model, config):
     mesh = meshes.make_mesh(config.tp)
     dtype = np.dtype(jnp.dtype(choose_dtype(cfg, config, mesh, source)))
     held = converted(source) if hasattr(source, "restore") else choose_held(source, cfg, mesh, dtype)
-    if not hasattr(source, "restore"):
-        weights.check(source, cfg, mesh, held)  # before anything is compiled
-    return Model(source, cfg, mesh, dtype, weights.shapes(cfg, mesh, source.names, dtype, held), held)
+    shapes = weights.shapes(cfg, mesh, source.names, dtype, held)
+    if hasattr(source, "restore"):  # before anything is compiled
+        source.check(shapes)
+    else:
+        weights.check(source, cfg, mesh, held)
+    return Model(source, cfg, mesh, dtype, shapes, held)
 
 
 def choose_held(source, cfg, mesh, dtype):

@@ -5,6 +5,7 @@ import os
 import subprocess
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ DEFAULT_SHARE = 0.8  # of what the weights leave free on a GPU, as in LMDeploy
 SHORTEST = 256  # tokens; a session that doesn't fit even this is refused
 GPU_RUNTIME = 256 << 20  # CUDA graphs, matmul libraries and fragments between arrays
 CPU_RUNTIME = 64 << 20
+CGROUP = Path("/sys/fs/cgroup")  # of this container, where it is in one
 
 
 @dataclass(frozen=True)
@@ -54,21 +56,33 @@ class MemoryPlan:
             (f"memory of {self.devices} x {self.device}{each}", self.free, "free before loading"),
             ("  weights", self.weights, ""),
             ("  KV cache" + (f", {self.kv}" if self.kv else ""), self.cache,
-             f"{self.tokens:,} tokens in pages of {self.page_size}: "
-             f"{_requests(max(self.tokens // self.session_len, 1))} of {self.session_len:,} tokens"),
-            ("  workspace", self.workspace, f"estimate: steps of {self.budget:,} tokens and {_requests(self.lanes)}"),
+             f"{self.tokens:,} tokens, {_requests(max(self.tokens // self.session_len, 1))} of {self.session_len:,}"),
+            ("  workspace", self.workspace, f"for steps of {self.budget:,} tokens, {_requests(self.lanes)}"),
             ("  stays free", rest, ""),
             *[("  not JAX's", self.beside, "for CUDA, its graphs and NCCL")] * (self.beside > 0),
         ]  # fmt: skip
-        lines = [f"{name:<36}{size / GIB:9.2f} GiB  {what}".rstrip() for name, size, what in rows]
+        wide = max(len(name) for name, *_ in rows)
+        lines = [f"{name:<{wide}}{size / GIB:8.2f} GiB  {what}".rstrip() for name, size, what in rows]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
 def free_bytes(devices):
     """Bytes that may still be allocated on the fullest of `devices`; on the CPU, the host memory that is available."""
     if devices[0].platform == "cpu":
-        return psutil.virtual_memory().available // len(devices)
+        return _free_on_host() // len(devices)
     return min(min(own, free) if own else free for own, free in map(_free_on_gpu, devices))
+
+
+def _free_on_host():
+    """Bytes of host memory that are available, in a container no more than its limit leaves (cgroup v2)."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        files = int(stat["active_file"]) + int(stat["inactive_file"])  # read before, and let go when there is need
+    except (OSError, ValueError, KeyError):  # "max": no limit
+        return free
+    return max(min(free, limit - used + files), 0)
 
 
 def beside_bytes(devices):

@@ -168,7 +168,7 @@ def test_the_printed_figures_add_up(plan, free):
     sizes = [float(size) for size in re.findall(r"([\d.]+) GiB", "\n".join(str(made).splitlines()[:5]))]
     available, *taken = sizes
     assert len(taken) == 4 and sum(taken) == pytest.approx(available, abs=0.03)
-    assert f"{made.tokens:,} tokens in pages of 64: {made.tokens // made.session_len}" in str(made)
+    assert f"{made.tokens:,} tokens, {made.tokens // made.session_len} request" in str(made)
     assert "NCCL" not in str(made)
     assert "1.00 GiB  for CUDA, its graphs and NCCL" in str(plan(free * GIB, count=2))
 
@@ -218,6 +218,22 @@ def test_programs_stay_within_their_workspace(tmp_path):
 def test_free_memory_of_the_host_is_shared_by_its_devices():
     found = memory.free_bytes(jax.devices()[:4])
     assert found == pytest.approx(psutil.virtual_memory().available / 4, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("limit", "found"), [("max", 8000), ("5000", 5000 - 3000 + 700), ("2000", 0), ("90000", 8000), ("1e3", 8000)]
+)
+def test_free_memory_in_a_container(tmp_path, monkeypatch, limit, found):
+    """No more than its limit leaves, of which files that were read count as free."""
+    for name, text in {
+        "max": limit,
+        "current": "3000",
+        "stat": "anon 2200\ninactive_file 600\nactive_file 100",
+    }.items():
+        (tmp_path / f"memory.{name}").write_text(text + "\n")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8000))
+    assert memory.free_bytes(devices("cpu")) == found
 
 
 def test_free_memory_of_gpus(monkeypatch):

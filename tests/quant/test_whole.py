@@ -190,6 +190,8 @@ def test_converted_for_another_kind_of_device(tmp_path, as_stored, monkeypatch):
     loading.convert(str(tmp_path / "stored"), tmp_path / "converted", EngineConfig())
     with pytest.raises(ValueError, match="model_format=gptq, and the checkpoint has awq weights"):
         loading.open_model(str(tmp_path / "converted"), EngineConfig(model_format="gptq"))
+    with pytest.raises(ValueError, match="is needed; it was converted for dtype float32, tp 1, kv_heads 2; convert"):
+        loading.open_model(str(tmp_path / "converted"), EngineConfig(dtype="bfloat16"))
     monkeypatch.setattr(ops, "layout", lambda: "the kernels of a GPU")
     with pytest.raises(ValueError, match="laid out for the reference.*convert the original folder again"):
         loading.open_model(str(tmp_path / "converted"), EngineConfig())
