@@ -127,14 +127,6 @@ class Scheduler:
             request.chain = None
             self._end(request, Output(None, "error", error=message))
 
-    def restart(self, message: str) -> None:
-        """The device has lost its state and the step in flight: who runs fails, who waits computes everything again."""
-        for request in list(self.running):
-            self.fail(request, message)
-        for request in self.waiting:
-            request.in_flight = 0  # preempted with a token on the device; it will be sampled again
-        self.pool.forget(list(self.pool.entry_of))
-
     def plan(self, steps: int = 1) -> list[Chunk]:
         """One chunk for each request that gets any: first those of answers, then the prompts.
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.engine import recovery
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.request import Output, Request
 from jaxserve.engine.scheduler import Scheduler
@@ -128,7 +129,7 @@ class Bench:
     def restart(self):
         """The step in flight failed, and with it all that was on the device."""
         self.flight, self.device = deque(), Device(self.device.size)
-        self.scheduler.restart("the step failed")
+        recovery.restart(self.scheduler, "the step failed", list(self.scheduler.running))
         self.check_state()
 
     def run(self, most=5000):
