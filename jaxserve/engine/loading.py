@@ -136,8 +136,10 @@ def load(model, config, report=_quiet, progress=_quiet, guide=None, scores_only=
     _compile_and_read(runner, held, report, progress)
     if (used := runner.workspace()) > plan.workspace:
         report(f"note: the largest program needs {used / 2**30:.2f} GiB of workspace, more than planned")
+    warming = time.perf_counter()
     runner.reset()
     runner.warm_up()
+    report(f"warmed up in {time.perf_counter() - warming:.1f} s")
     original = held.cfg.rope.original if held.cfg.rope.kind == "dynamic" else None
     if guide is not None:
         guide = Guide(guide, runner.vocab)
