@@ -128,6 +128,7 @@ def _launch_04(kernel, inputs, out, grid, in_place, warps, stages, registers, co
 
     # jax 0.12 asks whether a call is needed with one argument more than 0.4.1 takes.  A kernel is, whoever asks.
     partial_eval.dce_rules[triton_lib.triton_kernel_call_p] = lambda *asked: ([True] * len(asked[-1].invars), asked[-1])
+    triton.knobs.compilation.disable_line_info = True  # half of the PTX; it is made when the program is lowered
     with warnings.catch_warnings():
         # 0.4 would rather have Refs; aliases are what both versions know.
         warnings.simplefilter("ignore", DeprecationWarning)
