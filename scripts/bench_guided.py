@@ -198,10 +198,10 @@ def main():
         with checkpoint.open(options.model) as source:
             vocab = loading.model_config(source, config).vocab
         vocabulary, grammar = table(options.vocabulary or options.model, vocab), from_schema(ENDLESS)
+        began = time.perf_counter()
+        engine = loading.load(options.model, config, print_progress, guide=vocabulary)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    began = time.perf_counter()
-    engine = loading.load(options.model, config, print_progress, guide=vocabulary)
     ready, name = time.perf_counter() - began, os.path.basename(options.model.rstrip("/"))
     ways = options.bound or [max(1, options.clients // 4), options.clients]
     free = None

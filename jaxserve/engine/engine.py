@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from jaxserve.engine import recovery
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.request import EngineDead, Output, Overloaded
 from jaxserve.engine.scheduler import Scheduler
@@ -240,10 +241,10 @@ class Engine:
             self._closed, sent, self._inbox = True, self._inbox, deque()
         for action, subject in sent:
             if action in (self._add, self._add_job):
-                self.turns.safely(action, subject)
+                recovery.safely(action, subject)
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             if self._dead is None:
-                self.turns.safely(self.scheduler.abort, request)
+                recovery.safely(self.scheduler.abort, request)
             else:
                 self.turns.fail(request, why)
         self.scorer.close(EngineDead(why))

@@ -51,10 +51,7 @@ def restart(scheduler, message, guilty=()):
     for request in list(scheduler.running):
         request.chain = None
         if request in guilty or request.recoveries == RECOVERIES:
-            try:
-                scheduler.fail(request, message)
-            except Exception:
-                log.exception("the outbox of a request failed")
+            safely(scheduler.fail, request, message)
         else:
             request.recoveries += 1
             back.append(request)
@@ -94,6 +91,14 @@ def commit(scheduler, chunks, tokens, logprobs, tops, step=0):
             log.exception("the outbox of a request failed")
             drop(scheduler, chunks[recorded[-1]].request)
             at = recorded[-1] + 1
+
+
+def safely(action, *subjects):
+    """Ends a request; what its outbox makes of it is no other's concern."""
+    try:
+        action(*subjects)
+    except Exception:
+        log.exception("the outbox of a request failed")
 
 
 def drop(scheduler, request):

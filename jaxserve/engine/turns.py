@@ -157,7 +157,7 @@ class Turns:
             if why:
                 self.fail(request, f"the answer cannot follow its grammar: {why}")
             else:
-                self.safely(recovery.complete, self.scheduler, request)
+                recovery.safely(recovery.complete, self.scheduler, request)
 
     def _read(self):
         """Records what the oldest step in flight drew, once it is done."""
@@ -187,14 +187,7 @@ class Turns:
             recovery.commit(self.scheduler, step.chunks, tokens, logprobs, tops, i)
 
     def fail(self, request, message):
-        self.safely(self.scheduler.fail, request, message)
-
-    def safely(self, action, *subjects):
-        """Ends a request; what its outbox makes of it is no other's concern."""
-        try:
-            action(*subjects)
-        except Exception:
-            log.exception("the outbox of a request failed")
+        recovery.safely(self.scheduler.fail, request, message)
 
     def recover(self, error):
         """After a failed step: where the device has its state, only that plan is taken back; else all starts over.

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from jaxserve.engine import recovery
 from jaxserve.engine import turns as engine_turns
 from jaxserve.engine.launch import InFlight
 from jaxserve.engine.pages import PagePool
@@ -310,7 +311,7 @@ class World:
             request.arrival = self.arrivals
             self.requests.append(request)
             self.boxes.append(box)
-            self.turns.safely(self.scheduler.add, request)
+            recovery.safely(self.scheduler.add, request)
 
     def happen(self):
         """What comes from outside between two turns."""
@@ -327,7 +328,7 @@ class World:
             draw.choice(self.jobs).done.cancel()
         alive = [*self.scheduler.running, *self.scheduler.waiting]
         if draw.random() < 0.15 and alive:
-            self.turns.safely(self.scheduler.abort, draw.choice(alive))
+            recovery.safely(self.scheduler.abort, draw.choice(alive))
 
     def turn(self):
         try:
