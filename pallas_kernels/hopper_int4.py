@@ -2,6 +2,7 @@
 
 The tiles are those of int4_mma.py, which fit wgmma's first operand too.  Letters as there; a block has 128 outputs, 64
 a warpgroup, of some tokens.  A core takes one block after the other, and loads the next while it writes out the last.
+Of experts' matrices a block has one expert's tokens alone; which, a kernel before it finds out (`_plan`).
 """
 
 import functools
@@ -9,249 +10,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper_lanes as lanes
 from pallas_kernels import warpgroups
-from pallas_kernels.int4_mma import BITS, ROWS, UNIT, WORDS
-from pallas_kernels.triton_call import cdiv, cores
+from pallas_kernels.hopper_lanes import LINES
+from pallas_kernels.int4_mma import ROWS, UNIT, WORDS
+from pallas_kernels.triton_call import cdiv, cores, jit, power_of_two, tl, triton_call
 
-LINES = 64  # outputs of an instruction
 BLOCK = 2 * LINES  # what the number of outputs has to be a multiple of
 TOKENS = 256  # at most, of an instruction
 MEMORY = 222 << 10  # of the shared memory of a core
 STAGES = 6  # turns that are loaded at a time, at most
 SIDE = 4  # blocks of other tokens that go through the outputs side by side, about
-
-
-def _scale_to(kind, scale_kind, register, address):
-    """PTX that loads a scale into both halves of a register."""
-    load = f"ld.shared.b16 h, [{address}];\n"
-    if kind == scale_kind:
-        return load + f"mov.b32 {register}, {{h, h}};\n"
-    wide = "cvt.f32.f16 f, h;" if scale_kind == "f16" else "mov.b16 g, 0; mov.b32 f, {g, h};"
-    return load + f"{wide} cvt.rn.{kind}x2.f32 {register}, f, f;\n"
-
-
-def _values(dtype, scale_dtype, group):
-    """PTX for a lane's values in a unit, 16 registers of two: see `_unit`.  Rounded to dtype, like their scales."""
-    magic, one, kind = BITS[dtype]
-    minus, scale_kind = {"bf16": "0xC300", "f16": "0xE400"}[kind], BITS[scale_dtype][2]
-    text = (
-        "{ .reg .b32 w<4>, t, one, z<2>, s<2>; .reg .b16 h, g; .reg .f32 f;\n"
-        f"mov.b32 one, {one};\nld.shared.v4.b32 {{w0, w1, w2, w3}}, [$16];\n"
-    )
-    for step in range(4):
-        if step == 0 or (step == 2 and group == 32):
-            zero, scale = ("$17", "$18") if step == 0 else ("$19", "$20")
-            for r in range(2):
-                text += f"ld.shared.u8 z{r}, [{zero} + {8 * r}];\nor.b32 z{r}, z{r}, {minus};\n"
-                text += f"prmt.b32 z{r}, z{r}, z{r}, 0x1010;\n"
-                text += _scale_to(kind, scale_kind, f"s{r}", f"{scale} + {16 * r}")
-        for r in range(4):
-            out = f"${2 * (2 * step + r // 2) + r % 2}"
-            text += f"shr.b32 t, w{step}, {4 * r};\n" if r else f"mov.b32 t, w{step};\n"
-            text += f"lop3.b32 t, t, 0x000F000F, {magic}, 0xEA;\nfma.rn.{kind}x2 t, t, one, z{r % 2};\n"
-            text += f"mul.rn.{kind}x2 {out}, t, s{r % 2};\n"
-    return text + "}"
-
-
-def _lane():
-    """The type of addresses, what makes constants of it, the lane in its warp, and the warp in its warpgroup."""
-    i32 = ir.IntegerType.get_signless(32)
-    const = functools.partial(mgpu_utils.c, ty=i32)
-    thread = arith.remui(mgpu_utils.thread_idx(), const(128))
-    return i32, const, arith.remui(thread, const(32)), arith.divui(thread, const(32))
-
-
-def _unit(dtype, scale_dtype, group, words, scale, zero, scale2, zero2):
-    """The values [64, 64] of a warpgroup's outputs in a unit, from shared memory, as wgmma's first operand.
-
-    words int32[4, 128]; scale, zero [64] of the unit's first half, scale2, zero2 of its second.
-    """
-    text = _values(jnp.dtype(dtype).name, jnp.dtype(scale_dtype).name, group)
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),) * 5,
-        return_type=plgpu.ShapeDtypeStruct((LINES, UNIT), dtype, layout=plgpu.Layout.WGMMA),
-    )
-    def load(_, words, scale, zero, scale2, zero2):
-        def address(ref, offset):
-            return arith.addi(llvm.ptrtoint(i32, mgpu_utils.memref_ptr(ref)), offset)
-
-        i32, const, lane, warp = _lane()
-        row = arith.addi(arith.divui(lane, const(4)), arith.muli(warp, const(16)))
-        apart, _ = ir.MemRefType(words.type).get_strides_and_offset()  # a tile's other units may lie between
-        quarter = arith.muli(warp, const(4 * apart[0]))
-        inputs = [address(words, arith.addi(quarter, arith.muli(lane, const(16))))]
-        for z, s in ((zero, scale), (zero2, scale2))[: 2 if group == 32 else 1]:
-            inputs += [address(z, row), address(s, arith.muli(row, const(2)))]
-        struct = llvm.StructType.get_literal([i32] * 16)
-        kinds = ",".join(["=&r"] * 16 + ["r"] * len(inputs)) + ",~{memory}"
-        out = llvm.inline_asm(struct, inputs, text, kinds, has_side_effects=True)
-        pair = ir.VectorType.get((2,), mgpu_utils.dtype_to_ir_type(jnp.dtype(dtype)))
-        layout = mgpu.WGMMA_LAYOUT
-        registers = np.empty(layout.registers_shape((LINES, UNIT)), dtype=object)
-        flat = [llvm.bitcast(pair, llvm.extractvalue(i32, out, [i])) for i in range(16)]
-        registers.reshape(8, 2)[...] = np.array(flat, dtype=object).reshape(8, 2)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return load(words, scale, zero, scale2, zero2)
-
-
-def _several(first, count):
-    """Operands of so many registers, side by side, and LLVM's letters for them."""
-    return "{" + ", ".join(f"${first + i}" for i in range(count)) + "}", ",".join("r" * count)
-
-
-def _rows(dtype):
-    """How results stand in shared memory: rows of 128 bytes, swizzled."""
-    return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
-
-
-def _put(out, begin, target):
-    """Writes tokens of out [64 outputs, tokens], as wgmma leaves it, from `begin` on to target [some tokens, 64].
-
-    target is swizzled, so that lanes write to all banks at once: 16-bit values by stmatrix, which transposes them,
-    float32 one by one.
-    """
-    count = target.shape[0]
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(_rows(out.dtype))))
-    def store(_, out, target):
-        i32, const, lane, warp = _lane()
-        base = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(target))
-
-        def place(token, line, size):
-            """The address of a token's line: rows of 128 bytes, whose 16 bytes change places with the row."""
-            line_of = 128 // size  # lines a row
-            chunk = arith.divui(arith.remui(line, const(line_of)), const(16 // size))
-            chunk = arith.xori(chunk, arith.remui(token, const(8)))
-            row = arith.addi(token, arith.muli(arith.divui(line, const(line_of)), const(8)))  # tiles of 8 rows
-            if line_of < LINES:
-                tile = arith.divui(token, const(8))
-                row = arith.addi(row, arith.muli(tile, const(8 * (LINES // line_of - 1))))
-            within = arith.muli(arith.remui(line, const(16 // size)), const(size))
-            within = arith.addi(arith.shli(chunk, const(4)), within)
-            return arith.addi(base, arith.addi(arith.muli(row, const(128)), within))
-
-        registers = out.registers.reshape(out.shape[1] // 8, 2)[begin // 8 :]
-        first = arith.muli(warp, const(16))
-        if mgpu_utils.bytewidth(out.mlir_dtype) == 4:
-            line = arith.addi(first, arith.divui(lane, const(4)))
-            column = arith.muli(arith.remui(lane, const(4)), const(2))
-            f32 = ir.F32Type.get()
-            for half in range(2):
-                for e in range(2):
-                    at = place(arith.addi(column, const(e)), arith.addi(line, const(8 * half)), 4)
-                    for j in range(count // 8):  # 8 tokens are 2 KiB
-                        value = llvm.bitcast(f32, vector.extract(registers[j, half], [], [e]))
-                        text = f"st.shared.f32 [$0 + {2048 * j}], $1;"
-                        llvm.inline_asm(None, [at, value], text, "r,f,~{memory}", has_side_effects=True)
-            return
-        matrix = arith.divui(lane, const(8))  # whose rows' addresses the lane gives: half, half, of the next tokens ...
-        line = arith.addi(first, arith.muli(arith.remui(matrix, const(2)), const(8)))
-        token = arith.addi(arith.remui(lane, const(8)), arith.muli(arith.divui(matrix, const(2)), const(8)))
-        at = place(token, line, 2)
-        for j in range(0, count // 8, 2):
-            values = [llvm.bitcast(i32, value) for value in registers[j : min(j + 2, count // 8)].flat]
-            several, kinds = _several(1, len(values))
-            text = f"stmatrix.sync.aligned.m8n8.x{len(values)}.trans.shared.b16 [$0 + {1024 * j}], {several};"
-            llvm.inline_asm(None, [at, *values], text, f"r,{kinds},~{{memory}}", has_side_effects=True)
-
-    store(out, target)
-
-
-def _silu(dtype):
-    """PTX for silu(gate) * up of two values each: $0 of $1 and $2, in float32."""
-    kind = BITS[dtype][2]
-    text = "{ .reg .b32 g<2>, u<2>, e, minus, one; .reg .b16 h, k;\n"
-    text += "mov.b32 minus, 0xBFB8AA3B;\nmov.b32 one, 0x3F800000;\n"  # -log2(e), 1
-    for register, name in (("$1", "g"), ("$2", "u")):
-        if kind == "bf16":
-            text += f"shl.b32 {name}0, {register}, 16;\nand.b32 {name}1, {register}, 0xFFFF0000;\n"
-        else:
-            text += f"mov.b32 {{h, k}}, {register};\ncvt.f32.f16 {name}0, h;\ncvt.f32.f16 {name}1, k;\n"
-    for i in range(2):  # exp(-gate) by a power of two
-        text += f"mul.f32 e, g{i}, minus;\nex2.approx.ftz.f32 e, e;\nadd.f32 e, e, one;\nrcp.approx.ftz.f32 e, e;\n"
-        text += f"mul.f32 g{i}, g{i}, e;\nmul.f32 g{i}, g{i}, u{i};\n"
-    return text + f"cvt.rn.{kind}x2.f32 $0, g1, g0;\n}}"
-
-
-def _two_pieces(out, begin, count):
-    """Registers [2 * count / 8] of the piece that this warpgroup finishes, then of the other's: the first one's is the
-    first of the two that begin at token `begin`.  And whether it is the first.
-    """
-    i32, const, *_ = _lane()
-    first = arith.cmpi(arith.CmpIPredicate.ult, mgpu_utils.thread_idx(), const(128))
-    registers = out.registers.reshape(out.shape[1] // 8, 2)[begin // 8 : (begin + 2 * count) // 8]
-    near, far = ([llvm.bitcast(i32, r) for r in half.flat] for half in np.split(registers, 2))
-    pairs = list(zip(near, far, strict=True))
-    mine = [arith.select(first, a, b) for a, b in pairs]
-    return mine, [arith.select(first, b, a) for a, b in pairs], first
-
-
-def _place(ref, count):
-    """Where `count` of a lane's registers stand while they wait for the other warpgroup."""
-    i32, const, *_ = _lane()
-    thread = arith.remui(mgpu_utils.thread_idx(), const(128))
-    base = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(ref))
-    return arith.addi(base, arith.muli(thread, const(4 * count)))
-
-
-def _give(out, begin, target):
-    """Of the two pieces from token `begin` on, the one that the other warpgroup finishes goes to target [64, tokens].
-
-    Lanes of both have the same places in their matrices, so that it stands there as a lane has it.
-    """
-    count = target.shape[1]
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
-    def give(_, out, target):
-        values = _two_pieces(out, begin, count)[1]
-        n = min(4, len(values))  # of an instruction
-        at, (several, kinds) = _place(target, n), _several(1, n)
-        for j in range(0, len(values), n):
-            text = f"st.shared.v{n}.b32 [$0 + {512 * j}], {several};"
-            llvm.inline_asm(None, [at, *values[j : j + n]], text, f"r,{kinds},~{{memory}}", has_side_effects=True)
-
-    give(out, target)
-
-
-def _gate(out, begin, theirs):
-    """silu(gate) * up [64, tokens] of this warpgroup's piece: the first has the gate, and theirs (`_give`) is up."""
-    count = theirs.shape[1]
-    text = _silu(jnp.dtype(out.dtype).name)
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((LINES, count), out.dtype, layout=plgpu.Layout.WGMMA),
-    )
-    def gate(_, out, theirs):
-        mine, _, first = _two_pieces(out, begin, count)
-        n = min(4, len(mine))
-        at, several, kinds = _place(theirs, n), _several(0, n)[0], ",".join(["=r"] * n)
-        i32 = ir.IntegerType.get_signless(32)
-        struct, pair, found = llvm.StructType.get_literal([i32] * n), ir.VectorType.get((2,), out.mlir_dtype), []
-        for j in range(0, len(mine), n):
-            load = f"ld.shared.v{n}.b32 {several}, [${n} + {512 * j}];"
-            got = llvm.inline_asm(struct, [at], load, f"{kinds},r,~{{memory}}", has_side_effects=True)
-            for i, own in enumerate(mine[j : j + n]):
-                other = llvm.extractvalue(i32, got, [i])
-                pairs = arith.select(first, own, other), arith.select(first, other, own)
-                found.append(llvm.bitcast(pair, llvm.inline_asm(i32, pairs, text, "=r,r,r")))
-        layout = mgpu.WGMMA_LAYOUT
-        registers = np.empty(layout.registers_shape((LINES, count)), dtype=object)
-        registers.reshape(-1)[...] = np.array(found, dtype=object)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return gate(out, theirs)
 
 
 class How(NamedTuple):
@@ -298,29 +71,105 @@ def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None, gated=Fals
     if gated and (how.split > 1 or dtype != x.dtype):  # what is not summed up yet can't be a gate
         y = int4_wgmma(x, tiles, scale, zero, group=group, dtype=dtype, how=how)
         return jax.nn.silu(y[:, : F // 2]) * y[:, F // 2 :]
-    padded = max(how.tokens, cdiv(T, 8) * 8)  # what is beyond is neither read nor written
-    x = jnp.pad(x, ((0, padded - T), (0, 0)))
+    x = _padded(x, how.tokens)
     out_type = jnp.dtype(jnp.float32) if how.split > 1 else dtype
-    kernel, memory = _kernel(how, padded, D, F, group, x.dtype, scale.dtype, out_type, gated)
-    out = plgpu.kernel(
+    kernel, memory = _kernel(how, x.shape[0], D, F, group, x.dtype, scale.dtype, out_type, gated)
+    new = jax.ShapeDtypeStruct((how.split, x.shape[0], F // (1 + gated)), out_type)
+    out = _run(kernel, memory, new, F // BLOCK * cdiv(T, how.tokens) * how.split, x, tiles, scale, zero)
+    out = out[0] if how.split == 1 else out.sum(0)
+    return out[:T].astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("group", "how"))
+def int4_experts(x, tiles, scale, zero, sizes, *, group, how=None):
+    """x [M, D], the tokens of expert 0, then those of expert 1, ..., times the matrix of each, to [M, F].
+
+    The E matrices stand side by side: `tiles`, scale and zero are those of one matrix [D, E * F], F a multiple of 128.
+    sizes int32[E]: how many tokens each has.  how: a `How` without a split (what is `chosen_of_experts` unless said).
+    """
+    (M, D), E = x.shape, sizes.shape[0]
+    F = scale.shape[1] // E
+    how = how or chosen_of_experts(M, E, D)
+    x, most = _padded(x, how.tokens), most_blocks(M, E, how.tokens)
+    kernel, memory = _kernel(how, x.shape[0], D, F, group, x.dtype, scale.dtype, x.dtype, experts=True)
+    new = jax.ShapeDtypeStruct((1, x.shape[0], F), x.dtype)
+    plan = _planned(sizes, most, how.tokens)
+    return _run(kernel, memory, new, F // BLOCK * most, x, tiles, scale, zero, plan)[0, :M]
+
+
+def _padded(x, tokens):
+    """x with as many tokens as a block has at least, and a multiple of 8; what is beyond them is never read."""
+    return jnp.pad(x, ((0, max(tokens, cdiv(x.shape[0], 8) * 8) - x.shape[0]), (0, 0)))
+
+
+def _run(kernel, memory, out_type, blocks, *arrays):
+    return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((how.split, padded, F // (1 + gated)), out_type),
-        grid=(min(cores(), F // BLOCK * cdiv(T, how.tokens) * how.split),),
+        out_type=out_type,
+        grid=(min(cores(), blocks),),
         grid_names=("core",),
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=memory,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(x, tiles, scale, zero)
-    out = out[0] if how.split == 1 else out.sum(0)
-    return out[:T].astype(dtype)
+    )(*arrays)
 
 
-def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False):
+# An expert's blocks begin with the multiple of 8 at or before its first token, as that is what TMA can begin with here;
+# of the tokens that are another's nothing is written.
+
+
+def most_blocks(M, E, tokens):
+    """Of M tokens of E experts, however they are distributed."""
+    used = min(M, E)
+    return min(M, (M + 7 * used) // tokens + used)
+
+
+@jit
+def _plan(sizes_ptr, most, plan_ptr, E: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, PART: tl.constexpr):
+    """Writes int32[1 + most, 4]: how many blocks there are; then of each the expert, the first token, and the expert's
+    own tokens, from where to where.  Grid: most / PART."""
+    e = tl.arange(0, PADDED)
+    size = tl.load(sizes_ptr + e, mask=e < E, other=0)
+    end = tl.cumsum(size, 0)
+    first = (end - size) // 8 * 8
+    blocks = tl.where(size > 0, (end - first + TOKENS - 1) // TOKENS, 0)
+    after = tl.cumsum(blocks, 0)
+    block = tl.program_id(0) * PART + tl.arange(0, PART)
+    expert = tl.sum((after[None, :] <= block[:, None]).to(tl.int32), 1)
+    own = e[None, :] == expert[:, None]
+    skipped = block - tl.sum(tl.where(own, (after - blocks)[None, :], 0), 1)
+    row, here = plan_ptr + 4 * (1 + block), (block < most) & (expert < PADDED)
+    tl.store(row, expert, mask=here)
+    tl.store(row + 1, tl.sum(tl.where(own, first[None, :], 0), 1) + skipped * TOKENS, mask=here)
+    tl.store(row + 2, tl.sum(tl.where(own, (end - size)[None, :], 0), 1), mask=here)
+    tl.store(row + 3, tl.sum(tl.where(own, end[None, :], 0), 1), mask=here)
+    tl.store(plan_ptr, tl.sum(blocks, 0))
+
+
+def _planned(sizes, most, tokens):
+    """What `_plan` writes."""
+    part, E = 16, sizes.shape[0]
+    (plan,) = triton_call(
+        _plan, sizes, most, out=[jax.ShapeDtypeStruct((1 + most, 4), jnp.int32)], grid=(cdiv(most, part),), warps=4,
+        stages=1, E=E, PADDED=power_of_two(E), TOKENS=tokens, PART=part,
+    )  # fmt: skip
+    return plan
+
+
+def chosen_of_experts(M, E, D):
+    """How it should be done soonest: the longest blocks that few experts leave empty for the most part."""
+    mean = M / min(M, E)
+    turns = {t: max(start + each * t for start, each in (LOADED, MULTIPLIED)) for t in (16, 32, 64, 96, 128, 192, 256)}
+    tokens = min(turns, key=lambda t: max(1, mean / t + 0.5) * turns[t])
+    return How(tokens, 128 if D % 128 == 0 and tokens <= 128 else 64)
+
+
+def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False, experts=False):
     """The kernel, and what it has of shared memory and barriers.
 
     Gated: the first warpgroup's outputs are of the first half, the other's of the second; of every two pieces each
-    warpgroup finishes one, and gives the other its sums of the other one.
+    warpgroup finishes one, and gives the other its sums of the other one.  Experts: one argument more, of `_plan`.
     """
     tokens, inputs, split = how
     turns, units, rows = D // inputs // split, inputs // UNIT, max(1, inputs // group)
@@ -331,10 +180,11 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False):
     assert stages >= min(turns, 2)  # a turn is freed in the next one
     blocks, outputs = cdiv(T, tokens), F // BLOCK
     side = max(n for n in range(1, 2 * SIDE) if blocks % n == 0)
+    together = 1 if experts else 8  # tokens that are written at least
 
-    def kernel(
-        x_ref, tiles_ref, scale_ref, zero_ref, out_ref, x_in, words, scales, zeros, results, filled, free, *gate
-    ):
+    def kernel(x_ref, tiles_ref, scale_ref, zero_ref, *refs):
+        plan_ref, refs = (refs[0], refs[1:]) if experts else (None, refs)
+        out_ref, x_in, words, scales, zeros, results, filled, free, *gate = refs
         warpgroup = lax.axis_index("warpgroup")
 
         def each(body):
@@ -345,7 +195,19 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False):
                 far, part, n, near = loop.index
                 body(loop.local_index * turns, n, part, far * side + near)
 
+        def each_planned(body):
+            """The same of experts, whose blocks the device has counted."""
+            first, step = lax.axis_index("core"), lax.axis_size("core")
+
+            @pl.loop(0, lax.div(plan_ref[0, 0] * outputs - first + (step - 1), step))
+            def _(i):
+                item = first + i * step
+                m = lax.div(item, outputs)
+                body(i * turns, item - m * outputs, 0, m)
+
         def load(before, n, part, m):
+            expert, begin = (plan_ref[1 + m, 0], plan_ref[1 + m, 1]) if experts else (0, m * tokens)
+
             def turn(k, _):
                 step, k = before + k, part * turns + k
                 slot = lax.rem(step, stages)
@@ -356,14 +218,15 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False):
 
                 row = k * rows if inputs >= group else lax.div(k * inputs, group)
                 at = filled.at[slot]
-                x_at = x_ref.at[pl.ds(m * tokens, tokens), pl.ds(k * inputs, inputs)]
+                x_at = x_ref.at[pl.ds(begin, tokens), pl.ds(k * inputs, inputs)]
                 plgpu.copy_gmem_to_smem(x_at, x_in.at[slot], at)
                 for h in range(halves):
-                    each = BLOCK // ROWS // halves
-                    tiles_at = tiles_ref.at[pl.ds(h * (F // 2 // ROWS) + n * each, each), pl.ds(k * units, units)]
-                    plgpu.copy_gmem_to_smem(tiles_at, words.at[slot, pl.ds(h * each, each)], at)
+                    count = BLOCK // ROWS // halves
+                    tile = expert * (F // ROWS) + h * (F // 2 // ROWS) + n * count
+                    tiles_at = tiles_ref.at[pl.ds(tile, count), pl.ds(k * units, units)]
+                    plgpu.copy_gmem_to_smem(tiles_at, words.at[slot, pl.ds(h * count, count)], at)
                     # Of a half 64 lines are wanted, and stand where they would without halves.
-                    lines = pl.ds(h * (F // 2 - LINES) + n * (BLOCK // halves), BLOCK)
+                    lines = pl.ds(expert * F + h * (F // 2 - LINES) + n * (BLOCK // halves), BLOCK)
                     plgpu.copy_gmem_to_smem(scale_ref.at[pl.ds(row, rows), lines], scales.at[slot, h], at)
                     plgpu.copy_gmem_to_smem(zero_ref.at[pl.ds(row, rows), lines], zeros.at[slot, h], at)
 
@@ -379,7 +242,7 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False):
                 for u in range(units):
                     first, second = (64 * u // group, (64 * u + 32) // group) if inputs >= group else (0, 0)
                     near = [a.at[slot, half, row, mine] for row in (first, second) for a in (scales, zeros)]
-                    values = _unit(dtype, scale_dtype, group, words.at[slot, pl.ds(warpgroup * 4, 4), u], *near)
+                    values = lanes.unit(dtype, scale_dtype, group, words.at[slot, pl.ds(warpgroup * 4, 4), u], *near)
                     plgpu.wgmma(acc, values, x_in.at[slot].at[:, pl.ds(UNIT * u, UNIT)].T)
                     plgpu.wgmma_wait(1)
                     if u == 0:  # what the turn before has loaded has been multiplied
@@ -413,22 +276,44 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False):
                     sums, given = gate
                     begin, first = 2 * p * piece, 0
                     token, line = m * tokens + begin + warpgroup * piece, n * LINES
-                    _give(out, begin, sums.at[warpgroup, p % 2])
+                    lanes.give(out, begin, sums.at[warpgroup, p % 2])
                     meet(given)  # what has been read there, two pieces ago, was so before the one between was given
-                    values = _gate(out, begin, sums.at[1 - warpgroup, p % 2])
+                    values = lanes.gate(out, begin, sums.at[1 - warpgroup, p % 2])
                 plgpu.wait_smem_to_gmem(min(p, 1), wait_read_only=True)
-                _put(values, first, results.at[warpgroup, p % 2])
+                lanes.put(values, first, results.at[warpgroup, p % 2], together)
                 plgpu.commit_smem()
-                at = pl.ds(token, piece), pl.ds(line, LINES)
-                plgpu.copy_smem_to_gmem(results.at[warpgroup, p % 2], out_ref.at[part].at[at])
+                if experts:
+                    write_own(results.at[warpgroup, p % 2], plan_ref[1 + m, 1] + first, line, m)
+                else:
+                    at = pl.ds(token, piece), pl.ds(line, LINES)
+                    plgpu.copy_smem_to_gmem(results.at[warpgroup, p % 2], out_ref.at[part].at[at])
             if gated and tokens // (2 * piece) % 2:  # the next block begins where this one has ended
                 meet(gate[1])
+
+        def write_own(values, token, line, m):
+            """Of the tokens from `token` on those that are the expert's; TMA takes as many as a program says."""
+            begin = jnp.clip(plan_ref[1 + m, 2] - token, 0, piece)
+            left = jnp.clip(plan_ref[1 + m, 3] - token, begin, piece) - begin
+
+            def copy(count):
+                at = pl.ds(token + begin, count), pl.ds(line, LINES)
+                plgpu.copy_smem_to_gmem(values.at[pl.ds(begin, count)], out_ref.at[0].at[at], commit_group=False)
+
+            count = power_of_two(piece)
+            while count:
+                pl.when(left & count != 0)(functools.partial(copy, count))
+                begin, count = begin + (left & count), count // 2
+            plgpu.commit_smem_to_gmem_group()
 
         def meet(barrier):
             plgpu.barrier_arrive(barrier)
             plgpu.barrier_wait(barrier)
 
-        warpgroups.run(warpgroup, each, load, multiply, free)
+        if experts:
+            idle = lax.axis_index("core") >= plan_ref[0, 0] * outputs
+            pl.when(~idle)(lambda: warpgroups.run(warpgroup, each_planned, load, multiply, free))
+        else:
+            warpgroups.run(warpgroup, each, load, multiply, free)
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     gate = (plgpu.SMEM((2, 2, LINES, piece), out_type), plgpu.Barrier(num_arrivals=2)) if gated else ()
@@ -437,16 +322,21 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False):
         plgpu.SMEM((stages, BLOCK // ROWS, units, WORDS), jnp.int32),
         plgpu.SMEM((stages, halves, rows, BLOCK), scale_dtype),
         plgpu.SMEM((stages, halves, rows, BLOCK), jnp.uint8),
-        plgpu.SMEM((2, 2, piece, LINES), out_type, transforms=_rows(out_type)),
+        plgpu.SMEM((2, 2, piece, LINES), out_type, transforms=lanes.rows(out_type, together)),
         plgpu.Barrier(num_arrivals=1 + 3 * halves, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         *gate,
     )
 
 
-def lower(dtype, scale_dtype, group):
-    """Lowers a small case, and throws the result away; raises what Mosaic makes of it."""
+def lower(dtype, scale_dtype, group, experts=None):
+    """Lowers a small case, of experts if so many are given, and throws it away; raises what Mosaic makes of it."""
     x = jax.ShapeDtypeStruct((16, 2 * UNIT), dtype)
-    tiles = jax.ShapeDtypeStruct((BLOCK // ROWS, 2, WORDS), jnp.int32)
-    scale, zero = (jax.ShapeDtypeStruct((2 * UNIT // group, BLOCK), d) for d in (scale_dtype, jnp.uint8))
-    int4_wgmma.trace(x, tiles, scale, zero, group=group).lower(lowering_platforms=("cuda",))
+    tiles = jax.ShapeDtypeStruct(((experts or 1) * BLOCK // ROWS, 2, WORDS), jnp.int32)
+    parameters = 2 * UNIT // group, (experts or 1) * BLOCK
+    arrays = x, tiles, *(jax.ShapeDtypeStruct(parameters, d) for d in (scale_dtype, jnp.uint8))
+    if experts:
+        traced = int4_experts.trace(*arrays, jax.ShapeDtypeStruct((experts,), jnp.int32), group=group)
+    else:
+        traced = int4_wgmma.trace(*arrays, group=group)
+    traced.lower(lowering_platforms=("cuda",))

@@ -20,7 +20,7 @@ NIBBLES = 8  # of an int32
 SKINNY = 8  # most tokens for which loads are all that counts
 SKINNY_ELSEWHERE = 32  # the same where there is no wgmma
 PIECE = 256 << 20  # bytes of values at a time: the results of several pieces have to be put side by side afterwards
-EXPERTS_SKINNY = 24  # most tokens of an expert, on average, for which its weights are read as they are
+EXPERTS_SKINNY, EXPERTS_SKINNY_ELSEWHERE = 2, 24  # likewise, tokens of an expert on average
 
 
 def int4_pack(q, *, group):
@@ -70,11 +70,7 @@ def int4_matmul(x, tiles, scale, zero, *, group, dtype=None, gated=False):
     """
     T, F = x.shape[0], scale.shape[1]
     arguments = {"group": group, "dtype": dtype}
-    hopper = (
-        device()[1] == 90
-        and F % 128 == 0
-        and lowers("hopper_int4", "int4 matmuls are", x.dtype.name, scale.dtype.name, group)
-    )
+    hopper = _hopper(x, F, scale, group)
     skinny = SKINNY if hopper else SKINNY_ELSEWHERE
     if skinny >= T:
         return int4_few(x, tiles, scale, zero, gated=gated, **arguments)
@@ -84,6 +80,12 @@ def int4_matmul(x, tiles, scale, zero, *, group, dtype=None, gated=False):
         return int4_wgmma(x, tiles, scale, zero, gated=gated, **arguments)
     y = int4_by_values(x, tiles, scale, zero, at_once=PIECE, **arguments)
     return jax.nn.silu(y[:, : F // 2]) * y[:, F // 2 :] if gated else y
+
+
+def _hopper(x, F, scale, group, *experts):
+    """Whether the kernel for Hopper takes it."""
+    types = x.dtype.name, scale.dtype.name
+    return device()[1] == 90 and F % 128 == 0 and lowers("hopper_int4", "int4 matmuls are", *types, group, *experts)
 
 
 def int4_grouped_reference(x, packed, scale, zero, sizes, *, group):
@@ -100,8 +102,14 @@ def int4_grouped(x, tiles, scale, zero, sizes, *, group):
     """The same on a GPU: tiles int32[E, F / 16, D / 64, 128] of `int4_tiles`."""
     (M, D), (_, E, F) = x.shape, scale.shape
     flat = [tiles.reshape(-1, *tiles.shape[2:]), *(a.reshape(a.shape[0], -1) for a in (scale, zero))]
-    if M <= EXPERTS_SKINNY * E:
+    hopper = _hopper(x, F, scale, group, E)
+    skinny = EXPERTS_SKINNY if hopper else EXPERTS_SKINNY_ELSEWHERE
+    if skinny * E >= M:
         return int4_few(x, *flat, sizes, group=group)
+    if hopper:
+        from pallas_kernels.hopper_int4 import int4_experts
+
+        return int4_experts(x, *flat, sizes, group=group)
     at_once = max(1, PIECE // (F * D * x.dtype.itemsize))
     out = None if at_once >= E else jnp.zeros((M, F), x.dtype)
     for first in range(0, E, at_once):

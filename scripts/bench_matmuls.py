@@ -95,12 +95,24 @@ def expert_ways(kind, D):
     if kind == "bf16":
         return {"bf16": pk.grouped_matmul}
     if kind == "int4":
-        return {"int4": functools.partial(pk.int4_grouped, group=GROUP)}
+        from pallas_kernels.hopper_int4 import int4_experts
+        from pallas_kernels.int4_few import int4_few
+
+        out = {"int4": functools.partial(pk.int4_grouped, group=GROUP)}
+        for name, kernel in (("int4 by integers", int4_few), ("int4 by wgmma", int4_experts)):
+            out[name] = functools.partial(_flat, kernel)
+        return out
 
     def run(x, weight, scale, *rest):
         return pk.grouped_eight_bit(x, weight, scale, rest[-1], *rest[:-1], **eight(kind, D))
 
     return {kind: run}
+
+
+def _flat(kernel, x, tiles, scale, zero, sizes):
+    """A kernel that takes experts' matrices side by side."""
+    scale, zero = (a.reshape(len(a), -1) for a in (scale, zero))
+    return kernel(x, tiles.reshape(-1, *tiles.shape[2:]), scale, zero, sizes, group=GROUP)
 
 
 def chain(way, total, x, matrices, calls, extra=()):

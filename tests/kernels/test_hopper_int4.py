@@ -5,6 +5,7 @@ tested in test_int4_interpreted.py, and the whole on a GPU in test_int4_matmul.p
 """
 
 import functools
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from jax import lax
 
 from pallas_kernels import int4_tiles
+from pallas_kernels.int4_mma import int4_untile
 
 
 @pytest.fixture
@@ -22,8 +24,8 @@ def hopper_int4(monkeypatch):
     params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     plgpu, made, scratch = module.plgpu, module._kernel, []
 
-    def with_scratch(how, T, D, F, group, dtype, *types):
-        kernel, memory = made(how, T, D, F, group, dtype, *types)
+    def with_scratch(how, T, D, F, group, dtype, *types, **of):
+        kernel, memory = made(how, T, D, F, group, dtype, *types, **of)
 
         def run(*refs):
             scratch[:] = refs[-1:]
@@ -41,10 +43,10 @@ def hopper_int4(monkeypatch):
         plgpu.wgmma_wait(0)
 
     monkeypatch.setattr(module, "cores", lambda: 4)
-    monkeypatch.setattr(module, "_unit", unit)
-    monkeypatch.setattr(module, "_put", put)
-    monkeypatch.setattr(module, "_give", give)
-    monkeypatch.setattr(module, "_gate", gate)
+    monkeypatch.setattr(module.lanes, "unit", unit)
+    monkeypatch.setattr(module.lanes, "put", put)
+    monkeypatch.setattr(module.lanes, "give", give)
+    monkeypatch.setattr(module.lanes, "gate", gate)
     monkeypatch.setattr(module, "_kernel", with_scratch)
     monkeypatch.setattr(plgpu, "wgmma", from_memory)
     monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=params.InterpretGPUParams()))
@@ -52,7 +54,7 @@ def hopper_int4(monkeypatch):
 
 
 def unit(dtype, scale_dtype, group, words, *ends):
-    """`hopper_int4._unit` by the definition, without arrays that are no arguments; words [4, 128] of 4 tiles."""
+    """`hopper_lanes.unit` by the definition, without arrays that are no arguments; words [4, 128] of 4 tiles."""
     shape = (4, 8, 4, 2, 2, 2, 2, 2)  # tile, row, lane, half unit, word, input half, row half, which of a pair
     part = [lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (5, 6, 7)]
     words = lax.bitcast_convert_type(words[...], jnp.uint32).reshape(*shape[:5], 1, 1, 1)
@@ -64,7 +66,7 @@ def unit(dtype, scale_dtype, group, words, *ends):
     return values.astype(dtype)
 
 
-def put(out, begin, target):
+def put(out, begin, target, together):
     target[...] = out[:, begin : begin + target.shape[0]].T
 
 
@@ -119,3 +121,48 @@ def test_gated(hopper_int4, monkeypatch, tokens):
     found = np.asarray(matmul(*arrays, group=128, how=hopper_int4.How(tokens, 64), gated=True)).astype(float)
     want = y[:, :320] / (1 + np.exp(-y[:, :320])) * y[:, 320:]
     assert np.linalg.norm(found - want) < 1e-2 * np.linalg.norm(want)
+
+
+def plan(sizes, most, tokens):
+    """`hopper_int4._plan` by the definition."""
+    rows, end = [], 0
+    for expert, size in enumerate(np.asarray(sizes)):
+        start, end = end, end + int(size)
+        rows += [(expert, at, start, end) for at in range(start // 8 * 8, end if size else 0, tokens)]
+    assert len(rows) <= most
+    return jnp.asarray([(len(rows), 0, 0, 0), *rows, *[(-1,) * 4] * (most - len(rows))], jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "sizes, how",
+    [
+        ((5, 0, 30, 1), (16, 128)),  # blocks with two experts' tokens, several of one expert, none
+        ((0, 0, 3, 0), (16, 64)),  # fewer blocks than cores
+        ((40, 41, 7, 0), (32, 128)),
+        ((70, 3, 0, 59), (64, 64)),  # two pieces a block
+    ],
+)
+def test_experts(hopper_int4, monkeypatch, sizes, how):
+    monkeypatch.setattr(hopper_int4, "_planned", plan)
+    D, F, E, group = 256, 128, len(sizes), 64
+    (x, tiles, scale, zero), _ = case(sum(sizes), D, E * F, group)
+    values = np.asarray(values_of(tiles, scale, zero, group)).reshape(D, E, F)
+    start = np.cumsum((0, *sizes))
+    want = np.concatenate([np.asarray(x[a:b], float) @ values[:, e] for e, (a, b) in enumerate(pairwise(start))])
+    matmul = hopper_int4.int4_experts.__wrapped__
+    found = np.asarray(matmul(x, tiles, scale, zero, jnp.asarray(sizes), group=group, how=hopper_int4.How(*how)))
+    assert np.linalg.norm(found.astype(float) - want) < 1e-2 * np.linalg.norm(want)
+
+
+def values_of(tiles, scale, zero, group):
+    """The values [D, F] of a matrix."""
+    q = np.asarray(int4_untile(tiles)).astype(float)
+    return (q - np.repeat(np.asarray(zero, float), group, 0)) * np.repeat(np.asarray(scale, float), group, 0)
+
+
+@pytest.mark.parametrize("M, E", [(1, 2), (8, 128), (100, 8), (1024, 128), (32768, 128), (8192, 8), (4096, 3)])
+def test_experts_tokens_all_have_a_block(hopper_int4, M, E):
+    rng, how = np.random.default_rng(M), hopper_int4.chosen_of_experts(M, E, 256)
+    most = hopper_int4.most_blocks(M, E, how.tokens)
+    for share in (np.ones(E) / E, rng.dirichlet(np.full(E, 0.1)), np.eye(E)[E // 2]):
+        plan(rng.multinomial(M, share), most, how.tokens)

@@ -61,7 +61,7 @@ def test_hopper_unit(dtype, scale_dtype, group):
     pytest.importorskip("jax.experimental.mosaic.gpu")
     from jax.experimental.mosaic.gpu import WGMMA_LAYOUT
 
-    from pallas_kernels import hopper_int4
+    from pallas_kernels import hopper_lanes
 
     m, shape = Matrix(64, 64, group, scale_dtype), (64, 64)
     arrays = [np.array(tiles(jnp.asarray(m.q)))]  # then zero, scale of the first half, those of the second
@@ -70,7 +70,7 @@ def test_hopper_unit(dtype, scale_dtype, group):
     thread = np.arange(128, dtype=np.int32)
     row = thread // 32 * 16 + thread % 32 // 4
     inputs = [thread * 16, *((at[i] + row * a.itemsize).astype(np.int32) for i, a in enumerate(arrays) if i)]
-    text = hopper_int4._values(jnp.dtype(dtype).name, jnp.dtype(scale_dtype).name, group)
+    text = hopper_lanes._values(jnp.dtype(dtype).name, jnp.dtype(scale_dtype).name, group)
     kinds = ",".join(["=&r"] * 16 + ["r"] * len(inputs)) + ",~{memory}"
     found = np.stack(asm.run(text, kinds, inputs, shared=asm.Memory(*arrays, at=at)), 1)  # [threads, registers]
 
@@ -90,12 +90,12 @@ def test_hopper_unit(dtype, scale_dtype, group):
 def test_silu(dtype):
     """Of values that no exponential of float32 has room for, too."""
     pytest.importorskip("jax.experimental.mosaic.gpu")
-    from pallas_kernels import hopper_int4
+    from pallas_kernels import hopper_lanes
 
     gate, up = np.random.default_rng(0).normal(scale=4, size=(2, 64)).astype(dtype)
     gate[:4] = [-200, 200, 0, -20]
     words = [a.view(np.uint32) for a in (gate, up)]
-    (found,) = asm.run(hopper_int4._silu(jnp.dtype(dtype).name), "=r,r,r", words)
+    (found,) = asm.run(hopper_lanes._silu(jnp.dtype(dtype).name), "=r,r,r", words)
     gate, up = gate.astype(np.float64), up.astype(np.float64)
     want = gate / (1 + np.exp(-gate)) * up
     np.testing.assert_allclose(found.view(dtype).astype(np.float64), want, rtol=jnp.finfo(dtype).eps, atol=1e-6)
