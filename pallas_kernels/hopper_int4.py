@@ -1,11 +1,12 @@
-"""int4 matmuls for Hopper, for as many tokens as fill a wgmma: one warpgroup loads by TMA, two others multiply.
+"""int4 matmuls for Hopper, for as many tokens as fill a wgmma: one warpgroup loads by TMA, two or four others multiply.
 
-The tiles are those of int4_mma.py, which fit wgmma's first operand too.  Letters as there; a block has 128 outputs, 64
-a warpgroup, of some tokens.  A core takes one block after the other, and loads the next while it writes out the last.
+The tiles are those of int4_mma.py, which fit wgmma's first operand too.  Letters as there; a block has 64 outputs a
+warpgroup, of some tokens.  A core takes one block after the other, and loads the next while it writes out the last.
 Of experts' matrices a block has one expert's tokens alone; which, a kernel before it finds out (`_plan`).
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from pallas_kernels.triton_call import cdiv, cores, jit, power_of_two, tl, trito
 BLOCK = 2 * LINES  # what the number of outputs has to be a multiple of
 TOKENS = 256  # at most, of an instruction
 MEMORY = 222 << 10  # of the shared memory of a core
-STAGES = 6  # turns that are loaded at a time, at most
+STAGES, STAGES_OF_MANY = 8, 6  # turns that are loaded at a time, at most; of blocks of more tokens than `FEW`
 SIDE = 4  # blocks of other tokens that go through the outputs side by side, about
 
 
@@ -33,19 +34,24 @@ class How(NamedTuple):
     tokens: int  # of a block, a multiple of 16
     inputs: int = 64  # of a turn
     split: int = 1  # parts of the inputs, which are summed up afterwards
+    workers: int = 2  # warpgroups that multiply: 4 read more at a time, and have room for 64 tokens
 
 
-# Microseconds on an H200: a turn of 64 inputs by what it loads, and by what it multiplies (either is a start and so
-# much for a token); a block, beside its turns; the launch; summing up the parts, and a MB of them.
-LOADED, MULTIPLIED, BLOCK_ENDS, LAUNCH, SUM, SUM_OF_MB = (0.194, 0.0017), (0.1, 0.0024), 1.3, 1.0, 1.85, 0.14
+# Microseconds on an H200: the launch, by how many warpgroups multiply; likewise a turn of 64 inputs by what it loads,
+# and a turn by what it multiplies (either is a start and so much for a token); a block, beside its turns; summing up
+# the parts, and a MB of them.
+LAUNCH, LOADED, MULTIPLIED = {2: 1.0, 4: 2.5}, {2: (0.194, 0.0017), 4: (0.35, 0.0032)}, (0.1, 0.0024)
+BLOCK_ENDS, SUM, SUM_OF_MB = 1.3, 1.85, 0.14
+FEW = 64  # tokens of a block of four warpgroups, at most
 
 
-def _microseconds(T, D, F, tokens, split):
-    """About what a matmul takes, by blocks of so many tokens and parts of the inputs; a core has one at a time."""
-    rounds = cdiv(F // BLOCK * cdiv(T, tokens) * split, cores())
-    turn = max(start + each * tokens for start, each in (LOADED, MULTIPLIED))
+def _microseconds(T, D, F, tokens, split, workers):
+    """About what a matmul takes, by blocks of so many tokens, parts of the inputs, and warpgroups; a core has one block
+    at a time."""
+    rounds = cdiv(F // (LINES * workers) * cdiv(T, tokens) * split, cores())
+    turn = max(start + each * tokens for start, each in (LOADED[workers], MULTIPLIED))
     parts = SUM + SUM_OF_MB * split * T * F * 8e-6 if split > 1 else 0
-    return LAUNCH + rounds * (D // UNIT // split * turn + BLOCK_ENDS) + parts
+    return LAUNCH[workers] + rounds * (D // UNIT // split * turn + BLOCK_ENDS) + parts
 
 
 def chosen(T, D, F, group):
@@ -55,8 +61,18 @@ def chosen(T, D, F, group):
     least = cdiv(T, TOKENS)
     shares = (cdiv(T, n) for n in range(least, max(least, min(cdiv(T, 64), least + 4)) + 1))
     shares = dict.fromkeys(cdiv(t, 32) * 32 if t > 64 else cdiv(t, 16) * 16 for t in shares)
-    tokens, split = min(((t, s) for t in shares for s in splits), key=lambda how: _microseconds(T, D, F, *how))
-    return How(tokens, 128 if D % 128 == 0 and tokens <= 128 else 64, split)
+    ways = [(t, s, w) for t in shares for s in splits for w in _workers(t, D, F)]
+    tokens, split, workers = min(ways, key=lambda way: _microseconds(T, D, F, *way))
+    return How(tokens, _inputs(D, tokens), split, workers)
+
+
+def _inputs(D, tokens):
+    return 128 if D % 128 == 0 and tokens <= 128 else 64
+
+
+def _workers(tokens, D, F):
+    """How many warpgroups may multiply."""
+    return (2, 4) if tokens <= FEW and F % (4 * LINES) == 0 and D % 128 == 0 else (2,)
 
 
 @functools.partial(jax.jit, static_argnames=("group", "dtype", "how", "gated"))
@@ -75,7 +91,8 @@ def int4_wgmma(x, tiles, scale, zero, *, group, dtype=None, how=None, gated=Fals
     out_type = jnp.dtype(jnp.float32) if how.split > 1 else dtype
     kernel, memory = _kernel(how, x.shape[0], D, F, group, x.dtype, scale.dtype, out_type, gated)
     new = jax.ShapeDtypeStruct((how.split, x.shape[0], F // (1 + gated)), out_type)
-    out = _run(kernel, memory, new, F // BLOCK * cdiv(T, how.tokens) * how.split, x, tiles, scale, zero)
+    count = F // (LINES * how.workers) * cdiv(T, how.tokens) * how.split
+    out = _run(how, kernel, memory, new, count, x, tiles, scale, zero)
     out = out[0] if how.split == 1 else out.sum(0)
     return out[:T].astype(dtype)
 
@@ -89,12 +106,13 @@ def int4_experts(x, tiles, scale, zero, sizes, *, group, how=None):
     """
     (M, D), E = x.shape, sizes.shape[0]
     F = scale.shape[1] // E
-    how = how or chosen_of_experts(M, E, D)
+    how = how or chosen_of_experts(M, E, D, F)
     x, most = _padded(x, how.tokens), most_blocks(M, E, how.tokens)
     kernel, memory = _kernel(how, x.shape[0], D, F, group, x.dtype, scale.dtype, x.dtype, experts=True)
     new = jax.ShapeDtypeStruct((1, x.shape[0], F), x.dtype)
     plan = _planned(sizes, most, how.tokens)
-    return _run(kernel, memory, new, F // BLOCK * most, x, tiles, scale, zero, plan)[0, :M]
+    count = F // (LINES * how.workers) * most
+    return _run(how, kernel, memory, new, count, x, tiles, scale, zero, plan)[0, :M]
 
 
 def _padded(x, tokens):
@@ -102,13 +120,13 @@ def _padded(x, tokens):
     return jnp.pad(x, ((0, max(tokens, cdiv(x.shape[0], 8) * 8) - x.shape[0]), (0, 0)))
 
 
-def _run(kernel, memory, out_type, blocks, *arrays):
+def _run(how, kernel, memory, out_type, blocks, *arrays):
     return plgpu.kernel(
         kernel,
         out_type=out_type,
         grid=(min(cores(), blocks),),
         grid_names=("core",),
-        num_threads=3,
+        num_threads=how.workers + 1,
         thread_name="warpgroup",
         scratch_types=memory,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -157,30 +175,46 @@ def _planned(sizes, most, tokens):
     return plan
 
 
-def chosen_of_experts(M, E, D):
-    """How it should be done soonest: the longest blocks that few experts leave empty for the most part."""
+TURNS = {16: 0.2, 32: 0.22, 64: 0.28, 96: 0.37, 128: 0.46, 192: 0.64, 256: 0.8}  # microseconds by tokens, for 128 lines
+
+
+def chosen_of_experts(M, E, D, F):
+    """How it should be done soonest, if experts' numbers of tokens have a standard deviation of half of their mean."""
     mean = M / min(M, E)
-    turns = {t: max(start + each * t for start, each in (LOADED, MULTIPLIED)) for t in (16, 32, 64, 96, 128, 192, 256)}
-    tokens = min(turns, key=lambda t: max(1, mean / t + 0.5) * turns[t])
-    return How(tokens, 128 if D % 128 == 0 and tokens <= 128 else 64)
+    spread = math.sqrt(2 * ((mean / 2) ** 2 + 5))  # with what blocks begin before their tokens
+
+    def blocks(tokens):
+        """Of an expert, about: the chances that it has a first, a second, ..."""
+        ends = range(tokens, int(3 * mean) + tokens, tokens)
+        return 1 + sum(math.erfc((end - mean - 3.5) / spread) / 2 for end in ends)
+
+    tokens = min(TURNS, key=lambda t: blocks(t) * TURNS[t])
+    return How(tokens, _inputs(D, tokens), workers=_workers(tokens, D, F)[-1])
 
 
 def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False, experts=False):
     """The kernel, and what it has of shared memory and barriers.
 
-    Gated: the first warpgroup's outputs are of the first half, the other's of the second; of every two pieces each
-    warpgroup finishes one, and gives the other its sums of the other one.  Experts: one argument more, of `_plan`.
+    Gated: the first warpgroups' outputs are of the first half, the others' of the second; two whose outputs belong
+    together are partners: of every two pieces each finishes one, and gives the other its sums of the other one.
+    Experts: one argument more, of `_plan`.
     """
-    tokens, inputs, split = how
+    tokens, inputs, split, workers = how
+    block, firsts = LINES * workers, workers // 2
     turns, units, rows = D // inputs // split, inputs // UNIT, max(1, inputs // group)
     fits = (n for n in ((8, 16, 32) if gated else (16, 32, 48, 64)) if tokens % (n * (1 + gated)) == 0)
     piece, halves = max(fits), 1 + gated  # tokens whose results are written at a time; where outputs are taken from
-    room = MEMORY - 2 * piece * BLOCK * out_type.itemsize * halves
-    stages = min(STAGES, turns, room // (tokens * inputs * 2 + BLOCK * (inputs // 2 + halves * rows * 3)))
-    assert stages >= min(turns, 2)  # a turn is freed in the next one
-    blocks, outputs = cdiv(T, tokens), F // BLOCK
+    room = MEMORY - 2 * piece * block * out_type.itemsize * halves
+    most = min(STAGES, turns, room // (tokens * inputs * 2 + block * (inputs // 2 + halves * rows * 3)))
+    assert most >= min(turns, 2)  # a turn is freed in the next one
+    # A remainder of anything but a power of two takes 20 instructions, which matters where there is little to multiply.
+    stages = power_of_two(most + 1) // 2 if tokens <= FEW else min(most, STAGES_OF_MANY)
+    blocks, outputs = cdiv(T, tokens), F // block
     side = max(n for n in range(1, 2 * SIDE) if blocks % n == 0)
     together = 1 if experts else 8  # tokens that are written at least
+
+    def slot_of(step):
+        return step & (stages - 1) if stages & (stages - 1) == 0 else lax.rem(step, stages)
 
     def kernel(x_ref, tiles_ref, scale_ref, zero_ref, *refs):
         plan_ref, refs = (refs[0], refs[1:]) if experts else (None, refs)
@@ -210,7 +244,7 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False, expe
 
             def turn(k, _):
                 step, k = before + k, part * turns + k
-                slot = lax.rem(step, stages)
+                slot = slot_of(step)
 
                 @pl.when(step >= stages)
                 def _():
@@ -221,23 +255,23 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False, expe
                 x_at = x_ref.at[pl.ds(begin, tokens), pl.ds(k * inputs, inputs)]
                 plgpu.copy_gmem_to_smem(x_at, x_in.at[slot], at)
                 for h in range(halves):
-                    count = BLOCK // ROWS // halves
+                    count = block // ROWS // halves
                     tile = expert * (F // ROWS) + h * (F // 2 // ROWS) + n * count
                     tiles_at = tiles_ref.at[pl.ds(tile, count), pl.ds(k * units, units)]
                     plgpu.copy_gmem_to_smem(tiles_at, words.at[slot, pl.ds(h * count, count)], at)
-                    # Of a half 64 lines are wanted, and stand where they would without halves.
-                    lines = pl.ds(expert * F + h * (F // 2 - LINES) + n * (BLOCK // halves), BLOCK)
+                    # Of a half's lines only half are wanted, and stand where they would without halves.
+                    lines = pl.ds(expert * F + h * (F // 2 - block // 2) + n * (block // halves), block)
                     plgpu.copy_gmem_to_smem(scale_ref.at[pl.ds(row, rows), lines], scales.at[slot, h], at)
                     plgpu.copy_gmem_to_smem(zero_ref.at[pl.ds(row, rows), lines], zeros.at[slot, h], at)
 
             lax.fori_loop(0, turns, turn, None)
 
         def multiply(before, n, part, m):
-            mine, half = pl.ds(warpgroup * LINES, LINES), warpgroup if gated else 0
+            mine, half = pl.ds(warpgroup * LINES, LINES), lax.div(warpgroup, firsts) if gated else 0
 
             def turn(k, acc):
                 """Computes a unit's values while the one before is multiplied."""
-                slot = lax.rem(before + k, stages)
+                slot = slot_of(before + k)
                 plgpu.barrier_wait(filled.at[slot])
                 for u in range(units):
                     first, second = (64 * u // group, (64 * u + 32) // group) if inputs >= group else (0, 0)
@@ -249,7 +283,7 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False, expe
 
                         @pl.when(k > 0)
                         def _():
-                            plgpu.barrier_arrive(free.at[lax.rem(before + k - 1, stages)])
+                            plgpu.barrier_arrive(free.at[slot_of(before + k - 1)])
 
             def scoped(acc):
                 # wgmma reads registers until it is done: with two units in the loop each has its own.
@@ -263,7 +297,7 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False, expe
                 if turns % several:
                     turn(turns - 1, acc)
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(free.at[lax.rem(before + turns - 1, stages)])
+                plgpu.barrier_arrive(free.at[slot_of(before + turns - 1)])
                 finish(acc[...].astype(out_type), n, part, m)
 
             pl.run_scoped(scoped, plgpu.ACC((LINES, tokens), jnp.float32))
@@ -271,14 +305,16 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False, expe
         def finish(out, n, part, m):
             for p in range(tokens // (piece * halves)):
                 values, first = out, p * piece
-                token, line = m * tokens + first, n * BLOCK + warpgroup * LINES
+                token, line = m * tokens + first, n * block + warpgroup * LINES
                 if gated:
                     sums, given = gate
-                    begin, first = 2 * p * piece, 0
-                    token, line = m * tokens + begin + warpgroup * piece, n * LINES
-                    lanes.give(out, begin, sums.at[warpgroup, p % 2])
+                    begin, first, half = 2 * p * piece, 0, lax.div(warpgroup, firsts)
+                    partner = warpgroup + firsts * (1 - 2 * half)
+                    token = m * tokens + begin + half * piece
+                    line = n * (block // 2) + lax.rem(warpgroup, firsts) * LINES
+                    lanes.give(out, begin, sums.at[warpgroup, p % 2], firsts)
                     meet(given)  # what has been read there, two pieces ago, was so before the one between was given
-                    values = lanes.gate(out, begin, sums.at[1 - warpgroup, p % 2])
+                    values = lanes.gate(out, begin, sums.at[partner, p % 2], firsts)
                 plgpu.wait_smem_to_gmem(min(p, 1), wait_read_only=True)
                 lanes.put(values, first, results.at[warpgroup, p % 2], together)
                 plgpu.commit_smem()
@@ -311,20 +347,20 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False, expe
 
         if experts:
             idle = lax.axis_index("core") >= plan_ref[0, 0] * outputs
-            pl.when(~idle)(lambda: warpgroups.run(warpgroup, each_planned, load, multiply, free))
+            pl.when(~idle)(lambda: warpgroups.run(warpgroup, each_planned, load, multiply, free, workers))
         else:
-            warpgroups.run(warpgroup, each, load, multiply, free)
+            warpgroups.run(warpgroup, each, load, multiply, free, workers)
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    gate = (plgpu.SMEM((2, 2, LINES, piece), out_type), plgpu.Barrier(num_arrivals=2)) if gated else ()
+    gate = (plgpu.SMEM((workers, 2, LINES, piece), out_type), plgpu.Barrier(num_arrivals=workers)) if gated else ()
     return kernel, (
         plgpu.SMEM((stages, tokens, inputs), dtype, transforms=tiled),
-        plgpu.SMEM((stages, BLOCK // ROWS, units, WORDS), jnp.int32),
-        plgpu.SMEM((stages, halves, rows, BLOCK), scale_dtype),
-        plgpu.SMEM((stages, halves, rows, BLOCK), jnp.uint8),
-        plgpu.SMEM((2, 2, piece, LINES), out_type, transforms=lanes.rows(out_type, together)),
+        plgpu.SMEM((stages, block // ROWS, units, WORDS), jnp.int32),
+        plgpu.SMEM((stages, halves, rows, block), scale_dtype),
+        plgpu.SMEM((stages, halves, rows, block), jnp.uint8),
+        plgpu.SMEM((workers, 2, piece, LINES), out_type, transforms=lanes.rows(out_type, together)),
         plgpu.Barrier(num_arrivals=1 + 3 * halves, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
         *gate,
     )
 

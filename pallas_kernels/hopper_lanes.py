@@ -172,12 +172,12 @@ def _silu(dtype):
     return text + f"cvt.rn.{kind}x2.f32 $0, g1, g0;\n}}"
 
 
-def _two_pieces(out, begin, count):
-    """Registers [2 * count / 8] of the piece that this warpgroup finishes, then of the other's: the first one's is the
-    first of the two that begin at token `begin`.  And whether it is the first.
+def _two_pieces(out, begin, count, firsts):
+    """Registers [2 * count / 8] of the piece that this warpgroup finishes, then of its partner's: the first of the two
+    that begin at token `begin` is the first one's.  And whether it is the first: one of the `firsts` lowest.
     """
     i32, const, *_ = _lane()
-    first = arith.cmpi(arith.CmpIPredicate.ult, mgpu_utils.thread_idx(), const(128))
+    first = arith.cmpi(arith.CmpIPredicate.ult, mgpu_utils.thread_idx(), const(128 * firsts))
     registers = out.registers.reshape(out.shape[1] // 8, 2)[begin // 8 : (begin + 2 * count) // 8]
     near, far = ([llvm.bitcast(i32, r) for r in half.flat] for half in np.split(registers, 2))
     pairs = list(zip(near, far, strict=True))
@@ -186,15 +186,15 @@ def _two_pieces(out, begin, count):
 
 
 def _place(ref, count):
-    """Where `count` of a lane's registers stand while they wait for the other warpgroup."""
+    """Where `count` of a lane's registers stand while they wait for the partner."""
     i32, const, *_ = _lane()
     thread = arith.remui(mgpu_utils.thread_idx(), const(128))
     base = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(ref))
     return arith.addi(base, arith.muli(thread, const(4 * count)))
 
 
-def give(out, begin, target):
-    """Of the two pieces from token `begin` on, the one that the other warpgroup finishes goes to target [64, tokens].
+def give(out, begin, target, firsts):
+    """Of the two pieces from token `begin` on, the one that the partner finishes goes to target [64, tokens].
 
     Lanes of both have the same places in their matrices, so that it stands there as a lane has it.
     """
@@ -202,7 +202,7 @@ def give(out, begin, target):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
     def leave(_, out, target):
-        values = _two_pieces(out, begin, count)[1]
+        values = _two_pieces(out, begin, count, firsts)[1]
         n = min(4, len(values))  # of an instruction
         at, (several, kinds) = _place(target, n), _several(1, n)
         for j in range(0, len(values), n):
@@ -212,8 +212,8 @@ def give(out, begin, target):
     leave(out, target)
 
 
-def gate(out, begin, theirs):
-    """silu(gate) * up [64, tokens] of this warpgroup's piece: the first has the gate, and theirs (`give`) is up."""
+def gate(out, begin, theirs, firsts):
+    """silu(gate) * up [64, tokens] of this warpgroup's piece: the `firsts` have the gate, theirs (`give`) is up."""
     count = theirs.shape[1]
     text = _silu(jnp.dtype(out.dtype).name)
 
@@ -222,7 +222,7 @@ def gate(out, begin, theirs):
         return_type=plgpu.ShapeDtypeStruct((LINES, count), out.dtype, layout=plgpu.Layout.WGMMA),
     )
     def finish(_, out, theirs):
-        mine, _, first = _two_pieces(out, begin, count)
+        mine, _, first = _two_pieces(out, begin, count, firsts)
         n = min(4, len(mine))
         at, several, kinds = _place(theirs, n), _several(0, n)[0], ",".join(["=r"] * n)
         i32 = ir.IntegerType.get_signless(32)

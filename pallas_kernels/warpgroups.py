@@ -1,21 +1,21 @@
-"""How the matmuls for Hopper share their work out: one warpgroup loads by TMA, two others multiply."""
+"""How the matmuls for Hopper share their work out: one warpgroup loads by TMA, two or four others multiply."""
 
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-LOADING, MULTIPLYING = 40, 232  # registers of a lane
-# More than what all have been given at the start would be waited for without an end.
-assert LOADING + 2 * MULTIPLYING <= 65536 // (128 * 3) // 8 * 8 * 3
+LOADING, MULTIPLYING = 40, {2: 232, 4: 104}  # registers of a lane, by how many multiply
+for count, registers in MULTIPLYING.items():  # more than what all had at the start would be waited for without an end
+    assert LOADING + count * registers <= 65536 // (128 * (count + 1)) // 8 * 8 * (count + 1)
 
 
-def run(warpgroup, each, load, multiply, free):
-    """Calls each(load) in the last of three warpgroups and each(multiply) in the others; `warpgroup` is where this is.
+def run(warpgroup, each, load, multiply, free, count=2):
+    """Calls each(multiply) in `count` warpgroups and each(load) in the one after them; `warpgroup` is where this is.
 
     each(body) calls a body for each block of the result.  free: barriers, one a stage, that tell the loader that what
     it has loaded is used up: of every one the last word comes when nothing more is loaded.
     """
 
-    @pl.when(warpgroup == 2)
+    @pl.when(warpgroup == count)
     def _():
         plgpu.set_max_registers(LOADING, action="decrease")
         each(load)
@@ -24,8 +24,8 @@ def run(warpgroup, each, load, multiply, free):
         def _(slot):
             plgpu.barrier_wait(free.at[slot])
 
-    @pl.when(warpgroup < 2)
+    @pl.when(warpgroup < count)
     def _():
-        plgpu.set_max_registers(MULTIPLYING, action="increase")
+        plgpu.set_max_registers(MULTIPLYING[count], action="increase")
         each(multiply)
         plgpu.wait_smem_to_gmem(0)

@@ -75,13 +75,13 @@ def piece(out, begin, of, count):
     return lax.dynamic_slice(out, (0, begin + of * count), (out.shape[0], count))
 
 
-def give(out, begin, target):
-    target[...] = piece(out, begin, 1 - lax.axis_index("warpgroup"), target.shape[1])
+def give(out, begin, target, firsts):
+    target[...] = piece(out, begin, 1 - lax.axis_index("warpgroup") // firsts, target.shape[1])
 
 
-def gate(out, begin, theirs):
-    first = lax.axis_index("warpgroup") == 0
-    mine, theirs = piece(out, begin, lax.axis_index("warpgroup"), theirs.shape[1]), theirs[...]
+def gate(out, begin, theirs, firsts):
+    first = lax.axis_index("warpgroup") < firsts
+    mine, theirs = piece(out, begin, lax.axis_index("warpgroup") // firsts, theirs.shape[1]), theirs[...]
     gate, up = jnp.where(first, mine, theirs), jnp.where(first, theirs, mine)
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(out.dtype)
 
@@ -91,6 +91,8 @@ CASES = [  # T, D, F, group, stages, what is other than 32 tokens
     (72, 256, 256, 32, 3, {"split": 2}),
     (9, 192, 128, 64, 3, {"tokens": 16}),  # an odd number of turns
     (20, 64, 256, 64, 3, {"tokens": 16}),  # one
+    (40, 256, 512, 64, 2, {"inputs": 128, "workers": 4}),
+    (150, 384, 256, 64, 3, {"tokens": 96}),  # three stages, no power of two
 ]
 
 
@@ -113,13 +115,15 @@ def test_blocks_and_turns(hopper_int4, monkeypatch, T, D, F, group, stages, othe
     assert np.linalg.norm(found - want) < 5e-3 * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize("tokens", [16, 32, 96, 128])  # one piece a warpgroup, a larger one, three, two
-def test_gated(hopper_int4, monkeypatch, tokens):
+@pytest.mark.parametrize(  # one piece a warpgroup, a larger one, three, two
+    "tokens, workers", [(16, 2), (32, 2), (96, 2), (128, 2), (32, 4)]
+)
+def test_gated(hopper_int4, monkeypatch, tokens, workers):
     monkeypatch.setattr(hopper_int4, "STAGES", 2)
-    arrays, y = case(tokens + 8, 128, 640, 128)  # a core has several blocks
-    matmul = hopper_int4.int4_wgmma.__wrapped__
-    found = np.asarray(matmul(*arrays, group=128, how=hopper_int4.How(tokens, 64), gated=True)).astype(float)
-    want = y[:, :320] / (1 + np.exp(-y[:, :320])) * y[:, 320:]
+    arrays, y = case(tokens + 8, 128, F := 320 * workers, 128)  # a core has several blocks
+    matmul, how = hopper_int4.int4_wgmma.__wrapped__, hopper_int4.How(tokens, 64, workers=workers)
+    found = np.asarray(matmul(*arrays, group=128, how=how, gated=True)).astype(float)
+    want = y[:, : F // 2] / (1 + np.exp(-y[:, : F // 2])) * y[:, F // 2 :]
     assert np.linalg.norm(found - want) < 1e-2 * np.linalg.norm(want)
 
 
@@ -138,13 +142,13 @@ def plan(sizes, most, tokens):
     [
         ((5, 0, 30, 1), (16, 128)),  # blocks with two experts' tokens, several of one expert, none
         ((0, 0, 3, 0), (16, 64)),  # fewer blocks than cores
-        ((40, 41, 7, 0), (32, 128)),
+        ((40, 41, 7, 0), (32, 128, 1, 4)),
         ((70, 3, 0, 59), (64, 64)),  # two pieces a block
     ],
 )
 def test_experts(hopper_int4, monkeypatch, sizes, how):
     monkeypatch.setattr(hopper_int4, "_planned", plan)
-    D, F, E, group = 256, 128, len(sizes), 64
+    D, F, E, group = 256, 256, len(sizes), 64
     (x, tiles, scale, zero), _ = case(sum(sizes), D, E * F, group)
     values = np.asarray(values_of(tiles, scale, zero, group)).reshape(D, E, F)
     start = np.cumsum((0, *sizes))
@@ -162,7 +166,7 @@ def values_of(tiles, scale, zero, group):
 
 @pytest.mark.parametrize("M, E", [(1, 2), (8, 128), (100, 8), (1024, 128), (32768, 128), (8192, 8), (4096, 3)])
 def test_experts_tokens_all_have_a_block(hopper_int4, M, E):
-    rng, how = np.random.default_rng(M), hopper_int4.chosen_of_experts(M, E, 256)
+    rng, how = np.random.default_rng(M), hopper_int4.chosen_of_experts(M, E, 256, 256)
     most = hopper_int4.most_blocks(M, E, how.tokens)
     for share in (np.ones(E) / E, rng.dirichlet(np.full(E, 0.1)), np.eye(E)[E // 2]):
         plan(rng.multinomial(M, share), most, how.tokens)

@@ -163,6 +163,7 @@ def hopper():
 HOW = [  # D, F, group, T, dtype, what is other than what is chosen
     (2048, 2048, 128, 64, jnp.bfloat16, {"split": 1, "tokens": 32, "inputs": 64}),
     (2048, 2048, 128, 16, jnp.float16, {"split": 1}),
+    (2048, 2048, 64, 64, jnp.bfloat16, {"workers": 4}),
     (2048, 2048, 128, 300, jnp.bfloat16, {"tokens": 256, "inputs": 64, "split": 1}),
     (2048, 2048, 128, 2000, jnp.bfloat16, {"tokens": 96, "inputs": 128, "split": 1}),  # several blocks a core
     (2048, 2048, 128, 1000, jnp.bfloat16, {"tokens": 256, "inputs": 64, "split": 4}),
@@ -189,6 +190,7 @@ GATED = [  # T, D, F of each half, dtype, what is other than what is chosen
     (1000, 2048, 1024, jnp.bfloat16, {"tokens": 256, "split": 1}),
     (4099, 512, 2048, jnp.bfloat16, {}),
     (16, 2048, 320, jnp.bfloat16, {"split": 1}),
+    (64, 512, 5120, jnp.bfloat16, {"split": 1, "workers": 4}),
     (16, 2048, 320, jnp.bfloat16, {"split": 4}),  # by XLA
 ]
 
