@@ -128,10 +128,6 @@ def load(model, config, report=_quiet, progress=_quiet, guide=None, scores_only=
     report(str(plan))
     if holds := held.holds():
         report(holds)
-        unproven = sorted({how.kind for how in held.held.values() if not how.spread} - {"int4"})
-        if unproven and not runs_on_cpu(held.mesh):
-            kinds = " and ".join(unproven)
-            report(f"note: {kinds} weights have not been proven on a GPU yet; compare answers before use")
     runner = Runner(run_as, held.mesh, plan, held.dtype, held.shapes, scores_only, once)
     _compile_and_read(runner, held, report, progress)
     if (used := runner.workspace()) > plan.workspace:
