@@ -51,8 +51,7 @@ def save(params, meta: dict, folder: Path, source, progress=None) -> None:
     total, done = sum(array.nbytes for part in parts for array in part.values()), 0
     import orbax.checkpoint as ocp
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+    with _beside(folder, total) as temporary:
         new = Path(temporary) / "new"
         for i, part in enumerate(parts):
             _checkpointer().save(new / "weights" / str(i), args=ocp.args.PyTreeSave(part))
@@ -65,6 +64,21 @@ def save(params, meta: dict, folder: Path, source, progress=None) -> None:
         manifest = {"format": FORMAT, "meta": {"jaxserve": __version__} | meta, "arrays": arrays, "files": files}
         (new / "jaxserve.json").write_text(json.dumps(manifest, indent=1), "utf-8")
         os.replace(new, folder)
+
+
+def _beside(folder: Path, size: int):
+    """A temporary folder where so many bytes have room; CheckpointError where they do not: Orbax, which has threads
+    of its own, would tell of a full disk in a thousand lines."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < size:
+            raise CheckpointError(
+                f"{folder}: the weights take {size / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free there"
+            )
+        return tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: nothing can be written in {folder.parent} ({error.strerror})") from None
 
 
 def _checkpointer():

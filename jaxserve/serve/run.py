@@ -147,9 +147,8 @@ class Launcher:
         if self.engine is None or self.engine.info is None:
             self._stop_web()
             return
-        running, seconds = self.engine.inside, self.options.graceful_timeout
-        allowed = f"{count(running, 'request')} may go on for {seconds:g} s, " if running else ""
-        log.warning("stopping: %snew requests are refused; a second signal stops at once", allowed)
+        seconds = self.options.graceful_timeout  # how many requests run is known as of a while ago: not told
+        log.warning("stopping: what runs has %g s, new requests are refused; a second signal stops at once", seconds)
         self.engine.line.tell(say="drain")
         self.grace = time.monotonic() + seconds
 

@@ -1,6 +1,7 @@
 """Where a model keeps its tokenizer: the files of a Hugging Face folder, or the metadata of a GGUF file."""
 
 import json
+import os
 from pathlib import Path
 
 import tokenizers
@@ -17,6 +18,7 @@ INTERNLM2_TOKENS = {  # older checkpoints name them only in code, which is not r
     92543: "<|im_start|>",
 }
 LARGEST = 256 << 20  # bytes of tokenizer.json, which take ten times as much when they are read
+OTHERS = ("vocab.*", "merges.txt", "*.model", "*.tiktoken", "*.vocab", "vocab_*.json")  # of vocabularies
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -123,12 +125,15 @@ def _from_tokenizer_model(folder: Path, settings: dict, config: dict, added: dic
 
 def _from_transformers(folder: Path) -> tokenizers.Tokenizer:
     """For vocabularies in other files (vocab.json, merges.txt): transformers knows how each family splits words."""
+    if not any(file for pattern in OTHERS for file in folder.glob(pattern)):
+        raise ValueError(f"{folder} has no tokenizer.json or tokenizer.model, nor other vocabularies; get it again")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not here
     try:
         from transformers import AutoTokenizer  # slow to import
 
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True).backend_tokenizer
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :")
         raise ValueError(
             f"{folder} has no tokenizer.json or tokenizer.model, and transformers finds no tokenizer in it: {reason}"
         ) from None

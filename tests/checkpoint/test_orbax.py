@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,17 @@ def test_nothing_is_overwritten_and_nothing_half_done_stays(saved, source, monke
     with pytest.raises(OSError, match="disk full"):
         orbax.save(params(2), {}, saved.parent / "other", source)
     assert {file.name for file in saved.parent.iterdir()} == {"out", "source"}
+
+
+def test_where_nothing_can_be_written(source, tmp_path, monkeypatch):
+    weights = {"weight": jnp.ones((512, 1024))}
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file/x: nothing can be written in .*file \\("):
+        orbax.save(weights, {}, tmp_path / "file" / "x", source)
+    monkeypatch.setattr(orbax.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    with pytest.raises(CheckpointError, match="new: the weights take 2 MiB, and 1 MiB are free there"):
+        orbax.save(weights, {}, tmp_path / "new", source)
+    assert {file.name for file in tmp_path.iterdir()} == {"file", "source"}
 
 
 def test_a_model_that_differs(saved):
