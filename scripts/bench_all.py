@@ -44,6 +44,8 @@ def main():
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--kv", type=int, nargs="*", default=[0, *KV], help="quant_policy of the caches [0 8 4]")
     options = parser.parse_args()
+    if missing := [str(model) for model in options.models if not model.is_dir()]:
+        parser.exit(2, f"no such folder: {', '.join(missing)}\n")
     options.folder.mkdir(parents=True, exist_ok=True)
     until, failed = time.monotonic() + options.seconds, []
     for policy in options.kv:

@@ -19,7 +19,7 @@ FAULTS = ("wrong_counts", "different_alone")
 
 
 def results(path):
-    """{(model, work, tp): figures}, the last of each.  ValueError names a file, and a line, that cannot be read."""
+    """{(model, work, tp): figures}, the last of each.  ValueError names a file that holds none or cannot be read."""
     found = {}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -34,6 +34,8 @@ def results(path):
                 raise ValueError(f"{path}, line {number}: not JSON, an object a line ({error})") from None
             if "work" in row:
                 found[row.get("model"), row["work"], row.get("tp", 1)] = row
+    if not found:
+        raise ValueError(f"{path} holds no results")
     return found
 
 

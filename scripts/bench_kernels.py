@@ -264,10 +264,10 @@ def main():
     parser.add_argument("--only", help="one kernel, by name")
     parser.add_argument("--reference", action="store_true", help="time the definitions at the default model's shape")
     options = parser.parse_args()
-    if not options.reference and (reason := pk.available()):
-        sys.exit(f"the kernels cannot run: {reason}; --reference times their definitions")
     if options.only not in (None, *cases(options.reference)):
-        sys.exit(f"--only is one of {', '.join(cases(options.reference))}, not {options.only}")
+        parser.error(f"--only is one of {', '.join(cases(options.reference))}, not {options.only}")
+    if not options.reference and (reason := pk.available()):
+        parser.exit(2, f"the kernels cannot run: {reason}; --reference times their definitions\n")
     chosen = []
     for name, shapes in cases(options.reference).items():
         for label, case in shapes.items() if options.only in (None, name) else ():

@@ -252,11 +252,11 @@ def main():
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--only", nargs="+", choices=BYTES, default=list(BYTES))
     options, rows = parser.parse_args(), []
-    if reason := pk.available():
-        sys.exit(f"the kernels cannot run: {reason}")
     matrices = [matrix for matrix in cases(options.model) if matrix[0].endswith(tuple(options.matrix))]
     if not matrices:
         parser.error(f"--matrix: there are {', '.join(name for name, *_ in cases(options.model))}")
+    if reason := pk.available():
+        parser.exit(2, f"the kernels cannot run: {reason}\n")
     for matrix in matrices:
         base: dict = {}  # seconds of bf16 by tokens
         for kind in dict.fromkeys(["bf16", *options.only]):

@@ -181,9 +181,9 @@ def load(parser, model, **knobs):
 
 def at_least_one(text):
     """The type of an option that counts something."""
-    if (count := int(text)) < 1:
-        raise ValueError
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
 
 
 def fit(parser, names, session_len):

@@ -10,6 +10,7 @@ values of all requests.
 """
 
 import argparse
+import itertools
 import math
 from pathlib import Path
 
@@ -25,6 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PROMPT, ANSWER = 512, 256  # tokens of a request in workloads.py
+COLOURS = {"jaxserve": "C0", "LMDeploy": "C1", "vLLM": "C2"}  # by name without version
 
 
 def curves(paths, model):
@@ -37,7 +39,7 @@ def curves(paths, model):
                 out.setdefault(row["engine"], []).append(point)
     if not out:
         raise ValueError(f"no file has figures of {model} for lat1 or batchN")
-    return {engine: sorted(points) for engine, points in sorted(out.items(), key=lambda item: item[0] != "jaxserve")}
+    return {engine: sorted(out[engine]) for engine in sorted(out, key=lambda name: (name != "jaxserve", name))}
 
 
 def limit(requests, weights, parameters, kv, bandwidth, flops):
@@ -50,9 +52,11 @@ def limit(requests, weights, parameters, kv, bandwidth, flops):
 def panel(axes, options, model, parameters, weights, kv):
     """Draws a model: so many weights, in so many bytes; kv in bytes a token."""
     found = curves(options.results, model)
+    colours, others = dict(COLOURS), itertools.count(len(COLOURS))  # others, and second versions: what comes next
     for engine, points in found.items():
         ours = engine == "jaxserve"
-        axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=2 if ours else 1, label=engine)
+        colour = colours.pop(engine.split(" ")[0], None) or f"C{next(others)}"
+        axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=2 if ours else 1, label=engine, color=colour)
         for x, y in points if ours else ():
             paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}  # the limit may cross it
             axes.annotate(

@@ -233,9 +233,11 @@ def main():
     options = parser.parse_args()
     if options.launch:
         return launch(options.launch)
-    tool = options.tool or shutil.which("compute-sanitizer") or next(filter(os.path.exists, TOOLS), None)
+    places = [options.tool] if options.tool else ["compute-sanitizer", *TOOLS]
+    tool = next(filter(None, map(shutil.which, places)), None)
     if not tool:
-        print("compute-sanitizer is not here; it comes with CUDA's toolkit", file=sys.stderr)
+        missing = "compute-sanitizer is not here; it comes with CUDA's toolkit"
+        print(f"{options.tool} is no program" if options.tool else missing, file=sys.stderr)
         return 2
     until = time.monotonic() + LIMIT
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(16) as pool:

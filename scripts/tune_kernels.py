@@ -141,6 +141,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=500, help="stop after so long [500]")
     parser.add_argument("--out", type=Path, default=tuning.TUNED, help="folder of the file to write")
     options = parser.parse_args()
+    if reason := triton_call.available():
+        parser.exit(2, f"the kernels cannot run: {reason}\n")
     deadline = time.monotonic() + options.seconds
     kind, capability = triton_call.device()
     path = tuning.path(kind)

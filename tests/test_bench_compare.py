@@ -48,7 +48,13 @@ def test_wrong_answers_and_what_is_missing_count(tmp_path):
 
 @pytest.mark.parametrize(
     "content, reason",
-    [(None, "No such file"), (b"RESULT {}\n{\n", "line 2: not JSON"), (b"\xff{", "cannot be read")],
+    [
+        (None, "No such file"),
+        (b"RESULT {}\n{\n", "line 2: not JSON"),
+        (b"\xff{", "cannot be read"),
+        (b"", "holds no results"),
+        (b"# Text\n{}\n", "holds no results"),
+    ],
 )
 def test_files_that_cannot_be_read(tmp_path, content, reason):
     """Status 1 would say that something got worse."""
