@@ -6,15 +6,28 @@ What the commands do is in `jaxserve.lite`, imported when they run.
 import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 import click
 
 from jaxserve.config import EngineConfig
-from jaxserve.options import Command, Group, Option, Value, engine_config, from_field, interruptible, mistakes, together
+from jaxserve.options import (
+    INTERRUPTED,
+    Command,
+    Group,
+    Option,
+    Value,
+    engine_config,
+    from_field,
+    interruptible,
+    mistakes,
+    together,
+)
 from jaxserve.progress import Clock, Lines
 
 PARTS = ("all", "first-half", "second-half")
@@ -143,13 +156,20 @@ class Searching(Command):
     """A command whose --search-scale may stand alone, as a flag, or have a value after it."""
 
     def parse_args(self, ctx, args):
-        spelled = []
+        spelled, other = [], None
         for number, word in enumerate(args):
             spelled.append(word)
             after = args[number + 1] if number + 1 < len(args) else ""
             if word.replace("_", "-") == "--search-scale" and after.lower() not in BOOLEANS:
                 spelled.append("true")
-        return super().parse_args(ctx, spelled)
+                other = other or after
+        try:
+            return super().parse_args(ctx, spelled)
+        except click.UsageError as error:
+            if type(error) is not click.UsageError or not other or other.startswith("-"):
+                raise
+            takes = f"--search-scale stands alone, or before True or False, not before {other!r}"
+            raise click.UsageError(f"{error.message.rstrip('.')}; {takes}", ctx) from None  # one word too many
 
 
 BOOLEANS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "1", "0")
@@ -208,7 +228,7 @@ def smooth_quant(model, quant_dtype, alpha, **given):
         def run(held, windows, folder, batch, progress):
             smooth.quantize(held, windows, folder, dtype, alpha=alpha, batch=batch, progress=progress)
 
-        make(model, given, lambda held: smooth.in_config(held.cfg, dtype), run, {"alpha": alpha})
+        make(model, given, lambda held: smooth.in_config(held.cfg, dtype), run, {"alpha": alpha}, errors_of="weights")
 
 
 @lite.command("auto-awq", cls=Searching)
@@ -269,17 +289,31 @@ def calibrate(model, **given):
         observe(model, config, calibration, tell=tell, show=shown())
 
 
-def make(model: str | None, given: dict, in_config: Callable, run: Callable, settings: dict | None = None) -> None:
+def make(model: str | None, given: dict, in_config: Callable, run: Callable, settings: dict | None = None, **more):
     """Writes a quantized folder: what the commands that make one have in common.
 
-    given: the options of CALIBRATION and ENGINE; in_config, run, settings: of a `making.Scheme`.
+    given: the options of CALIBRATION and ENGINE; in_config, run, settings, more: of a `making.Scheme`.
     """
     config, calibration = calibration_of(given)
-    with mistakes(), interruptible():
+    with mistakes(), resumable(calibration.work_dir):
         from jaxserve.lite import making
 
-        scheme = making.Scheme(in_config, run, settings or {})
+        scheme = making.Scheme(in_config, run, settings or {}, **more)
         making.make(model, config, calibration, scheme, tell=tell, show=shown())
+
+
+@contextmanager
+def resumable(work_dir: str) -> Iterator[None]:
+    """As `interruptible`, and Ctrl-C tells what the same command would go on with."""
+    from jaxserve.lite.folder import kept
+
+    def leave(*_):
+        tell("\n" + "; ".join(filter(None, ("interrupted", kept(work_dir)))))
+        os._exit(INTERRUPTED)
+
+    with interruptible():
+        signal.signal(signal.SIGINT, leave)
+        yield
 
 
 def tell(line: str) -> None:

@@ -114,12 +114,13 @@ def quantize(model, windows, folder, settings: Settings, *, batch: int = 1, prog
     clock = clock or Clock()
     with ThreadPoolExecutor(1) as writer:  # writes a layer while the next one is computed
         writing = None
-        for block in calibrate.layers(model, windows, progress, batch, both=True):
+        for block in _timed(calibrate.layers(model, windows, progress, batch, both=True), clock, "outputs"):
             if block.quick and block.index == 0:
                 with clock.stage("compiling"):
                     compile_ahead(block, settings, windows.size)
             if folder.done(block.index):
-                block.follow(layer := layout.restored(block, folder.read(block.index)))
+                with clock.stage("reading"):
+                    block.follow(layer := layout.restored(block, folder.read(block.index)))
             else:
                 made = quantized(block, settings, windows.size, clock)
                 if writing is not None:
@@ -128,13 +129,24 @@ def quantize(model, windows, folder, settings: Settings, *, batch: int = 1, prog
                 writing = writer.submit(folder.write, block.index, made.tensors, made.about)
                 if watch is not None or made.layer is None:
                     writing.result()
-                layer = made.layer or layout.restored(block, folder.read(block.index))
+                with clock.stage("reading"):
+                    layer = made.layer or layout.restored(block, folder.read(block.index))
                 block.follow(layer, made.outputs)
             if watch is not None:
                 watch(block, layer, folder.about(block.index))
         with clock.stage("writing"):
             if writing is not None:
                 writing.result()
+
+
+def _timed(blocks, clock, stage):
+    """The blocks; what making them takes belongs to a stage."""
+    while True:
+        with clock.stage(stage):
+            block = next(blocks, None)
+        if block is None:
+            return
+        yield block
 
 
 def compile_ahead(block, settings: Settings, tokens: int) -> None:

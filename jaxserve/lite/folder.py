@@ -2,13 +2,15 @@
 
 Beside the folder that will be, `.NAME.partial` collects one file for each finished layer; `finish` puts them together
 with what was not quantized, the configs and the tokenizer, and renames.  Whoever looks at the folder sees all or
-nothing, and on a CPU the same bytes whether a run was interrupted or not.  Knows no quantization format.
+nothing, and on a CPU the same bytes whether a run was interrupted or not.  What is then still to be done with the
+folder stays in `.NAME.partial` until `forget`.  Knows no quantization format.
 """
 
 import fcntl
 import json
 import os
 import shutil
+import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,7 @@ from jaxserve.checkpoint.safetensors import INDEX, read_tensor, save
 from jaxserve.text.tokenizer import Tokenizer
 
 SHARD = 2 << 30  # bytes of a safetensors file, which are in memory while it is written
+LEFT, WINDOWS = "left.json", "windows.safetensors"  # in an unfinished run's folder
 OWN = ("config.json", "generation_config.json", "tokenizer_data.json", "jaxserve.json", INDEX)  # made, not copied
 READERS, PIECE = 8, 1 << 26  # threads that read tensors, and elements that are cast at once
 PACKED = (".qweight", ".weight_packed")  # a map with such a tensor has no ".weight"
@@ -38,7 +41,8 @@ class Folder:
 
     source: the unquantized Checkpoint.  quantization_config: what config.json will say.  settings: what else the result
     depends on (a dict that JSON holds).  An unfinished run with other settings, or of files that have changed since, is
-    thrown away (`discarded`), and done again.
+    thrown away (`discarded`), and done again.  left: what `finish` was told that is still to be done with the folder,
+    where an earlier run came so far and no further; else None.
     """
 
     def __init__(self, path, source, quantization_config: dict, settings: dict | None = None):
@@ -48,19 +52,24 @@ class Folder:
             source,
             quantization_config,
         )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ValueError(f"{self.path} exists already; give another --work-dir, or remove it first")
-        self.partial = self.path.parent / f".{self.path.name}.partial"
+        self.partial = partial_of(path)
         known = {"source": str(source.path), "files": stamp(source.path), "settings": settings or {}}
         known["quantization_config"] = quantization_config
         text = json.dumps(known, indent=1, sort_keys=True)
         note = self.partial / "settings.json"
         if self.partial.is_symlink():  # what it leads to is not ours to remove
             raise ValueError(f"{self.partial} is a link; remove it, or give another --work-dir")
-        self.partial.mkdir(parents=True, exist_ok=True)
+        self.resumed, self.left = os.path.exists(note) and note.read_bytes() == text.encode(), None
+        if os.path.exists(self.path) and (not self.path.is_dir() or any(self.path.iterdir())):
+            if not (self.resumed and (self.partial / LEFT).exists()):
+                raise ValueError(f"{self.path} exists already; give another --work-dir, or remove it first")
+            self.left = json.loads((self.partial / LEFT).read_bytes())
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(path, self.partial, error) from None
         self._lock()
         found = list(self.partial.iterdir())
-        self.resumed = note.exists() and note.read_bytes() == text.encode()
         self.discarded = bool(found) and not self.resumed
         for entry in found if self.discarded else ():  # the folder itself stays, and with it the lock
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -108,8 +117,8 @@ class Folder:
         with opened(self._layer(layer)) as file:
             return json.loads((file.metadata() or {}).get("about", "{}"))
 
-    def finish(self, dtype: str = "float16", progress: Callable | None = None, extra: Mapping[str, str] | None = None):
-        """Makes the folder of what was written.  dtype: of the model; extra: more files, {name: text}.
+    def finish(self, dtype: str = "float16", progress: Callable | None = None, left: Mapping | None = None):
+        """Makes the folder of what was written.  dtype: of the model; left: what remains to be done with it, for JSON.
 
         progress(done, total) counts bytes.  Returns the path.  ValueError names a tensor that does not fit `dtype`.
         """
@@ -124,14 +133,21 @@ class Folder:
         for name, value in made.items():
             if value:
                 _write_text(new / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        for name, text in (extra or {}).items():
-            _write_text(new / name, text)
+        if left is not None:
+            _write_text(self.partial / LEFT, json.dumps(left))
         if self.path.exists():
             self.path.rmdir()  # empty
         new.chmod(0o755)
         new.rename(self.path)
-        shutil.rmtree(self.partial, ignore_errors=True)
+        if left is None:
+            self.forget()
+        for file in self.partial.glob("layer-*"):
+            file.unlink()
         return self.path
+
+    def forget(self) -> None:
+        """Nothing remains to be done."""
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def _write_tensors(self, new, dtype, progress):
         """Shards of at most SHARD bytes, with an index where there are several."""
@@ -177,6 +193,43 @@ class Folder:
                 continue
             size = int(np.prod(self.source.shape(name))) * dtype.itemsize
             yield name, lambda name=name: _cast(self.source.read(name), dtype, name), size
+
+
+def partial_of(path) -> Path:
+    """Where an unfinished run for the folder `path` keeps what it has done."""
+    path = Path(path).expanduser().absolute()
+    return path.parent / f".{path.name}.partial"
+
+
+def kept(path) -> str:
+    """What the command that makes the folder `path` would go on with, in words; "" for nothing."""
+    here = partial_of(path)
+    if (here / LEFT).exists() and os.path.exists(path := Path(path).expanduser()):
+        return f"{path} is complete but for its report, which the same command makes"
+    layers = len(list(here.glob("layer-*.safetensors")))
+    if not layers and not (here / WINDOWS).exists():
+        return ""
+    what = f"{layers} finished layer{'s' * (layers > 1)}" if layers else "the calibration text"
+    return f"kept in {here}: {what}; the same command goes on from there"
+
+
+def must_be_writable(path) -> None:
+    """OSError where no file can be made in a folder, which need not be there yet, and is not afterwards."""
+    folder = Path(path).expanduser().absolute()
+    missing = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _unwritable(path, folder, error) from None
+    finally:
+        for place in filter(os.path.exists, missing):
+            place.rmdir()
+
+
+def _unwritable(path, tried: Path, error: OSError) -> OSError:
+    where = next(place for place in (tried, *tried.parents) if os.path.exists(place))
+    return OSError(f"{path} cannot be written in {where} ({error.strerror})")
 
 
 def opened(file: Path):

@@ -20,7 +20,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.loading import open_model
 from jaxserve.lite import calibrate, report, writing
 from jaxserve.lite.evaluate import resolve
-from jaxserve.lite.folder import Folder, opened, stamp
+from jaxserve.lite.folder import WINDOWS, Folder, must_be_writable, opened, stamp
 from jaxserve.progress import Clock, Lines, bar, stages
 
 HELD_OUT = 8  # windows at most that are measured with, and not calibrated with
@@ -51,12 +51,14 @@ class Scheme(NamedTuple):
 
     in_config(held): the quantization_config for an `engine.loading.Model`, ValueError where it cannot be done;
     run(held, windows, folder, batch, progress): writes the layers into a `Folder`, and returns what is to be told of
-    that, or None; settings: what else the result depends on, for a run that goes on.
+    that, or None; settings: what else the result depends on, for a run that goes on; errors_of: what its layers' errors
+    are a share of.
     """
 
     in_config: Callable
     run: Callable
     settings: dict
+    errors_of: str = "outputs"
 
 
 def make(
@@ -79,26 +81,35 @@ def make(
         stack.enter_context(closing(held.source))
         folder, calibration = begun(held, calibration, scheme)
         stack.callback(folder.close)
-        if folder.resumed:
+        if folder.left is not None:
+            tell(f"{calibration.work_dir}: is complete but for its report, which is made now")
+        elif folder.resumed:
             tell(f"{calibration.work_dir}: an unfinished run goes on")
         elif folder.discarded:
             tell(f"{calibration.work_dir}: begun anew; an unfinished run had other settings, or other files")
         with clock.stage("text"):
             windows, kept, before = texts(path, config, calibration, folder, tell, show, measured)
-        with clock.stage("layers"), bar(held.cfg.layers, show, desc="layers", unit=" layers") as shown:
-            told = scheme.run(held, windows, folder, calibration.batch, lambda done, _: shown.update(done - shown.n))
-        if told:
-            tell(f"layers, {told}")
-        errors = [folder.about(layer).get("errors", {}) for layer in range(held.cfg.layers)]
-        with clock.stage("saving"), stages(show) as progress:
-            dtype = choose_dtype(held, folder) if config.dtype == "auto" else config.dtype
-            made = folder.finish(dtype, lambda *counts: progress("saving", *counts))
-        tell(f"{made}: written after {time.perf_counter() - clock.began:.0f} s")
-    if measured:
-        with clock.stage("report"):
-            report.write(path, made, config, kept, errors, tell, show, before)
+        if folder.left is None:
+            with clock.stage("layers"), bar(held.cfg.layers, show, desc="layers", unit=" layers") as shown:
+                told = scheme.run(
+                    held, windows, folder, calibration.batch, lambda done, _: shown.update(done - shown.n)
+                )
+            if told:
+                tell(f"layers, {told}")
+            errors = [folder.about(layer).get("errors", {}) for layer in range(held.cfg.layers)]
+            with clock.stage("saving"), stages(show) as progress:
+                dtype = choose_dtype(held, folder) if config.dtype == "auto" else config.dtype
+                left = {"errors": errors} if measured else None
+                made = folder.finish(dtype, lambda *counts: progress("saving", *counts), left)
+            tell(f"{made}: written after {time.perf_counter() - clock.began:.0f} s")
+        else:
+            errors = folder.left["errors"]
+        if measured:
+            with clock.stage("report"):
+                report.write(path, folder.path, config, kept, errors, tell, show, before, scheme.errors_of)
+        folder.forget()
     tell(str(clock))
-    return made
+    return folder.path
 
 
 def choose_dtype(held, folder) -> str:
@@ -133,7 +144,7 @@ def texts(path, config, calibration, folder, tell, show, measured=True) -> tuple
 
     Those of an unfinished run are kept in its folder.
     """
-    stored = folder.partial / "windows.safetensors"
+    stored = folder.partial / WINDOWS
     if not stored.exists():
         count = calibration.samples + held_out(calibration.samples)
         scored = held_out(count) if measured else 0
@@ -168,7 +179,7 @@ def observe(model, config, calibration: Calibration, tell=log.info, show: bool |
     with closing(held.source):
         _must_have_values(held.source)
         calibration = calibration.settled(held.mesh.devices.flat[0].platform)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        must_be_writable(calibration.work_dir)
         count, length = calibration.samples or 0, calibration.length or 0
         windows, _ = writing.windows(path, config, calibration.dataset, count, length, tell, show)
         out: dict[str, np.ndarray] = {}
@@ -177,8 +188,10 @@ def observe(model, config, calibration: Calibration, tell=log.info, show: bool |
                 for path, sizes in _sizes(block).items():
                     for name in block.tensors(path, np.zeros((1, *calibrate.at(block.layer, path).weight.shape[1:]))):
                         out |= {f"{name}.{what}": np.asarray(size) for what, size in sizes.items()}
+    target.parent.mkdir(parents=True, exist_ok=True)
     new = target.with_suffix(".new")
     save(out, new)
+    new.chmod(0o644)  # the library lets nobody else read it
     new.replace(target)
     tell(f"{target}: written; the largest input is {max(float(size.max()) for size in out.values()):.4g}")
     return target

@@ -16,11 +16,13 @@ from jaxserve.lite import evaluate
 FILE, PLOT = "quantization_report.json", "quantization_error.png"
 
 
-def write(model, made: Path, config, windows: np.ndarray, errors: list[dict], tell, show=None, before=None) -> dict:
+def write(
+    model, made: Path, config, windows: np.ndarray, errors: list[dict], tell, show=None, before=None, of="outputs"
+) -> dict:
     """Tells a table, and writes it into the folder `made`, with a plot where matplotlib is there.
 
     windows: int32[n, length] token ids; errors: for each layer {map: its error, or {way: error}}; before: of `measured`
-    for the model, where it is known already.
+    for the model, where it is known already; of: as for `draw`.
     """
     rows = measured([(model, "before"), (made, "after")], config, windows, show, before)
     for line in table(rows):
@@ -28,7 +30,7 @@ def write(model, made: Path, config, windows: np.ndarray, errors: list[dict], te
     found = {"tokens": int(windows.size), "rows": rows, "errors": errors}
     (made / FILE).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     try:
-        draw(made / PLOT, errors)
+        draw(made / PLOT, errors, of)
         tell(f"the error of every layer: {made / PLOT}")
     except ImportError:
         tell(f"the error of every layer: {made / FILE} (a plot needs matplotlib: pip install 'jaxserve[bench]')")
@@ -63,7 +65,9 @@ def table(rows: list[dict]) -> list[str]:
     lines = [f"{'':<32}{'before':>12}{'after':>12}"]
     for words, key in (("weights on the disk, MiB", "disk"), ("weights in memory, MiB", "weights")):
         lines.append(f"{words:<32}{before[key] / mib:>12,.1f}{after[key] / mib:>12,.1f}")
-    lines.append(f"{'perplexity':<32}{before['perplexity']:>12.4f}{after['perplexity']:>12.4f}  {after['change']:+.2%}")
+    error = after["change_error"]
+    change = f"{100 * after['change']:+.2f} % +- " + ("unknown (one window)" if error is None else f"{100 * error:.2f}")
+    lines.append(f"{'perplexity':<32}{before['perplexity']:>12.4f}{after['perplexity']:>12.4f}  {change}")
     lines.append(f"{'the same likeliest token':<32}{'':>12}{after['agreement']:>12.1%}")
     if after["weights"] >= before["weights"]:
         lines.append("in memory a CPU with room keeps values, since it computes faster with them; a GPU keeps integers")
@@ -71,10 +75,10 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def draw(file: Path, errors: list[dict]):
+def draw(file: Path, errors: list[dict], of: str = "outputs"):
     """A plot of every map's error over the layers, which is returned; ImportError without matplotlib.
 
-    Errors are of the outputs over the calibration text, of SmoothQuant's maps of the weights themselves.
+    of: what is in error: the "outputs" over the calibration text, or the "weights" themselves.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -89,7 +93,7 @@ def draw(file: Path, errors: list[dict]):
                 values = [np.nan if point is None else point for point in points]
                 label = path if way == "found" else None
                 axes.plot(values, style, color=f"C{number}", label=label, marker=".")
-    axes.set(xlabel="layer", ylabel="squared error, as a share", yscale="log")
+    axes.set(xlabel="layer", ylabel=f"squared error of a map's {of},\nas a share of their squares", yscale="log")
     if any(_of(error, "nearest") is not None for layer in errors for error in layer.values()):
         axes.set_title("dotted: rounded to nearest", fontsize="small")
     if axes.get_legend_handles_labels()[1]:

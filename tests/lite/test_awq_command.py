@@ -28,6 +28,7 @@ def test_a_folder_is_written_with_its_report(run, tmp_path):  # noqa: F811
     assert abs(np.log(after["perplexity"] / before["perplexity"])) < 0.5
     assert [set(layer) for layer in told["errors"]] == [{"mixer.qkv", "mixer.o", "ffn.gate_up", "ffn.down"}] * 2
     assert "perplexity" in result.output and "the error of every layer" in result.output
+    assert " outputs " in result.output  # on a CPU these are what `layers` makes
     assert not list(tmp_path.glob(".*"))
 
 
@@ -35,7 +36,8 @@ def test_a_folder_is_written_with_its_report(run, tmp_path):  # noqa: F811
     "errors, title", [([{"o": {"found": 1e-3, "nearest": 1e-2}}], "dotted: rounded to nearest"), ([{"o": 1e-3}], "")]
 )
 def test_the_plot_tells_of_what_it_has(tmp_path, errors, title):
-    axes = report.draw(tmp_path / "plot.png", errors * 2).axes[0]
+    axes = report.draw(tmp_path / "plot.png", errors * 2, "weights").axes[0]
+    assert "of a map's weights,\nas a share of their squares" in axes.get_ylabel()
     assert axes.get_title() == title and len(axes.lines) == (2 if title else 1)
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
@@ -68,6 +70,8 @@ def test_search_scale_has_a_value_or_none(monkeypatch, words, value):
         ),
         (("--w-group-size", "4"), "a group has a multiple of 8 inputs, not 4; --w-group-size 64 is the largest here"),
         (("--w-bits", "8"), "'8' is not '4'"),
+        (("--search-scale", "maybe"), "--search-scale stands alone, or before True or False, not before 'maybe'"),
+        (("--search-scale=maybe",), "--search-scale"),
         (("--device", "tpu"), "--device is cuda or cpu, not tpu"),
         (("--calib-dataset", "none.txt"), "'none.txt' is no file"),
         (("--search-scale", "False", "--dtype", "int8"), "float16"),
@@ -88,6 +92,19 @@ def test_activations_are_written(run, tmp_path):  # noqa: F811
     name = "model.layers.1.mlp.down_proj"
     assert found[f"{name}.absmax"].shape == (64,)
     assert (found[f"{name}.absmax"] >= found[f"{name}.absmean"]).all()
+    assert (tmp_path / "out" / "activations.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_no_folder_is_left_where_no_activations_are_written(run, tmp_path):  # noqa: F811
+    result = run("calibrate", "--calib-dataset", "none.txt", "--work-dir", tmp_path / "new" / "out")
+    assert result.exit_code == 2 and "'none.txt' is no file" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error, words", [(0.004, "+5.40 % +- 0.40"), (None, "+5.40 % +- unknown (one window)")])
+def test_a_change_is_told_with_its_error(error, words):
+    row = {"disk": 2, "weights": 2, "perplexity": 2.0, "change": 0.054, "change_error": error, "agreement": 1.0}
+    assert words in "\n".join(report.table([row | {"weights": 3}, row | {"tokens": 5}]))
 
 
 def test_the_model_writes_its_own_text(model):  # noqa: F811

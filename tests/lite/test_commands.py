@@ -1,14 +1,19 @@
 """`jaxserve lite auto_gptq` and `smooth_quant` as commands: folders that load, and mistakes in one line."""
 
 import json
+import os
+import signal
+import sys
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from jaxserve.cli import main
+from jaxserve.commands import lite
 from jaxserve.config import EngineConfig
 from jaxserve.engine.loading import open_model
+from jaxserve.lite import making, report
 from tests.serve import tiny
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
@@ -102,6 +107,55 @@ def test_one_window_is_too_few(run, tmp_path):
     result = run("auto_awq", "--calib-seqlen", "600")
     assert result.exit_code == 2 and "fills one window of 600 tokens; one more is needed" in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_the_same_command_makes_a_report_that_is_missing(run, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("no room")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(report, "write", fail)
+        assert "no room" in run("smooth_quant").output
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    assert not (out / report.FILE).exists() and not list(tmp_path.glob(".out.partial/layer-*"))
+    other = run("smooth_quant", "--alpha", "0.4")
+    assert other.exit_code == 2 and "exists already" in other.output
+    again = run("smooth_quant")
+    assert again.exit_code == 0 and "out: is complete but for its report, which is made now" in again.output
+    assert (out / report.FILE).exists() and (out / "model.safetensors").stat().st_mtime_ns == written
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "exists already" in run("smooth_quant").output
+
+
+@pytest.mark.parametrize("files, words", [
+    (["layer-00000.safetensors", "layer-00001.safetensors", "windows.safetensors"], "2 finished layers; the same "),
+    (["windows.safetensors"], "the calibration text; the same command goes on from there"),
+    (["left.json"], "out is complete but for its report, which the same command makes"),
+    ([], "interrupted\n"),
+])  # fmt: skip
+def test_an_interrupted_run_tells_what_is_kept(run, tmp_path, monkeypatch, files, words):
+    def interrupt(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    for folder in ("out", ".out.partial"):
+        (tmp_path / folder).mkdir()
+    for file in files:
+        (tmp_path / ".out.partial" / file).touch()
+    monkeypatch.setattr(making, "make", interrupt)
+    monkeypatch.setattr(lite.os, "_exit", sys.exit)
+    result = run("auto_gptq")
+    assert result.exit_code == 130 and "interrupted" in result.output and words in result.output
+    assert ("goes on" not in words) or f"kept in {tmp_path / '.out.partial'}: " in result.output
+
+
+@pytest.mark.parametrize("command", ["auto_gptq", "calibrate"])
+def test_a_folder_that_cannot_be_written(run, tmp_path, command):
+    (tmp_path / "text.txt").touch()
+    for folder, where in ((tmp_path / "text.txt" / "x", tmp_path / "text.txt"), ("/proc/x", "/proc")):
+        result = run(command, "--work-dir", folder)
+        assert result.exit_code == 2 and f": {folder} cannot be written in {where} (" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_no_such_model(run):
