@@ -213,11 +213,14 @@ def mistakes() -> Iterator[None]:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C ends the process at once: for loading, as a compilation under way would be waited for."""
+def interruptible(kept: Callable[[], str] = str) -> Iterator[None]:
+    """Ctrl-C ends the process at once: for loading, as a compilation under way would be waited for.
+
+    kept: gives what the same command would go on with, in words, or "".
+    """
 
     def leave(*_):
-        click.echo("\ninterrupted", err=True)
+        click.echo("\n" + "; ".join(filter(None, ("interrupted", kept()))), err=True)
         os._exit(INTERRUPTED)
 
     before = signal.signal(signal.SIGINT, leave)

@@ -24,7 +24,8 @@ from pallas_kernels.triton_call import cdiv, cores, jit, power_of_two, tl, trito
 BLOCK = 2 * LINES  # what the number of outputs has to be a multiple of
 TOKENS = 256  # at most, of an instruction
 MEMORY = 222 << 10  # of the shared memory of a core
-STAGES, STAGES_OF_MANY = 8, 6  # turns that are loaded at a time, at most; of blocks of more tokens than `FEW`
+LITTLE = 128  # tokens of a block, for which there is little to multiply
+STAGES, STAGES_OF_MANY = 8, 6  # turns that are loaded at a time, at most; of blocks of more tokens
 SIDE = 4  # blocks of other tokens that go through the outputs side by side, about
 
 
@@ -116,7 +117,7 @@ def int4_experts(x, tiles, scale, zero, sizes, *, group, how=None):
 
 
 def _padded(x, tokens):
-    """x with as many tokens as a block has at least, and a multiple of 8; what is beyond them is never read."""
+    """x with as many tokens as a block has at least, and a multiple of 8; what TMA reads beyond them is zero."""
     return jnp.pad(x, ((0, max(tokens, cdiv(x.shape[0], 8) * 8) - x.shape[0]), (0, 0)))
 
 
@@ -208,7 +209,7 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False, expe
     most = min(STAGES, turns, room // (tokens * inputs * 2 + block * (inputs // 2 + halves * rows * 3)))
     assert most >= min(turns, 2)  # a turn is freed in the next one
     # A remainder of anything but a power of two takes 20 instructions, which matters where there is little to multiply.
-    stages = power_of_two(most + 1) // 2 if tokens <= FEW else min(most, STAGES_OF_MANY)
+    stages = power_of_two(most + 1) // 2 if most >= 4 and tokens <= LITTLE else min(most, STAGES_OF_MANY)
     blocks, outputs = cdiv(T, tokens), F // block
     side = max(n for n in range(1, 2 * SIDE) if blocks % n == 0)
     together = 1 if experts else 8  # tokens that are written at least
@@ -239,8 +240,11 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False, expe
                 m = lax.div(item, outputs)
                 body(i * turns, item - m * outputs, 0, m)
 
+        def first_token(m):
+            return plan_ref[1 + m, 1] if experts else m * tokens
+
         def load(before, n, part, m):
-            expert, begin = (plan_ref[1 + m, 0], plan_ref[1 + m, 1]) if experts else (0, m * tokens)
+            expert, begin = plan_ref[1 + m, 0] if experts else 0, first_token(m)
 
             def turn(k, _):
                 step, k = before + k, part * turns + k
@@ -305,12 +309,12 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False, expe
         def finish(out, n, part, m):
             for p in range(tokens // (piece * halves)):
                 values, first = out, p * piece
-                token, line = m * tokens + first, n * block + warpgroup * LINES
+                token, line = first_token(m) + first, n * block + warpgroup * LINES
                 if gated:
                     sums, given = gate
                     begin, first, half = 2 * p * piece, 0, lax.div(warpgroup, firsts)
                     partner = warpgroup + firsts * (1 - 2 * half)
-                    token = m * tokens + begin + half * piece
+                    token = first_token(m) + begin + half * piece
                     line = n * (block // 2) + lax.rem(warpgroup, firsts) * LINES
                     lanes.give(out, begin, sums.at[warpgroup, p % 2], firsts)
                     meet(given)  # what has been read there, two pieces ago, was so before the one between was given
@@ -319,7 +323,7 @@ def _kernel(how, T, D, F, group, dtype, scale_dtype, out_type, gated=False, expe
                 lanes.put(values, first, results.at[warpgroup, p % 2], together)
                 plgpu.commit_smem()
                 if experts:
-                    write_own(results.at[warpgroup, p % 2], plan_ref[1 + m, 1] + first, line, m)
+                    write_own(results.at[warpgroup, p % 2], token, line, m)
                 else:
                     at = pl.ds(token, piece), pl.ds(line, LINES)
                     plgpu.copy_smem_to_gmem(results.at[warpgroup, p % 2], out_ref.at[part].at[at])

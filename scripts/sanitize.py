@@ -105,6 +105,7 @@ def launch(group):
             x = jnp.ones((rows + 3, 192), dtype)
             product = jax.jit(lambda *a: pk.int4_grouped(*a, group=64))
             out.append(product(x, tiles.reshape(3, 8, 3, 128), *experts, sizes))
+            out.append(pk.grouped_matmul(x, jnp.ones((3, 192, 128), dtype), sizes))
         return out
 
     def few(dtype):

@@ -6,28 +6,16 @@ What the commands do is in `jaxserve.lite`, imported when they run.
 import json
 import math
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import click
 
 from jaxserve.config import EngineConfig
-from jaxserve.options import (
-    INTERRUPTED,
-    Command,
-    Group,
-    Option,
-    Value,
-    engine_config,
-    from_field,
-    interruptible,
-    mistakes,
-    together,
-)
+from jaxserve.options import Command, Group, Option, Value, engine_config, from_field, interruptible, mistakes, together
 from jaxserve.progress import Clock, Lines
 
 PARTS = ("all", "first-half", "second-half")
@@ -295,25 +283,12 @@ def make(model: str | None, given: dict, in_config: Callable, run: Callable, set
     given: the options of CALIBRATION and ENGINE; in_config, run, settings, more: of a `making.Scheme`.
     """
     config, calibration = calibration_of(given)
-    with mistakes(), resumable(calibration.work_dir):
-        from jaxserve.lite import making
+    with mistakes(), interruptible():
+        from jaxserve.lite import folder, making
 
         scheme = making.Scheme(in_config, run, settings or {}, **more)
-        making.make(model, config, calibration, scheme, tell=tell, show=shown())
-
-
-@contextmanager
-def resumable(work_dir: str) -> Iterator[None]:
-    """As `interruptible`, and Ctrl-C tells what the same command would go on with."""
-    from jaxserve.lite.folder import kept
-
-    def leave(*_):
-        tell("\n" + "; ".join(filter(None, ("interrupted", kept(work_dir)))))
-        os._exit(INTERRUPTED)
-
-    with interruptible():
-        signal.signal(signal.SIGINT, leave)
-        yield
+        with interruptible(partial(folder.kept, calibration.work_dir)):
+            making.make(model, config, calibration, scheme, tell=tell, show=shown())
 
 
 def tell(line: str) -> None:
